@@ -1,0 +1,48 @@
+"""csm_fast: fast fine-tuning of Sesame's CSM (Conversational Speech Model).
+
+Names are imported when they are first used, so ``import csm_fast`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CSM": "model",
+    "CSMConfig": "config",
+    "TransformerConfig": "config",
+    "TrainConfig": "config",
+    "InputError": "errors",
+    "TokenStore": "token_store",
+    "forward": "loss",
+    "load_model": "convert",
+    "save_model": "convert",
+    "load_codec": "codec",
+    "load_text_tokenizer": "text",
+    "Generator": "generate",
+}
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from .codec import load_codec
+    from .config import CSMConfig, TrainConfig, TransformerConfig
+    from .convert import load_model, save_model
+    from .errors import InputError
+    from .generate import Generator
+    from .loss import forward
+    from .model import CSM
+    from .text import load_text_tokenizer
+    from .token_store import TokenStore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'csm_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,313 @@
+"""Every configuration dataclass: model, data, loss, optimizer, run.
+
+One set of dataclasses serves Python callers, YAML files and command-line flags. A field's ``metadata`` carries its
+help text (with units), its aliases (the names users of other tools know) and its choices; ``config_io.py`` turns
+them into parsers. Values are checked in ``__post_init__``, so a wrong one fails the same way from everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import InputError
+
+
+def option(default: Any, help: str, *, alias: tuple[str, ...] = (), **extra: Any) -> Any:
+    """A dataclass field with its help text and aliases."""
+    metadata = {"help": help, "alias": alias, **extra}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One Llama stack.
+
+    Attributes:
+        num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: as in Llama; ``head_dim`` is
+            ``embed_dim // num_heads`` and must be even.
+        max_seq_len: positions the stack was trained for.
+        norm_eps: epsilon of the RMS norms.
+        rope_base, rope_scale_factor, rope_low_freq_factor, rope_high_freq_factor, rope_old_context_len: Llama-3's
+            scaled rotary embedding, with the values of Llama 3.2 (and so of CSM).
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    intermediate_dim: int
+    max_seq_len: int = 2048
+    norm_eps: float = 1e-5
+    rope_base: float = 500_000.0
+    rope_scale_factor: float = 32.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_old_context_len: int = 8192
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}", mend="give a positive integer")
+        if self.embed_dim % self.num_heads or self.head_dim % 2:
+            raise InputError(
+                f"embed_dim {self.embed_dim} over {self.num_heads} heads gives no even head width",
+                mend="choose embed_dim as an even multiple of num_heads",
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class CSMConfig:
+    """A whole CSM: backbone, depth decoder and vocabularies. ``CSMConfig.csm_1b()`` is Sesame's csm-1b."""
+
+    backbone: TransformerConfig
+    decoder: TransformerConfig
+    text_vocab_size: int = 128_256
+    audio_vocab_size: int = 2051
+    num_codebooks: int = 32
+
+    def __post_init__(self):
+        if self.num_codebooks < 2:
+            raise InputError(f"num_codebooks is {self.num_codebooks}", mend="CSM needs at least 2")
+        if min(self.text_vocab_size, self.audio_vocab_size) < 2:
+            raise InputError("a vocabulary needs at least 2 entries")
+
+    @classmethod
+    def csm_1b(cls) -> CSMConfig:
+        """Sesame's csm-1b: 1,552,791,552 parameters."""
+        return cls(
+            backbone=TransformerConfig(16, 32, 8, 2048, 8192),
+            decoder=TransformerConfig(4, 8, 2, 1024, 8192),
+        )
+
+    @classmethod
+    def tiny(cls) -> CSMConfig:
+        """A few million parameters in the two stacks, for CPUs, demos and tests; the vocabularies are csm-1b's."""
+        return cls(
+            backbone=TransformerConfig(4, 4, 2, 256, 1024),
+            decoder=TransformerConfig(2, 2, 1, 192, 768),
+        )
+
+    @classmethod
+    def small(cls) -> CSMConfig:
+        """The small shape of the numerical checks and of the CPU benchmarks."""
+        return cls(
+            backbone=TransformerConfig(4, 8, 2, 512, 2048),
+            decoder=TransformerConfig(2, 4, 1, 256, 2048),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, file: str | None = None) -> CSMConfig:
+        """The inverse of ``to_dict``; unknown or missing keys are an ``InputError`` that names ``file``."""
+        values = dict(values)
+        try:
+            stacks = {name: TransformerConfig(**values.pop(name)) for name in ("backbone", "decoder")}
+            return cls(**stacks, **values)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"not a csm_fast model configuration ({error})",
+                file=file,
+                mend="it needs backbone, decoder (num_layers, num_heads, num_kv_heads, embed_dim, "
+                "intermediate_dim), text_vocab_size, audio_vocab_size and num_codebooks",
+            ) from None
+
+
+NAMED_SHAPES = {"csm-1b": CSMConfig.csm_1b, "small": CSMConfig.small, "tiny": CSMConfig.tiny}
+
+# ------------------------------------------------------------------------------------------------------- training
+
+FREEZABLE = ("backbone", "decoder", "text_embeddings", "audio_embeddings", "projection", "codebook0_head", "audio_head")
+LossPreset = Literal["blog", "sesame-finetune", "csm-mlx", "transformers"]
+
+
+@dataclass
+class ModelSection:
+    """Which model is trained, and which of its parts."""
+
+    model: str = option(
+        "sesame/csm-1b",
+        "hub id, directory or .safetensors to start from; with --from-scratch a shape: csm-1b, small, tiny, or a "
+        "YAML/JSON file of a CSMConfig",
+        alias=("model_name_or_checkpoint_path", "pretrained_path"),
+    )
+    from_scratch: bool = option(False, "start from random weights", alias=("train_from_scratch",))
+    freeze: list[str] = option([], "parts that are not trained: " + ", ".join(FREEZABLE), repeat=True)
+    activation_checkpointing: bool = option(
+        False, "recompute each layer in the backward pass: less memory, about a third more time", alias=("gradient_ckpt",)
+    )
+    precision: Literal["auto", "bf16", "fp32"] = option(
+        "auto",
+        "bf16: float32 master weights under bf16 autocast; auto chooses it where the machine has fast bf16",
+    )
+
+    def __post_init__(self):
+        for part in self.freeze:
+            if part not in FREEZABLE:
+                raise InputError(f"--freeze {part}: no such part", mend="choose among " + ", ".join(FREEZABLE))
+
+
+@dataclass
+class DataSection:
+    """What an optimizer step sees."""
+
+    data: str = option("tokens", "directory written by csm-fast pretokenize (holds train/ and perhaps val/)")
+    batch_size: int = option(8, "conversations per optimizer step (times gradient_accumulation)")
+    batch_rows: int | None = option(None, "rows per optimizer step instead of batch_size")
+    pack_rows: int = option(4096, "most rows in one pack, the unit that is on the device at once")
+    gradient_accumulation: int = option(
+        1,
+        "multiplies batch_size; packs already bound the memory, so this is only for those who count this way",
+        alias=("grad_acc_steps", "gradient_accumulation_steps", "grad_accum", "grad_accumulation_steps"),
+    )
+    mask_speaker_ids: list[int] = option([], "turns of these speakers are context: heard, not learned", repeat=True)
+    pack_window: int = option(4096, "with batch_rows: conversations that one best-fit packing chooses among")
+    seed: int = option(0, "seed of every draw: order, packing, frames, initial weights")
+
+    def __post_init__(self):
+        for name in ("batch_size", "pack_rows", "gradient_accumulation", "pack_window"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}", mend="give at least 1")
+        if self.batch_rows is not None and self.batch_rows < 1:
+            raise InputError(f"--batch-rows {self.batch_rows}", mend="give at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}", mend="give an integer from 0 to 2^63 - 1")
+
+
+@dataclass
+class LossSection:
+    """The loss; see ``loss.py`` for the formulas of the presets."""
+
+    loss: LossPreset = option("blog", "which tool's formula to use")
+    decoder_loss_weight: float | None = option(
+        None, "w in (1-w) CE0 + w CEd; presets blog and sesame-finetune (default 0.5)"
+    )
+    first_codebook_weight_multiplier: float | None = option(
+        None, "f in (f CE0 + 31 CEd)/32; preset csm-mlx (default 1)", alias=("fcw",)
+    )
+    amortization_fraction: float = option(1 / 16, "share of the supervised frames that the depth decoder sees")
+    eos_weight: float = option(1.0, "weight of end-of-speech frames in both means")
+
+    def __post_init__(self):
+        if self.decoder_loss_weight is not None and self.loss not in ("blog", "sesame-finetune"):
+            raise InputError(
+                f"decoder_loss_weight does not belong to the loss {self.loss}",
+                mend="leave it out, or use --loss blog or sesame-finetune",
+            )
+        if self.first_codebook_weight_multiplier is not None and self.loss != "csm-mlx":
+            raise InputError(
+                f"first_codebook_weight_multiplier does not belong to the loss {self.loss}",
+                mend="leave it out, or use --loss csm-mlx",
+            )
+        if self.decoder_loss_weight is not None and not 0 <= self.decoder_loss_weight <= 1:
+            raise InputError(f"decoder_loss_weight is {self.decoder_loss_weight}", mend="give a number from 0 to 1")
+        if self.first_codebook_weight_multiplier is not None and not (
+            0 <= self.first_codebook_weight_multiplier < math.inf
+        ):
+            raise InputError(
+                f"first_codebook_weight_multiplier is {self.first_codebook_weight_multiplier}",
+                mend="give a number of at least 0",
+            )
+        if not 0 < self.amortization_fraction <= 1:
+            raise InputError(
+                f"amortization_fraction is {self.amortization_fraction}", mend="give a number above 0, at most 1"
+            )
+        if not 0 < self.eos_weight < math.inf:
+            raise InputError(f"eos_weight is {self.eos_weight}", mend="give a number above 0")
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW and its schedule. Steps are optimizer steps everywhere."""
+
+    learning_rate: float = option(3e-5, "peak learning rate", alias=("lr",))
+    weight_decay: float = option(0.002, "decoupled decay of matrices; norms and embeddings have none", alias=("wd",))
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.999, "AdamW")
+    adam_eps: float = option(1e-8, "AdamW")
+    max_grad_norm: float = option(1.3, "clip the global gradient norm; 0 turns clipping off", alias=("max_norm",))
+    warmup_steps: int | None = option(None, "steps of linear warmup")
+    warmup_ratio: float | None = option(None, "warmup as a share of all steps (default 0.05)")
+    lr_decay: Literal["linear", "cosine", "constant", "exponential"] = option("linear", "after the warmup")
+
+    def __post_init__(self):
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise InputError("warmup_steps and warmup_ratio are both given", mend="give one of them")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise InputError(f"warmup_steps is {self.warmup_steps}", mend="give at least 0")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
+            raise InputError(f"warmup_ratio is {self.warmup_ratio}", mend="give a number from 0 to 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}", mend="give a number of at least 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}", mend="give a number from 0 to below 1")
+
+
+@dataclass
+class RunSection:
+    """How long, how often, and where to."""
+
+    output_dir: str = option("run", "checkpoints, metrics, plots and samples go here", alias=("output-dir", "o"))
+    n_epochs: int = option(10, "passes over the training data", alias=("epochs", "e"))
+    max_steps: int | None = option(None, "stop after this many optimizer steps (the schedule ends there too)")
+    log_every: int = option(10, "steps between metric lines", alias=("log_freq",))
+    val_every: int = option(100, "steps between validations; 0: only at the start and the end", alias=("val_freq",))
+    save_every: int = option(500, "steps between checkpoints; 0: only at the end", alias=("ckpt_freq",))
+    keep: int = option(2, "how many of the newest checkpoints stay (the best one stays anyway)")
+    val_fraction_frames: float = option(1 / 4, "share of the validation frames on which the depth decoder is scored")
+    gen_every: int = option(0, "steps between speech samples; 0: none")
+    gen_sentences: str = option(
+        "Bird law in this country is not governed by reason.",
+        "text of the samples, or a .txt file with one per line",
+        alias=("gen_sentence",),
+    )
+    gen_speaker: int = option(0, "speaker of the samples")
+    gen_seconds: float = option(10.0, "longest sample")
+    codec: Literal["auto", "transformers", "moshi", "offline"] = option("auto", "codec that makes samples audible")
+    codec_source: str | None = option(None, "hub id or local path of the codec's weights")
+    tokenizer: str | None = option(None, "text tokenizer: a file, a directory or a hub id")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads (default: torch's choice); results are reproducible per number")
+    resume: bool = option(True, "continue from the newest complete checkpoint in output_dir")
+    overfit_one_batch: bool = option(False, "train on the first batch only: the loss must go to nearly nothing")
+
+    def __post_init__(self):
+        for name in ("val_every", "save_every", "gen_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}", mend="give at least 0")
+        for name in ("n_epochs", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}", mend="give at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InputError(f"max_steps is {self.max_steps}", mend="give at least 1")
+        if not 0 < self.val_fraction_frames <= 1:
+            raise InputError(f"val_fraction_frames is {self.val_fraction_frames}", mend="give above 0, at most 1")
+
+
+@dataclass
+class TrainConfig:
+    """Everything a training run depends on. Written, resolved, into the run directory as ``config.yaml``."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection)

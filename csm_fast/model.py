@@ -1,0 +1,250 @@
+"""CSM's module tree, with exactly Sesame's parameter names, and the packed forward of its two stacks.
+
+The functions below take modules, not configurations: they run on ``CSM`` and on any module with the same tree, such
+as Sesame's own ``Model`` built from torchtune. Head counts, epsilons and rotary parameters are not in the weights, so
+they are read from the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
+from .config import CSMConfig, TransformerConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.rope = RopeSpec(
+            config.head_dim,
+            config.rope_base,
+            config.rope_scale_factor,
+            config.rope_low_freq_factor,
+            config.rope_high_freq_factor,
+            config.rope_old_context_len,
+        )
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.k_proj = nn.Linear(config.embed_dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.embed_dim, kv_dim, bias=False)
+        self.output_proj = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
+        self.w2 = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
+        self.w3 = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.sa_norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """Parameters of one Llama stack; ``run_stack`` computes with it."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.max_seq_len = config.max_seq_len
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+
+
+class CSM(nn.Module):
+    """Sesame's Conversational Speech Model.
+
+    ``forward(tokens, tokens_mask)`` is the drop-in training forward (``csm_fast.forward``). Parameters are
+    uninitialised storage until ``init_weights`` or a checkpoint fills them.
+    """
+
+    def __init__(self, config: CSMConfig):
+        super().__init__()
+        self.config = config
+        width = config.backbone.embed_dim
+        self.backbone = Transformer(config.backbone)
+        self.decoder = Transformer(config.decoder)
+        self.text_embeddings = nn.Embedding(config.text_vocab_size, width)
+        self.audio_embeddings = nn.Embedding(config.audio_vocab_size * config.num_codebooks, width)
+        self.projection = nn.Linear(width, config.decoder.embed_dim, bias=False)
+        self.codebook0_head = nn.Linear(width, config.audio_vocab_size, bias=False)
+        self.audio_head = nn.Parameter(
+            torch.empty(config.num_codebooks - 1, config.decoder.embed_dim, config.audio_vocab_size)
+        )
+        self.activation_checkpointing = False
+
+    def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
+        from .loss import forward
+
+        return forward(self, tokens, tokens_mask)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> CSM:
+        """Fill every parameter for training from scratch, as a pure function of ``seed`` and the shapes.
+
+        Llama's recipe: normal(0, 0.02) for matrices and embeddings, with the projections that write into the
+        residual stream scaled by 1/sqrt(2 layers) (GPT-2), and ones for norms. Drawn on the CPU in float32, so that
+        every device starts from the same numbers.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".scale"):
+                parameter.fill_(1.0)
+                continue
+            std = 0.02
+            if name.endswith(("output_proj.weight", "w2.weight")):
+                stack = self.config.backbone if name.startswith("backbone") else self.config.decoder
+                std /= (2 * stack.num_layers) ** 0.5
+            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+            parameter.copy_(values)
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ stacks and rows
+
+
+def rope_spec(attn: Any) -> RopeSpec:
+    """Rotary parameters of an attention module: ours, or torchtune's ``pos_embeddings``.
+
+    Raises:
+        ValueError: a rotary module without torchtune's attribute names.
+    """
+    if isinstance(getattr(attn, "rope", None), RopeSpec):
+        return attn.rope
+    rope = attn.pos_embeddings
+    if not hasattr(rope, "base") or not hasattr(rope, "dim"):
+        raise ValueError(f"cannot read the rotary parameters of {type(rope).__name__}")
+    if not hasattr(rope, "scale_factor"):
+        return RopeSpec(rope.dim, float(rope.base))
+    return RopeSpec(
+        rope.dim,
+        float(rope.base),
+        float(rope.scale_factor),
+        float(getattr(rope, "low_freq_factor", 1)),
+        float(getattr(rope, "high_freq_factor", 4)),
+        int(getattr(rope, "old_context_len", 8192)),
+    )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
+    wide = x.to(wide_dtype(x.dtype))
+    return F.rms_norm(wide, (x.shape[-1],), eps=norm.eps).to(x.dtype) * norm.scale
+
+
+def run_layer(layer: Any, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    """One pre-norm Llama layer. ``x``: [..., D]; ``attend(index, q, k, v)`` sees [..., heads, head_dim]."""
+    attn, mlp = layer.attn, layer.mlp
+    y = rms_norm(layer.sa_norm, x)
+    q = apply_rope(attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim)), cos, sin)
+    k = apply_rope(attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim)), cos, sin)
+    v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
+    x = x + attn.output_proj(attend(index, q, k, v).flatten(-2))
+    y = rms_norm(layer.mlp_norm, x)
+    return x + mlp.w2(F.silu(mlp.w1(y)) * mlp.w3(y))
+
+
+def run_stack(stack: Any, x: Tensor, positions: Tensor, length: int, attend: Attend, recompute: bool = False) -> Tensor:
+    """All layers and the final norm.
+
+    Args:
+        stack: a module with ``layers`` and ``norm``.
+        x: [..., D] inputs.
+        positions: integers that index the rotary table, broadcastable to x's leading dimensions.
+        length: size of the rotary table; above every position.
+        attend: the attention, called with the layer's index and rotated q, k and v.
+        recompute: checkpoint each layer's activations.
+    """
+    spec = rope_spec(stack.layers[0].attn)
+    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
+    for index, layer in enumerate(stack.layers):
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(run_layer, layer, index, x, cos, sin, attend, use_reentrant=False)
+        else:
+            x = run_layer(layer, index, x, cos, sin, attend)
+    return rms_norm(stack.norm, x)
+
+
+def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+    """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D]."""
+    length = max(stack_limit(model.backbone), segments.max_seqlen)
+    recompute = getattr(model, "activation_checkpointing", False)
+    return run_stack(
+        model.backbone, x, positions, length, lambda _, q, k, v: packed_attention(q, k, v, segments), recompute
+    )
+
+
+def dense_causal_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of a dense batch: [M, K, heads, d] -> [M, K, heads, d]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+
+
+def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int) -> Tensor:
+    """Teacher-forced depth decoder.
+
+    Position 0 sees the backbone's state, position i the embedding of code i-1, both through ``projection``; the
+    output at position i predicts code i (Sesame's ``generate_frame``).
+
+    Args:
+        hidden: [M, D] backbone states that predict the frames.
+        codes: [M, K] the frames; the last codebook is not an input.
+        vocab: audio vocabulary size V.
+
+    Returns:
+        [M, K - 1, Dd]: normed states that predict codebooks 1..K-1.
+    """
+    frames, num_codebooks = codes.shape
+    index = codes[:, :-1] + torch.arange(num_codebooks - 1, device=codes.device) * vocab
+    table = model.audio_embeddings.weight
+    used = (num_codebooks - 1) * vocab
+    if index.numel() > used:
+        # More look-ups than table rows: project the table once instead of every frame. It is the same product, and
+        # the [frames, K, D] tensor of embeddings never exists.
+        projected = F.embedding(index, model.projection(table[:used]))
+    else:
+        projected = model.projection(F.embedding(index, table))
+    x = torch.cat([model.projection(hidden).unsqueeze(1), projected], dim=1)
+    positions = torch.arange(num_codebooks, device=codes.device)
+    recompute = getattr(model, "activation_checkpointing", False)
+    return run_stack(model.decoder, x, positions, num_codebooks, dense_causal_attention, recompute)[:, 1:]
+
+
+def stack_limit(stack: Any) -> int:
+    """Positions the stack was trained for."""
+    return int(getattr(stack, "max_seq_len", 2048))
+
+
+def vocabulary(model: Any) -> tuple[int, int]:
+    """(number of codebooks K, audio vocabulary V), read from the shapes."""
+    heads, _, vocab = model.audio_head.shape
+    return heads + 1, vocab
