@@ -150,7 +150,9 @@ class ModelSection:
     from_scratch: bool = option(False, "start from random weights", alias=("train_from_scratch",))
     freeze: list[str] = option([], "parts that are not trained: " + ", ".join(FREEZABLE), repeat=True)
     activation_checkpointing: bool = option(
-        False, "recompute each layer in the backward pass: less memory, about a third more time", alias=("gradient_ckpt",)
+        False,
+        "recompute each layer in the backward pass: less memory, about a third more time",
+        alias=("gradient_ckpt",),
     )
     precision: Literal["auto", "bf16", "fp32"] = option(
         "auto",
@@ -311,3 +313,33 @@ class TrainConfig:
     loss: LossSection = field(default_factory=LossSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection)
+
+
+@dataclass
+class GenerateConfig:
+    """``csm-fast generate``."""
+
+    text: str = option("", "what to say")
+    model: str = option("run/best", "hub id, directory or .safetensors", alias=("m",))
+    out: str = option("out.wav", "wav file to write", alias=("o", "output"))
+    speaker: int = option(0, "whose voice; -1: no speaker tag", alias=("s",))
+    context: str | None = option(None, "metadata file whose first conversation comes before the text")
+    max_seconds: float = option(10.0, "longest speech")
+    temperature: float = option(0.9, "0 is greedy", alias=("t",))
+    top_k: int = option(50, "sample among the k most likely codes; 0: all", alias=("topk", "k"))
+    greedy: bool = option(False, "always the most likely code")
+    seed: int = option(0, "of the draws")
+    codec: Literal["auto", "transformers", "moshi", "offline"] = option("auto", "codec the model was trained with")
+    codec_source: str | None = option(None, "hub id or local path of the codec's weights")
+    tokenizer: str | None = option(None, "text tokenizer: a file, a directory or a hub id")
+    speaker_map: str | None = option(None, "file of names and their numbers, for --context")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads")
+
+    def __post_init__(self):
+        if not self.text.strip():
+            raise InputError("--text is empty", mend="say what to speak")
+        if not 0 < self.max_seconds <= 160:
+            raise InputError(f"--max-seconds {self.max_seconds}", mend="give above 0, at most 160 (2,000 frames)")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature {self.temperature}", mend="give at least 0")

@@ -218,26 +218,24 @@ class Packer:
         self.first_turn = starts
         totals = np.add.reduceat(rows, starts[:-1]) if count else np.zeros(0, dtype=np.int64)
         # Most conversations are one document; only the long ones need a look at their turns.
-        self.documents: list[list[Document] | None] = [None] * count
+        self._split: dict[int, list[Document]] = {}
         self.totals = totals
         for i in np.nonzero(totals > self.limit)[0]:
             i = int(i)
             where = f"{getattr(store, 'path', 'tokens')}: "
-            self.documents[i] = split_documents(i, rows[starts[i] : starts[i + 1]].tolist(), self.limit, where)
+            self._split[i] = split_documents(i, rows[starts[i] : starts[i + 1]].tolist(), self.limit, where)
         if not count:
             raise InputError("no conversations to train on", file=getattr(store, "path", None))
         if self.masked.all():
-            raise InputError(
-                "--mask-speaker-ids masks every turn", mend="leave at least one speaker to learn from"
-            )
+            raise InputError("--mask-speaker-ids masks every turn", mend="leave at least one speaker to learn from")
         self._plans: dict[int, list[list[list[Document]]]] = {}
 
     # ---------------------------------------------------------------------------------------------------- planning
 
-    def _documents(self, conversation: int) -> list[Document]:
-        known = self.documents[conversation]
-        if known is not None:
-            return known
+    def documents(self, conversation: int) -> list[Document]:
+        """The documents of a conversation: one, unless it is longer than the limit."""
+        if conversation in self._split:
+            return self._split[conversation]
         turns = int(self.first_turn[conversation + 1] - self.first_turn[conversation])
         return [Document(conversation, 0, turns, int(self.totals[conversation]))]
 
@@ -262,7 +260,7 @@ class Packer:
         order, packs, leftover = self.order(epoch), [], []
         window = self.data.pack_window
         for first in range(0, len(order), window):
-            documents = leftover + [d for c in order[first : first + window] for d in self._documents(int(c))]
+            documents = leftover + [d for c in order[first : first + window] for d in self.documents(int(c))]
             for d in documents:
                 if d.rows > pack_rows:
                     raise InputError(
@@ -289,7 +287,10 @@ class Packer:
             return self._epoch_plan(epoch)[index]
         per_step = self.data.batch_size * self.data.gradient_accumulation
         chosen = self.order(epoch)[index * per_step : (index + 1) * per_step]
-        documents = [d for c in chosen for d in self._documents(int(c))]
+        return self.group([d for c in chosen for d in self.documents(int(c))])
+
+    def group(self, documents: list[Document]) -> list[list[Document]]:
+        """Documents into as few packs as best-fit finds."""
         return [[documents[i] for i in g] for g in best_fit([d.rows for d in documents], self.data.pack_rows)]
 
     # ---------------------------------------------------------------------------------------------------- building
@@ -436,7 +437,7 @@ def pack_padded(tokens: Tensor, tokens_mask: Tensor, fraction: float, limit: int
     live = audio | text
     odd = (mask[..., :-1].any(-1) != audio) | (audio & text)
     # One copy to the host serves every check and the layout.
-    lengths, odd_rows, column = torch.stack([live.sum(1), odd.sum(1), live.int().argmax(1)]).cpu()
+    lengths, odd_rows = torch.stack([live.sum(1), odd.sum(1)]).cpu()
     if odd_rows.any():
         raise ValueError("each row must be text (last column) or audio (all other columns), not both and not a part")
     if not lengths.any():
@@ -445,7 +446,7 @@ def pack_padded(tokens: Tensor, tokens_mask: Tensor, fraction: float, limit: int
         raise ValueError(f"a conversation has {int(lengths.max())} rows; the model's context is {limit}")
     device = tokens.device
     batch, where = live.nonzero(as_tuple=True)
-    positions = where - column.to(device)[batch]
+    positions = live.cumsum(1)[batch, where] - 1
     is_audio = audio[batch, where]
     starts = torch.ones_like(is_audio)
     starts[1:] = batch[1:] != batch[:-1]

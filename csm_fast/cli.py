@@ -1,0 +1,121 @@
+"""The commands: thin over the dataclasses. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import __version__
+from .errors import InputError
+
+COMMANDS = {
+    "pretokenize": "recordings with transcripts -> a token store",
+    "train": "fine-tune on a token store (also: csm-fast-train)",
+    "generate": "speech from a model and a text",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``csm-fast COMMAND ...``; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return _run(argv[0], argv[1:])
+    parser = argparse.ArgumentParser(prog="csm-fast", description="Fast fine-tuning of Sesame's CSM.")
+    parser.add_argument("--version", action="version", version=f"csm_fast {__version__}")
+    listing = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
+    parser.usage = "csm-fast COMMAND [options]"
+    parser.epilog = f"commands (csm-fast COMMAND --help tells their options):\n{listing}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if argv and not argv[0].startswith("-"):
+        print(f"error: csm-fast: there is no command {argv[0]}; choose among {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    parser.parse_args(argv)
+    parser.print_help()
+    return 0
+
+
+def train_main() -> int:
+    """Entry point of ``csm-fast-train``."""
+    return _run("train", sys.argv[1:])
+
+
+def _run(command: str, argv: list[str]) -> int:
+    _set_up_logging()
+    # A log line must not depend on whether a model hub library likes to talk.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handlers: dict[str, Callable[[list[str]], Any]] = {
+        "pretokenize": _pretokenize,
+        "train": _train,
+        "generate": _generate,
+    }
+    try:
+        handlers[command](argv)
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _set_up_logging() -> None:
+    logger = logging.getLogger("csm_fast")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
+    from .config_io import Parser, add_flags, from_flags
+
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
+    add_flags(parser, cls)
+    if cls.__name__ == "TrainConfig":
+        # csm-mlx's spelling of --freeze.
+        for part in ("backbone", "decoder"):
+            parser.add_argument(
+                f"--freeze-{part}",
+                dest="freeze",
+                action="append_const",
+                const=part,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+    namespace = parser.parse_args(argv)
+    return from_flags(cls, namespace, namespace.config)
+
+
+def _pretokenize(argv: list[str]) -> None:
+    from .pretokenize import PretokenizeConfig, pretokenize
+
+    pretokenize(_config(PretokenizeConfig, "csm-fast pretokenize", COMMANDS["pretokenize"], argv))
+
+
+def _train(argv: list[str]) -> None:
+    from .config import TrainConfig
+
+    config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
+    importlib.import_module("csm_fast.train").train(config)
+
+
+def _generate(argv: list[str]) -> None:
+    from .config import GenerateConfig
+
+    config = _config(GenerateConfig, "csm-fast generate", COMMANDS["generate"], argv)
+    importlib.import_module("csm_fast.speak").speak(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Dataclasses in, parsers out: YAML files and command-line flags for the configurations of ``config.py``.
+
+Precedence: defaults, then the YAML file, then flags. A flag is the field's name with dashes (underscores work too),
+plus the aliases in the field's metadata. YAML keys are field names or aliases, at the top level or under their
+section's name; unknown and duplicate keys are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from .errors import InputError
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{self.prog}: {message}", mend=f"see {self.prog} --help")
+
+
+# -------------------------------------------------------------------------------------------------------- dataclass
+
+
+def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
+    """(section or None, field, type) for every field of a dataclass, one level of sections deep."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            section_hints = typing.get_type_hints(hints[f.name])
+            for inner in dataclasses.fields(typing.cast(Any, hints[f.name])):
+                yield f.name, inner, section_hints[inner.name]
+        else:
+            yield None, f, hints[f.name]
+
+
+def names(field: dataclasses.Field) -> list[str]:
+    """A field's name and aliases, with underscores."""
+    return [field.name, *(a.replace("-", "_") for a in field.metadata.get("alias", ()))]
+
+
+def build(cls: type[T], values: dict[str, Any]) -> T:
+    """An instance from flat values by field name; dataclass checks run."""
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for section, field, _ in leaves(cls):
+        if field.name in values:
+            (sections.setdefault(section, {}) if section else top)[field.name] = values[field.name]
+    hints = typing.get_type_hints(cls)
+    for section, kwargs in sections.items():
+        top[section] = hints[section](**kwargs)
+    return cls(**top)
+
+
+def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
+    """``value`` as the annotated type, or an ``InputError`` that says what was expected.
+
+    YAML reads ``3e-5`` as text and ``true`` as a bool; both are settled here.
+    """
+
+    def wrong(expected: str) -> InputError:
+        return InputError(f"{where} is {value!r}", file=file, mend=f"give {expected}")
+
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), where, file)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise wrong("one of " + ", ".join(map(str, typing.get_args(hint))))
+        return value
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        inner = typing.get_args(hint)[0]
+        return [coerce(i.strip() if isinstance(i, str) else i, inner, where, file) for i in items if i != ""]
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise wrong("true or false")
+    if hint in (int, float):
+        expected = "an integer" if hint is int else "a number"
+        if isinstance(value, bool):
+            raise wrong(expected)
+        try:
+            number = float(value)
+            if hint is int:
+                number = int(value) if isinstance(value, str | int) else number
+                if number != int(number):
+                    raise ValueError
+                return int(number)
+            return number
+        except (TypeError, ValueError, OverflowError):
+            raise wrong(expected) from None
+    if not isinstance(value, str):
+        raise wrong("text")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- YAML
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML or JSON mapping; duplicate keys and anything but a mapping are refused."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise InputError(
+                    f"the key {key.value} stands twice", file=path, row=key.start_mark.line + 1, mend="keep one"
+                )
+            seen.add(key.value)
+        return dict(loader.construct_pairs(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        with open(Path(path).expanduser(), encoding="utf-8") as f:
+            values = yaml.load(f, Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=path, mend="check the path") from None
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8 text", file=path, mend="give a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        row = mark.line + 1 if mark else None
+        raise InputError(f"is not YAML ({getattr(error, 'problem', None)})", file=path, row=row) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError("holds no mapping of settings", file=path, mend="write lines like learning_rate: 3e-5")
+    return values
+
+
+def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
+    """Flat values by field name from a YAML file, flat or in sections."""
+    known = {alias: (field.name, hint) for _, field, hint in leaves(cls) for alias in names(field)}
+    sections = {section for section, _, _ in leaves(cls) if section}
+    file, flat = str(path), {}
+
+    def take(key: Any, value: Any) -> None:
+        key = str(key).replace("-", "_")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            mend = f"did you mean {close[0]}?" if close else "remove it; csm-fast-train --help lists the settings"
+            raise InputError(f"unknown setting {key}", file=file, mend=mend)
+        name, hint = known[key]
+        if name in flat:
+            raise InputError(f"{name} is set twice", file=file, mend="keep one")
+        flat[name] = coerce(value, hint, name, file)
+
+    for key, value in read_mapping(path).items():
+        if isinstance(value, dict) and str(key) in sections:
+            for inner, inner_value in value.items():
+                take(inner, inner_value)
+        elif value is not None and str(key) in sections and str(key) not in known:
+            raise InputError(f"{key} must be a section of settings", file=file)
+        elif not (value is None and str(key) in sections and str(key) not in known):
+            take(key, value)
+    return flat
+
+
+def dump_yaml(config: Any) -> str:
+    """The resolved configuration, in sections, in a form ``read_yaml`` takes back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One flag per field. Values stay text; ``parse`` coerces them as it does YAML's."""
+    for section, field, hint in leaves(cls):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        spellings = []
+        for name in names(field):
+            dashes = "--" if len(name) > 1 else "-"
+            spellings += dict.fromkeys([dashes + name.replace("_", "-"), dashes + name])
+        text = field.metadata.get("help", "").replace("%", "%%")
+        if default not in (None, False, "") and field.default is not dataclasses.MISSING:
+            text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
+        group = parser
+        if section:
+            title = f"{section} settings"
+            found = [g for g in parser._action_groups if g.title == title]
+            group = typing.cast(Any, found[0] if found else parser.add_argument_group(title))
+        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if hint is bool:
+            positive = [s for s in spellings if s.startswith("--")]
+            group.add_argument(*positive, action="store_true", **kwargs)
+            negatives = ["--no-" + s[2:] for s in positive]
+            group.add_argument(*negatives, action="store_false", **{**kwargs, "help": argparse.SUPPRESS})
+        elif typing.get_origin(hint) is list:
+            group.add_argument(*dict.fromkeys(spellings), nargs="+", action="extend", metavar="X", **kwargs)
+        elif typing.get_origin(hint) is Literal:
+            group.add_argument(*dict.fromkeys(spellings), metavar="|".join(typing.get_args(hint)), **kwargs)
+        else:
+            shown = field.metadata.get("metavar") or ("N" if hint in (int, float) else "X")
+            group.add_argument(*dict.fromkeys(spellings), metavar=shown, required=required, **kwargs)
+
+
+def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | None = None) -> T:
+    """The configuration from parsed flags over an optional YAML file."""
+    values = read_yaml(config_file, cls) if config_file else {}
+    given = vars(namespace)
+    for _, field, hint in leaves(cls):
+        if field.name in given:
+            flag = "--" + field.name.replace("_", "-")
+            values[field.name] = coerce(given[field.name], hint, flag)
+    return build(cls, values)

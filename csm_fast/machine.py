@@ -1,0 +1,46 @@
+"""What this machine is and what it does well: device, precision, memory."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from .errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--device {name} is not there ({str(error).splitlines()[0]})", mend="use auto or cpu"
+        ) from None
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """bf16 where the machine multiplies it fast; fp32 otherwise."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return "bf16" if any(getattr(torch.cpu, p, bool)() for p in probes) else "fp32"
+    return "fp32"
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak device memory; on a CPU the process's peak resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30

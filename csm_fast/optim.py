@@ -1,0 +1,67 @@
+"""Parameter groups, the optimizer, and learning-rate schedules as pure functions of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .config import OptimizerSection
+from .errors import InputError
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices decay; norms and embedding tables do not.
+
+    Each group also lists its parameters' ``names``, the keys of saved optimizer state.
+    """
+    decay: dict = {"params": [], "names": [], "weight_decay": weight_decay}
+    plain: dict = {"params": [], "names": [], "weight_decay": 0.0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = plain if parameter.dim() < 2 or "embeddings" in name else decay
+            group["params"].append(parameter)
+            group["names"].append(name)
+    groups = [g for g in (decay, plain) if g["params"]]
+    if not groups:
+        raise InputError("--freeze leaves nothing to train", mend="freeze fewer parts")
+    return groups
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
+    """Fused AdamW. Its ``found_inf`` attribute skips an update on the device, without asking the host."""
+    return torch.optim.AdamW(
+        parameter_groups(model, section.weight_decay),
+        lr=section.learning_rate,
+        betas=(section.beta1, section.beta2),
+        eps=section.adam_eps,
+        fused=True,
+    )
+
+
+def warmup_steps(section: OptimizerSection, total_steps: int) -> int:
+    """Warmup in optimizer steps, from steps or a ratio (default 0.05), at most the whole run."""
+    if section.warmup_steps is not None:
+        return min(section.warmup_steps, total_steps)
+    ratio = 0.05 if section.warmup_ratio is None else section.warmup_ratio
+    return min(total_steps, math.ceil(ratio * total_steps))
+
+
+def learning_rate(section: OptimizerSection, step: int, total_steps: int) -> float:
+    """Learning rate of the update number ``step`` (from 0) of ``total_steps``.
+
+    Linear warmup reaches the peak at its last step (its first step is not 0); then linear to 0, a half cosine to 0,
+    exponential to a tenth, or constant.
+    """
+    warmup = warmup_steps(section, total_steps)
+    if step < warmup:
+        return section.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    factor = {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "exponential": 0.1**progress,
+        "constant": 1.0,
+    }[section.lr_decay]
+    return section.learning_rate * max(0.0, factor)

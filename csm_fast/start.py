@@ -1,0 +1,112 @@
+"""Where a run starts: the model, the data, and whether they belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import read_record
+from .config import NAMED_SHAPES, CSMConfig, TrainConfig
+from .config_io import read_mapping
+from .convert import load_model
+from .errors import InputError
+from .model import CSM, vocabulary
+from .token_store import TokenStore, check_compatible, open_split
+
+
+def starting_model(config: TrainConfig) -> CSM:
+    """The model that ``config.model`` asks for."""
+    name = config.model.model
+    if not config.model.from_scratch:
+        if name in NAMED_SHAPES and not Path(name).exists():
+            raise InputError(
+                f"--model {name} is a shape, not a trained model", mend="add --from-scratch to start at random"
+            )
+        return load_model(name)
+    if name in NAMED_SHAPES:
+        shape = NAMED_SHAPES[name]()
+    elif name == "sesame/csm-1b":
+        shape = CSMConfig.csm_1b()
+    elif name.endswith((".yaml", ".yml", ".json")):
+        shape = CSMConfig.from_dict(read_mapping(name), file=name)
+    else:
+        raise InputError(
+            f"--from-scratch needs a shape, {name} is none",
+            mend="use --model " + ", ".join(NAMED_SHAPES) + " or a YAML file of a CSMConfig",
+        )
+    return CSM(shape).init_weights(config.data.seed)
+
+
+def open_optional_split(data: str, split: str) -> TokenStore | None:
+    return open_split(data, split) if (Path(data).expanduser() / split).exists() else None
+
+
+def check_data(model: CSM, stores: list[TokenStore], config: TrainConfig, resumed: Path | None) -> dict[str, Any]:
+    """Refuse, by name, data made with another codec or tokenizer than the model's.
+
+    Returns:
+        The record of codec and tokenizer that the model's checkpoints will carry.
+    """
+    num_codebooks, vocab = vocabulary(model)
+    known = {}
+    if resumed or not config.model.from_scratch:
+        known = read_record(str(resumed or config.model.model))
+    for store in stores:
+        check_compatible(
+            store,
+            codec_fingerprint=known.get("codec", {}).get("fingerprint"),
+            text_fingerprint=known.get("text_tokenizer", {}).get("fingerprint"),
+            num_codebooks=num_codebooks,
+            text_vocab_size=model.text_embeddings.num_embeddings,
+        )
+        if store.codebook_size > vocab:
+            raise InputError(
+                f"has codes up to {store.codebook_size - 1}; the model's audio vocabulary ends at {vocab - 1}",
+                file=store.path,
+                mend="use a model of the codec's size",
+            )
+        # Weights that say nothing of their codec are Sesame's or made from them, and speak Mimi.
+        offline = store.codec.get("kind") == "offline"
+        if offline and not known and not config.model.from_scratch and vocab == 2051:
+            raise InputError(
+                f"was made with the {store.codec['name']}; {config.model.model} speaks kyutai/mimi",
+                file=store.path,
+                mend="run csm-fast pretokenize --codec transformers, or train --from-scratch",
+            )
+    if len(stores) == 2 and stores[0].codec["fingerprint"] != stores[1].codec["fingerprint"]:
+        raise InputError(
+            "train and val were made with different codecs",
+            file=config.data.data,
+            mend="run csm-fast pretokenize again",
+        )
+    return {"codec": stores[0].codec, "text_tokenizer": stores[0].text_tokenizer}
+
+
+# What decides which frames step N sees. A run continued under another value would be neither run.
+POSITIONAL = ("batch_size", "batch_rows", "gradient_accumulation", "pack_window", "mask_speaker_ids", "seed")
+
+
+def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
+    """What the position (epoch, index) of a run refers to: the data and how it is dealt out."""
+    data = dataclasses.asdict(config.data)
+    shards = json.dumps(store.manifest["shards"], sort_keys=True).encode()
+    identity = {key: data[key] for key in POSITIONAL}
+    if config.data.batch_rows is not None:
+        identity["pack_rows"] = config.data.pack_rows
+    return {**identity, "tokens": hashlib.sha256(shards).hexdigest()[:16]}
+
+
+def check_position(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a run on other data or another order."""
+    for key, value in now.items():
+        if key in saved and saved[key] != value:
+            was, name = saved[key], "the token store" if key == "tokens" else key
+            raise InputError(
+                f"the run was made with {name} {was}, now it is {value}",
+                file=checkpoint,
+                mend="continue with the same, or start a new run with --output-dir "
+                "(and --model pointing here to build on it)",
+            )

@@ -1,0 +1,367 @@
+"""The training loop: set-up, then steps. It takes a loss function and names no method."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint as ckpt
+from .config import TrainConfig
+from .config_io import dump_yaml
+from .console import StepProgress, StopSignals
+from .convert import load_model
+from .errors import InputError
+from .evaluate import Validator, unigram_entropy
+from .loss import coefficients, packed_loss
+from .machine import memory_gib, resolve_device, resolve_precision
+from .model import CSM, stack_limit, vocabulary
+from .monitor import METRICS, Window, read_metrics, validation_line
+from .optim import learning_rate, make_optimizer
+from .packing import FRAMES, Packer, StepBatch, prefetch
+from .report import summarize
+from .start import check_data, check_position, open_optional_split, position_identity, starting_model
+from .token_store import open_split
+
+log = logging.getLogger("csm_fast")
+
+LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+
+
+def train(config: TrainConfig, *, model: CSM | None = None, loss_function: LossFunction | None = None) -> dict:
+    """Fine-tune as ``config`` says, or continue the run that ``config.run.output_dir`` holds.
+
+    Args:
+        config: everything the run depends on; written resolved into the run directory.
+        model: start from this model instead of ``config.model.model`` (ignored when a run is continued).
+        loss_function: (model, pack) -> (loss, per-codebook [K]); the amortized loss of ``config.loss`` by default.
+
+    Returns:
+        The summary that ends the run (also in ``summary.json``): steps, losses before and after, paths.
+
+    Raises:
+        InputError: anything the user can mend.
+    """
+    return Trainer(config, model, loss_function).run()
+
+
+class Trainer:
+    """One run. ``__init__`` is the set-up, ``run`` the loop, the rest what a step is made of."""
+
+    def __init__(self, config: TrainConfig, model: CSM | None = None, loss_function: LossFunction | None = None):
+        self.config = config
+        self.run_dir = Path(config.run.output_dir).expanduser()
+        # 1. Machine.
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.device = resolve_device(config.run.device)
+        self.precision = resolve_precision(config.model.precision, self.device)
+        # 2. Data.
+        self.store = open_split(config.data.data, "train")
+        self.val_store = open_optional_split(config.data.data, "val")
+        # 3. Where to start: an interrupted run, or the model that was asked for.
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ckpt.disk_error(error, self.run_dir, "the run directory could not be made") from None
+        found = ckpt.checkpoints(self.run_dir)
+        if found and not config.run.resume:
+            raise InputError(
+                f"holds a run already ({found[-1].name})",
+                file=self.run_dir,
+                mend="choose another --output-dir, or leave out --no-resume to continue it",
+            )
+        self.state: dict[str, Any] = {"step": 0, "epoch": 0, "index": 0, "best_val_loss": None, "best_step": None}
+        self.resumed = found[-1] if found else None
+        if self.resumed:
+            self.state = {k: v for k, v in (ckpt.complete(self.resumed) or {}).items() if k not in ("format", "files")}
+            self.model = load_model(str(self.resumed))
+        else:
+            self.model = model if model is not None else starting_model(config)
+        stores = [store for store in (self.store, self.val_store) if store is not None]
+        self.record = check_data(self.model, stores, config, self.resumed)
+        identity = position_identity(config, self.store)
+        if self.resumed:
+            check_position(self.state.get("data", {}), identity, self.resumed)
+        self.state["data"] = identity
+        for part in config.model.freeze:
+            getattr(self.model, part).requires_grad_(False)
+        self.model.activation_checkpointing = config.model.activation_checkpointing
+        self.model.to(self.device).train()
+        # 4. Optimizer, loss, packs.
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        if self.resumed:
+            ckpt.load_optimizer(self.optimizer, self.resumed)
+        self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        a, b = coefficients(config.loss, vocabulary(self.model)[0])
+        self.loss_function = loss_function or partial(packed_loss, a=a, b=b)
+        limit = stack_limit(self.model.backbone)
+        self.packer = Packer(self.store, config.data, config.loss, pad=self.device.type == "cuda", limit=limit)
+        self.total_steps = self._count_steps()
+        self.validator = None
+        if self.val_store is not None:
+            self.validator = Validator(self.val_store, config.data, config.loss, config.run.val_fraction_frames)
+        self.sampler: Any = None
+        if config.run.gen_every:
+            from .generate import Sampler
+
+            self.sampler = Sampler(self.model, config, self.run_dir / "samples", self.store)
+        # 5. What accumulates on the device until it is logged.
+        self.window = Window(vocabulary(self.model)[0], self.device)
+        self.stopping: str | None = None
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def _count_steps(self) -> int:
+        run = self.config.run
+        total = 0
+        for epoch in range(run.n_epochs):
+            total += self.packer.steps_in_epoch(epoch)
+            if run.max_steps is not None and total >= run.max_steps:
+                return run.max_steps
+        return total
+
+    def _steps(self) -> Iterator[StepBatch]:
+        """The optimizer steps from the current position on."""
+        epoch, index, step = self.state["epoch"], self.state["index"], self.state["step"]
+        while step < self.total_steps:
+            if self.config.run.overfit_one_batch:
+                plan = self.packer.plan(0, 0)
+                yield self.packer.build(plan, epoch, index, (FRAMES, epoch, index))
+            else:
+                yield self.packer.step(epoch, index)
+            epoch, index = self._next(epoch, index)
+            step += 1
+
+    def _next(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.packer.steps_in_epoch(epoch) else (epoch + 1, 0)
+
+    def autocast(self) -> Any:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    # --------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> dict:
+        """All remaining steps. Ctrl-C finishes the current one, saves, and says how to continue."""
+        run = self.config.run
+        self._open_run()
+        self._announce()
+        if self.state["step"] == 0:
+            self._record(None, self._validate())
+        batches = prefetch(self._steps())
+        progress = StepProgress(self.total_steps, self.state["step"])
+        with progress, StopSignals(self):
+            for batch in batches:
+                loss, per_codebook = self._step(batch)
+                self.window.add(self.state["step"], loss, per_codebook, self.grad_norm, self.bad, batch)
+                step = self.state["step"]
+                finished = step == self.total_steps
+                last = finished or self.stopping is not None
+                metrics = validation = None
+                if step % run.log_every == 0 or last:
+                    metrics = self._log(progress)
+                if finished or (run.val_every and step % run.val_every == 0 and not last):
+                    validation = self._validate()
+                    if validation:
+                        progress.write(validation_line(step, validation))
+                improved = self._is_best(validation)
+                if last or improved or (run.save_every and step % run.save_every == 0):
+                    self._save(progress, validation if improved else None)
+                self._record(metrics, validation)
+                if self.sampler and step % run.gen_every == 0:
+                    self.window.pause(self.sampler(step, progress.write))
+                progress.update()
+                if last:
+                    break
+        batches.close()
+        return summarize(self)
+
+    def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Nothing here asks the device for a value."""
+        loss: Any = 0.0
+        per_codebook: Any = 0.0
+        for pack in batch.packs:
+            pack = pack.to(self.device)
+            with self.autocast():
+                part, parts = self.loss_function(self.model, pack)
+            part.backward()
+            loss = loss + part.detach()
+            per_codebook = per_codebook + parts
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.config.optimizer.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.max_grad_norm, norm)
+        self.bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        # Fused AdamW leaves parameters, moments and its step count alone where this flag is 1.
+        self.optimizer.found_inf = self.bad.float()  # type: ignore[attr-defined]
+        lr = learning_rate(self.config.optimizer, self.state["step"], self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.state["step"] == 0:
+            self._warn_without_gradient()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.grad_norm, self.lr = norm, lr
+        epoch, index = self._next(batch.epoch, batch.index)
+        self.state.update(step=self.state["step"] + 1, epoch=epoch, index=index)
+        return loss, per_codebook
+
+    # ------------------------------------------------------------------------------------------------- what is due
+
+    def _epochs(self) -> float:
+        """Passes over the data so far."""
+        epoch, index = self.state["epoch"], self.state["index"]
+        return epoch + index / self.packer.steps_in_epoch(epoch)
+
+    def _log(self, progress: StepProgress) -> dict[str, Any]:
+        """Read the window: the only place where a quiet run waits for the device."""
+        metrics = self.window.read()
+        self._report_bad_steps(progress)
+        progress.status(
+            self.state["step"],
+            f"loss {metrics['train_loss']:.3f}  c0 {metrics['c0_loss']:.3f}  decoder {metrics['decoder_loss']:.3f}  "
+            f"lr {self.lr:.2e}  |g| {metrics['grad_norm']:.2f}  {metrics['audio_s_per_s']:.0f} audio s/s",
+        )
+        return {**metrics, "lr": self.lr, "memory_gib": memory_gib(self.device)}
+
+    def _report_bad_steps(self, progress: StepProgress) -> bool:
+        """Say which updates were skipped for a non-finite loss or gradient, and lower the flag."""
+        count, first = self.window.take_bad()
+        if not count:
+            return False
+        good = ckpt.checkpoints(self.run_dir)
+        sources = ", ".join(self._sources(first))
+        message = (
+            f"step {first}: the loss or a gradient was not finite; the update was skipped"
+            + (f" ({count} such updates since the last report)" if count > 1 else "")
+            + f". Data: {sources}. Last good checkpoint: {good[-1].name if good else 'none yet'}."
+        )
+        progress.write("warning: " + message)
+        if count >= max(10, self.window.last_count):
+            raise InputError(
+                f"the last {count} updates were all skipped: {message}",
+                mend="lower --learning-rate, look at that data, or use --precision fp32; the same command continues "
+                "from the last good checkpoint",
+            )
+        return True
+
+    def _sources(self, step: int) -> list[str]:
+        """Rows of the metadata that a past step read: the plan is a pure function, so it can be asked again."""
+        epoch, index = 0, step - 1
+        while index >= self.packer.steps_in_epoch(epoch):
+            index -= self.packer.steps_in_epoch(epoch)
+            epoch += 1
+        plan = self.packer.plan(0, 0) if self.config.run.overfit_one_batch else self.packer.plan(epoch, index)
+        rows = sorted({t.source_index + 1 for p in plan for d in p for t in self.store.conversation(d.conversation)})
+        return [f"turn {r}" for r in rows[:8]] + (["..."] if len(rows) > 8 else [])
+
+    def _validate(self) -> dict[str, Any] | None:
+        if self.validator is None:
+            return None
+        started = time.monotonic()
+        result = self.validator(self.model, self.device, self.autocast)
+        self.window.pause(time.monotonic() - started)
+        return {
+            "val_loss": result["val_loss"],
+            "val_c0_loss": result["c0_loss"],
+            "val_decoder_loss": result["decoder_loss"],
+            "val_per_codebook": [round(x, 5) for x in result["per_codebook"]],
+            **{k: result[k] for k in ("eos_p_end", "eos_p_end_c0", "false_eos_rate")},
+        }
+
+    def _is_best(self, validation: dict[str, Any] | None) -> bool:
+        best = self.state["best_val_loss"]
+        return validation is not None and (best is None or validation["val_loss"] < best)
+
+    def _save(self, progress: StepProgress, best: dict[str, Any] | None) -> None:
+        """A checkpoint of this step; ``best`` is its validation where that is the best so far."""
+        started = time.monotonic()
+        if self._report_bad_steps(progress):
+            progress.write("warning: nothing was saved at this step.")
+            return
+        if best:
+            self.state.update(best_val_loss=best["val_loss"], best_step=self.state["step"])
+        ckpt.save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, dump_yaml(self.config), self.record)
+        self._link_best()
+        best_step = self.state["best_step"]
+        ckpt.prune(self.run_dir, self.config.run.keep, best_step and ckpt.directory_name(best_step))
+        self.window.pause(time.monotonic() - started)
+
+    def _link_best(self) -> None:
+        """``best`` follows the best validation; without a validation split, the last checkpoint."""
+        step = self.state["best_step"] or self.state["step"]
+        if (self.run_dir / ckpt.directory_name(step)).is_dir():
+            ckpt.link(self.run_dir, "best", ckpt.directory_name(step))
+
+    def _warn_without_gradient(self) -> None:
+        names = [n for g in self.optimizer.param_groups for n in g["names"]]
+        for name, parameter in zip(names, self.parameters, strict=True):
+            if parameter.grad is None:
+                log.warning("warning: %s is trainable but got no gradient in the first step", name)
+
+    # --------------------------------------------------------------------------------------------------- the words
+
+    def _announce(self) -> None:
+        config = self.config
+        trained = sum(p.numel() for p in self.parameters)
+        every = sum(p.numel() for p in self.model.parameters())
+        start = f"continuing {self.resumed.name}" if self.resumed else f"from {config.model.model}"
+        if config.model.from_scratch and not self.resumed:
+            start = f"{config.model.model} from random weights"
+        steps = self.packer.steps_in_epoch(0)
+        per_step = (
+            f"{config.data.batch_rows:,} rows"
+            if config.data.batch_rows
+            else f"{config.data.batch_size * config.data.gradient_accumulation} conversations"
+        )
+        log.info("Model     %s: %s of %s parameters trained, %s", start, f"{trained:,}", f"{every:,}", self.precision)
+        log.info(
+            "Data      %s: %s conversations, %.2f h; %s",
+            config.data.data,
+            f"{self.store.num_conversations:,}",
+            self.store.num_frames * 0.08 / 3600,
+            self.store.codec["name"],
+        )
+        log.info("Steps     %d per epoch of %s, %d in all, on %s", steps, per_step, self.total_steps, self.device)
+        log.info("Output    %s", self.run_dir)
+        if self.validator is None:
+            log.info("There is no validation split: best follows the last checkpoint.")
+        self.uniform = math.log(vocabulary(self.model)[1])
+        self.entropy = unigram_entropy(self.store)
+
+    def _record(self, metrics: dict[str, Any] | None, validation: dict[str, Any] | None) -> None:
+        """One line of metrics.jsonl, where there is something to say."""
+        if not metrics and not validation:
+            return
+        row = {**dict.fromkeys(METRICS), "step": self.state["step"], "epoch": round(self._epochs(), 4)}
+        row.update(metrics or {})
+        row.update(validation or {})
+        try:
+            with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise ckpt.disk_error(error, self.run_dir, "metrics.jsonl could not be written") from None
+
+    def _open_run(self) -> None:
+        """Settle the run directory: what a crash left is removed, metrics after the checkpoint come again."""
+        try:
+            ckpt.clean(self.run_dir)
+            ckpt.write_text(self.run_dir / "config.yaml", dump_yaml(self.config))
+            path = self.run_dir / "metrics.jsonl"
+            rows = [r for r in read_metrics(path) if self.resumed and r["step"] <= self.state["step"]]
+            ckpt.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
+            if self.resumed:
+                ckpt.link(self.run_dir, "last", self.resumed.name)
+                self._link_best()
+        except OSError as error:
+            raise ckpt.disk_error(error, self.run_dir, "the run could not be started") from None
