@@ -1,0 +1,63 @@
+# make setup   a .venv with everything
+# make demo    recordings -> tokens -> a trained model -> a sample, on real speech
+# make test    the tests
+# make check   formatting, lint, types
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On Linux the default index serves CUDA builds, which run on a CPU too but are large. TORCH_INDEX takes the address
+# of PyTorch's CPU wheels (pytorch.org tells it) instead.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+DATA ?=
+CODEC ?= offline
+DEMO := demo
+
+.PHONY: setup demo test check clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; install Python 3.10 to 3.13, or say make setup PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: this is Python {v[0]}.{v[1]}; csm_fast needs 3.10 to 3.13: make setup PYTHON=python3.12")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: Python's venv module is missing; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 2; }
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo "error: no C compiler; install one (Debian, Ubuntu: apt-get install build-essential)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) -e '.[dev]'
+	# Meta's package carries the Llama-3 tokenizer; its other requirements are not needed for that.
+	$(PIP) --no-deps llama-models
+	# moshi pins older versions of torch and others than it needs for Mimi.
+	$(PIP) --no-deps moshi==0.2.13
+	$(PIP) einops sphn sentencepiece sounddevice==0.5 aiohttp
+	@touch $@
+
+# The main job, each step a command that works on your own data too. DATA=metadata.json takes the place of the
+# recordings; CODEC=transformers uses kyutai/mimi where the hub can be reached.
+demo: setup
+	$(if $(DATA),,$(BIN)/python -m csm_fast.demo_data $(DEMO)/speech)
+	$(BIN)/csm-fast pretokenize --train-data $(or $(DATA),$(DEMO)/speech/metadata.json) --val-fraction 0.1 \
+		--codec $(CODEC) --output $(DEMO)/tokens
+	$(BIN)/csm-fast-train --config configs/demo.yaml --data $(DEMO)/tokens --output-dir $(DEMO)/run
+	$(BIN)/csm-fast generate --model $(DEMO)/run/best --text "Please try again later." --codec $(CODEC) --out $(DEMO)/sample.wav
+	@echo
+	@echo "report of the data   $(DEMO)/tokens/report.json"
+	@echo "tuned model          $(DEMO)/run/best (model.safetensors, config.json)"
+	@echo "metrics and plot     $(DEMO)/run/metrics.jsonl, $(DEMO)/run/loss.png"
+	@echo "sample               $(DEMO)/sample.wav"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(DEMO) build dist *.egg-info

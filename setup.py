@@ -1,0 +1,55 @@
+"""Package description of csm_fast. Tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "csm_fast" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="csm_fast",
+    version=VERSION,
+    description="Fast fine-tuning of Sesame's CSM (Conversational Speech Model)",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["csm_fast", "csm_kernels"],
+    # No top-level package named `kernels`: it would shadow Hugging Face's.
+    package_dir={"csm_fast": "csm_fast", "csm_kernels": "kernels/csm_kernels"},
+    package_data={"csm_fast": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "safetensors>=0.4.5",
+        "huggingface_hub>=0.30",
+        "transformers>=4.52.1",  # Mimi; CSM, the oracle of the tests, since 4.52
+        "tokenizers>=0.21",
+        "tiktoken>=0.7",
+        "soundfile>=0.12",
+        "soxr>=0.5",
+        "pyarrow>=15",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "gpu": ["liger-kernel>=0.6", "torchaudio>=2.11"],
+        "flash": ["flash-attn>=2.8"],  # a source build: alone, so that it breaks nothing
+        "qlora": ["bitsandbytes>=0.48", "peft>=0.17"],
+        "dev": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+    },
+    entry_points={
+        "console_scripts": [
+            "csm-fast = csm_fast.cli:main",
+            "csm-fast-train = csm_fast.cli:train_main",
+        ]
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+    ],
+)
