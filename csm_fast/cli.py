@@ -79,7 +79,7 @@ def _set_up_logging() -> None:
 def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
     from .config_io import Parser, add_flags, from_flags
 
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, usage=f"{prog} [--config FILE] [options]")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
     add_flags(parser, cls)
     if cls.__name__ == "TrainConfig":

@@ -26,7 +26,13 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise InputError(f"{self.prog}: {message}", mend=f"see {self.prog} --help")
+        mend = f"see {self.prog} --help"
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if unknown and message != unknown[0] and unknown[0].startswith("-"):
+            flag = unknown[0].split("=")[0].replace("_", "-")
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            mend = f"did you mean {close[0]}?" if close else mend
+        raise InputError(f"{self.prog}: {message}", mend=mend)
 
 
 # -------------------------------------------------------------------------------------------------------- dataclass
@@ -191,32 +197,46 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     """One flag per field. Values stay text; ``parse`` coerces them as it does YAML's."""
     for section, field, hint in leaves(cls):
         default = field.default if field.default is not dataclasses.MISSING else None
-        spellings = []
-        for name in names(field):
-            dashes = "--" if len(name) > 1 else "-"
-            spellings += dict.fromkeys([dashes + name.replace("_", "-"), dashes + name])
-        text = field.metadata.get("help", "").replace("%", "%%")
-        if default not in (None, False, "") and field.default is not dataclasses.MISSING:
-            text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
-        group = parser
+        group: Any = parser
         if section:
             title = f"{section} settings"
             found = [g for g in parser._action_groups if g.title == title]
-            group = typing.cast(Any, found[0] if found else parser.add_argument_group(title))
-        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+            group = found[0] if found else parser.add_argument_group(title)
+        text = field.metadata.get("help", "").replace("%", "%%")
+        if default not in (None, False, ""):
+            text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
+        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if hint is bool:
-            positive = [s for s in spellings if s.startswith("--")]
-            group.add_argument(*positive, action="store_true", **kwargs)
-            negatives = ["--no-" + s[2:] for s in positive]
-            group.add_argument(*negatives, action="store_false", **{**kwargs, "help": argparse.SUPPRESS})
+            kwargs["action"] = "store_true"
         elif typing.get_origin(hint) is list:
-            group.add_argument(*dict.fromkeys(spellings), nargs="+", action="extend", metavar="X", **kwargs)
+            kwargs.update(nargs="+", action="extend", metavar="X")
         elif typing.get_origin(hint) is Literal:
-            group.add_argument(*dict.fromkeys(spellings), metavar="|".join(typing.get_args(hint)), **kwargs)
+            kwargs["metavar"] = "|".join(typing.get_args(hint))
         else:
-            shown = field.metadata.get("metavar") or ("N" if hint in (int, float) else "X")
-            group.add_argument(*dict.fromkeys(spellings), metavar=shown, required=required, **kwargs)
+            numeric = {int, float} & {hint, *typing.get_args(hint)}
+            kwargs["metavar"] = field.metadata.get("metavar") or ("N" if numeric else "X")
+        shown, *hidden = _spellings(field)
+        short = [s for s in hidden if not s.startswith("--")]
+        group.add_argument(*short, shown, help=text, **kwargs, **({"required": True} if required else {}))
+        hidden = [s for s in hidden if s.startswith("--")]
+        if hint is bool:
+            negative = {**kwargs, "action": "store_false"}
+            first = "--no-" + shown.removeprefix("--")
+            group.add_argument(first, help="(it is on by default)" if default else argparse.SUPPRESS, **negative)
+            if hidden:
+                group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)
+        if hidden and not required:
+            group.add_argument(*hidden, help=argparse.SUPPRESS, **kwargs)
+
+
+def _spellings(field: dataclasses.Field) -> list[str]:
+    """The flag shown in the help, then what is taken as well: underscores and aliases."""
+    found = []
+    for name in names(field):
+        dashes = "--" if len(name) > 1 else "-"
+        found += [dashes + name.replace("_", "-"), dashes + name]
+    return list(dict.fromkeys(found))
 
 
 def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | None = None) -> T:

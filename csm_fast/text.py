@@ -36,7 +36,7 @@ _PROBE = (
 )
 _PROBE_TIMEOUT_S = 6.0
 _WAYS_OUT = (
-    "give --text-tokenizer FILE (a tokenizer.json or tokenizer.model of Llama-3), or pip install llama-models, "
+    "give --tokenizer FILE (a tokenizer.json or tokenizer.model of Llama-3), or pip install llama-models, "
     "or connect to the hub with access to sesame/csm-1b"
 )
 

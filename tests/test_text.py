@@ -153,7 +153,7 @@ def test_other_models_are_refused(tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    assert f"{tmp_path}: holds no tokenizer.json and no tokenizer.model; give --text-tokenizer" in message(tmp_path)
+    assert f"{tmp_path}: holds no tokenizer.json and no tokenizer.model; give --tokenizer" in message(tmp_path)
     assert "no such text tokenizer" in message(tmp_path / "tokenizer.json")
     assert "no such text tokenizer" in message("models/tokenizer.json")
     (tmp_path / "a.bin").write_bytes(b"x")
