@@ -172,7 +172,9 @@ class DataSection:
     data: str = option("tokens", "directory written by csm-fast pretokenize (holds train/ and perhaps val/)")
     batch_size: int = option(8, "conversations per optimizer step (times gradient_accumulation)")
     batch_rows: int | None = option(None, "rows per optimizer step instead of batch_size")
-    pack_rows: int = option(4096, "most rows in one pack, the unit that is on the device at once")
+    pack_rows: int = option(
+        4096, "most rows in one pack, the unit on the device at once; longer conversations are split at turn ends"
+    )
     gradient_accumulation: int = option(
         1,
         "multiplies batch_size; packs already bound the memory, so this is only for those who count this way",
