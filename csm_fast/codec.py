@@ -1,0 +1,368 @@
+"""Audio to codes and back: Mimi through transformers or moshi, and the offline codec, behind one small interface."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from csm_fast.codec_weights import (
+    MIMI_HUB,
+    architecture,
+    codebooks,
+    find_weights,
+    hub_file,
+    needs,
+    read_weights,
+    to_module,
+)
+from csm_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+KINDS = ("auto", "transformers", "moshi", "offline")
+SAMPLE_RATE = 24000
+SAMPLES_PER_FRAME = 1920
+OFFLINE_NAME = "offline codec (Mimi's architecture narrowed, seeded random weights; its audio is not intelligible)"
+# What is coded at once: 2 minutes, some 4 GB of activations in Mimi's first layers. A longer clip is coded in pieces,
+# each after enough of what came before it to come out the same; the first is whole, the others advance by this or more.
+_WHOLE_FRAMES, _STEP_FRAMES = 1500, 500
+_LEFT_FRAMES = 16  # beyond the attention's reach: several times what Mimi's convolutions see (under 4 frames)
+
+logger = logging.getLogger("csm_fast")
+
+
+class Codec:
+    """One loaded codec. Made by `load_codec`; subclasses run a model on a batch, everything else is here.
+
+    Attributes:
+        kind: "transformers", "moshi" or "offline": what runs it.
+        name: what manifests and printouts say.
+        fingerprint: sha256 of the codebooks in use ([V, D] little-endian float32 tables, level after level), the same
+            for the same weights whatever runs them: two codecs are the same when their fingerprints are.
+        sample_rate, samples_per_frame, num_codebooks, codebook_size: 24000, 1920, K and V.
+        marked_frames: frames so far whose codes came out all zero, and were given a 1 as their last code.
+    """
+
+    kind: str
+    name: str
+    fingerprint: str
+    sample_rate = SAMPLE_RATE
+    samples_per_frame = SAMPLES_PER_FRAME
+    num_codebooks: int = 32
+    codebook_size: int = 2048
+
+    def __init__(self, model: torch.nn.Module, *, name: str, fingerprint: str, num_codebooks: int, reach: int):
+        self.model: Any = model.eval().requires_grad_(False)
+        self.name, self.fingerprint, self.num_codebooks = name, fingerprint, num_codebooks
+        self.device = "cpu"
+        self.marked_frames = 0
+        self._reach = reach + _LEFT_FRAMES  # frames before a frame that its codes depend on
+
+    def identity(self) -> dict[str, Any]:
+        """What a token store's manifest records about the codec, ready for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "sample_rate": self.sample_rate,
+            "num_codebooks": self.num_codebooks,
+            "codebook_size": self.codebook_size,
+        }
+
+    def matches(self, identity: Mapping[str, Any]) -> bool:
+        """Whether codes recorded under ``identity`` are this codec's: equal fingerprints, whatever ran the model."""
+        return identity.get("fingerprint") == self.fingerprint
+
+    def to(self, device: str | torch.device) -> Codec:
+        """Moves the model to a device and returns the codec."""
+        self.model.to(device)
+        self.device = str(device)
+        return self
+
+    def encode(self, waves: Sequence[np.ndarray | torch.Tensor]) -> list[np.ndarray]:
+        """Codes of recordings, in their order.
+
+        Args:
+            waves: each float [samples], mono, 24 kHz.
+
+        Returns:
+            Each uint16 [ceil(samples / 1920), K]; the last frame is completed with silence. No frame is all zeros, for
+            that is CSM's end-of-speech mark. Always computed in float32 (no TF32), so that batches, devices and
+            implementations differ in near ties only.
+
+        Raises:
+            InputError: a wave of another shape, or holding NaN or infinity.
+        """
+        import numpy as np
+        import torch
+
+        results: list[np.ndarray] = [np.zeros((0, self.num_codebooks), np.uint16) for _ in waves]
+        padded: list[torch.Tensor] = []
+        for index, wave in enumerate(waves):
+            wave = torch.as_tensor(wave).detach().to("cpu", torch.float32)
+            if wave.dim() != 1:
+                raise InputError(
+                    f"wave {index} has shape {list(wave.shape)}, not [samples]", mend="mix it to one channel first"
+                )
+            if not bool(torch.isfinite(wave).all()):
+                raise InputError(f"wave {index} holds NaN or infinite samples", mend="repair or skip the recording")
+            padded.append(torch.nn.functional.pad(wave, (0, -len(wave) % SAMPLES_PER_FRAME)))
+        frames = [len(wave) // SAMPLES_PER_FRAME for wave in padded]
+        with torch.inference_mode(), _full_float32():
+            for group in self._groups(frames):
+                longest = max(frames[index] for index in group)
+                batch = torch.zeros(len(group), 1, longest * SAMPLES_PER_FRAME)
+                for row, index in enumerate(group):
+                    batch[row, 0, : len(padded[index])] = padded[index]
+                pieces = []
+                for left, start, stop in self._pieces(longest):
+                    piece = batch[..., left * SAMPLES_PER_FRAME : stop * SAMPLES_PER_FRAME].to(self.device)
+                    pieces.append(self._encode(piece)[..., start - left :].cpu())
+                codes = torch.cat(pieces, dim=-1).transpose(1, 2).numpy().astype(np.uint16)  # [B, frames, K]
+                for row, index in enumerate(group):
+                    # Causal: what was added on the right of a shorter clip changes none of its own frames.
+                    results[index] = self._mark(codes[row, : frames[index]].copy())
+        return results
+
+    def decode(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
+        """Audio of codes: integers [frames, K or fewer] -> float32 [frames * 1920] at 24 kHz.
+
+        Raises InputError for another shape or codes outside 0..V-1 (a CSM head has 3 ids more than Mimi has codes).
+        """
+        import numpy as np
+        import torch
+
+        array = np.asarray(codes.detach().cpu() if isinstance(codes, torch.Tensor) else codes)
+        if array.ndim != 2 or not 1 < array.shape[1] <= self.num_codebooks:
+            raise InputError(f"codes have shape {list(array.shape)}", mend=f"give [frames, {self.num_codebooks}]")
+        if len(array) == 0:
+            return np.zeros(0, np.float32)
+        if array.min() < 0 or array.max() >= self.codebook_size:
+            raise InputError(
+                f"codes run from {array.min()} to {array.max()}, the codec has 0 to {self.codebook_size - 1}",
+                mend="mask the unused ids when sampling",
+            )
+        table = torch.from_numpy(array.astype(np.int64)).T[None]
+        with torch.inference_mode(), _full_float32():
+            audio = [
+                self._decode(table[..., left:stop].to(self.device))[0, 0, (start - left) * SAMPLES_PER_FRAME :].cpu()
+                for left, start, stop in self._pieces(len(array))
+            ]
+        return torch.cat(audio).numpy()[: len(array) * SAMPLES_PER_FRAME]
+
+    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """[B, 1, frames * 1920] float32 -> [B, K, frames] int64, on the codec's device."""
+        raise NotImplementedError
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """[B, K, frames] int64 -> [B, 1, frames * 1920] float32, on the codec's device."""
+        raise NotImplementedError
+
+    def _groups(self, frames: Sequence[int]) -> Iterator[list[int]]:
+        """Indices to code together: one by one on a CPU (as fast), batches of similar length elsewhere."""
+        order = sorted((index for index, count in enumerate(frames) if count), key=lambda index: frames[index])
+        group: list[int] = []
+        for index in order:
+            if group and (self.device == "cpu" or (len(group) + 1) * frames[index] > _WHOLE_FRAMES):
+                yield group
+                group = []
+            group.append(index)
+        if group:
+            yield group
+
+    def _pieces(self, frames: int) -> Iterator[tuple[int, int, int]]:
+        """(left, start, stop): frames start..stop come from running left..stop, which holds all they depend on."""
+        start, stop = 0, min(frames, _WHOLE_FRAMES)
+        while start < frames:
+            yield max(0, start - self._reach), start, stop
+            start, stop = stop, min(frames, stop + max(_STEP_FRAMES, _WHOLE_FRAMES - self._reach))
+
+    def _mark(self, codes: np.ndarray) -> np.ndarray:
+        empty = ~codes.any(axis=1)
+        codes[empty, -1] = 1
+        self.marked_frames += int(empty.sum())
+        return codes
+
+
+class TransformersCodec(Codec):
+    """transformers' MimiModel; the offline codec runs on it too."""
+
+    kind = "transformers"
+
+    def to(self, device: str | torch.device) -> Codec:
+        for module in self.model.modules():
+            if hasattr(module, "_embed"):
+                module._embed = None  # a cached table that .to() leaves behind
+        return super().to(device)
+
+    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model.encode(batch, num_quantizers=self.num_codebooks, return_dict=True).audio_codes
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(codes, return_dict=True).audio_values
+
+
+class OfflineCodec(TransformersCodec):
+    kind = "offline"
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return super()._decode(codes).clamp(-1, 1)  # a random decoder knows no full scale
+
+
+class MoshiCodec(Codec):
+    """moshi's MimiModel. It compiles parts of itself unless told otherwise, which costs minutes and changes shapes."""
+
+    kind = "moshi"
+
+    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
+        from moshi.utils.compile import no_compile
+
+        with no_compile():
+            return self.model.encode(batch)
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        from moshi.utils.compile import no_compile
+
+        with no_compile():
+            return self.model.decode(codes)
+
+
+def load_codec(
+    kind: str = "auto",
+    *,
+    source: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    num_codebooks: int = 32,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Codec:
+    """Loads a codec.
+
+    Args:
+        kind: "transformers" or "moshi": Mimi's own weights, run by that library. "offline": the codec that needs no
+            download (`csm_fast.offline_codec`). "auto": Mimi through transformers where the hub's cache or the hub has
+            it, otherwise the offline codec, with a warning.
+        source: a safetensors file, a directory holding one, or a hub repository. Either library runs weights saved by
+            the other; their names tell. Default: kyutai/mimi. For "offline", a fitted file.
+        device: where it runs.
+        num_codebooks: how many levels to code with; CSM uses 32.
+        cache_dir: where the offline codec is kept; default: `offline_codec.default_cache_dir`.
+
+    Raises:
+        InputError: unknown kind, missing library, nothing at ``source``, damaged or foreign weights.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown codec {kind!r}", mend=f"use one of {', '.join(KINDS)}")
+    if kind == "auto" and source is None:
+        try:
+            hub_file(*MIMI_HUB)
+            kind = "transformers"
+        except InputError as error:
+            logger.warning("No Mimi here (%s): using the %s", error.what, OFFLINE_NAME)
+            kind = "offline"
+    elif kind == "auto":
+        kind = "transformers"
+    name = OFFLINE_NAME
+    if kind == "offline":
+        from csm_fast.offline_codec import offline_file, read_offline
+
+        path = Path(source).expanduser() if source is not None else _fitted(offline_file, cache_dir)
+        state, config = read_offline(path), None
+    else:
+        name, path, config = find_weights(source)
+        state, metadata = read_weights(path)
+        if metadata.get("csm_fast") == "offline codec":
+            name, kind = OFFLINE_NAME, "offline" if kind == "transformers" else kind
+    return _build(kind, state, architecture(state, config), name, num_codebooks).to(device)
+
+
+def _fitted(offline_file: Any, cache_dir: str | os.PathLike[str] | None) -> Path:
+    try:
+        return offline_file(cache_dir)
+    except ImportError as error:
+        raise needs("transformers", error) from None
+
+
+def _build(
+    kind: str, state: Mapping[str, torch.Tensor], sizes: Mapping[str, Any], name: str, num_codebooks: int
+) -> Codec:
+    """The codec of ``kind`` from flat weights and MimiConfig arguments."""
+    from csm_fast.offline_codec import table_hash
+
+    tables = codebooks(state)
+    if not 2 <= num_codebooks <= len(tables):
+        raise InputError(f"{name} has {len(tables)} codebooks, {num_codebooks} were asked for", mend="use a full Mimi")
+    try:
+        from transformers import MimiConfig, MimiModel
+    except ImportError as error:
+        raise needs("transformers", error) from None
+    config = MimiConfig(**sizes)
+    if config.sampling_rate != SAMPLE_RATE or config.frame_size != SAMPLES_PER_FRAME:
+        raise InputError(
+            f"{name} codes {config.frame_size} samples of {config.sampling_rate} Hz per frame",
+            mend="CSM needs Mimi's 1920 samples of 24000 Hz",
+        )
+    made: type[Codec]
+    if kind == "moshi":
+        model, made = _moshi_model(config), MoshiCodec
+        to_module(state, model)
+        model.set_num_codebooks(num_codebooks)
+    else:
+        model, made = MimiModel(config), OfflineCodec if kind == "offline" else TransformersCodec
+        to_module(state, model)
+    # 25 positions a second, two per frame; every layer looks sliding_window - 1 positions further back.
+    reach = math.ceil(config.num_hidden_layers * config.sliding_window / 2)
+    fingerprint = table_hash(tables[:num_codebooks])
+    codec = made(model, name=name, fingerprint=fingerprint, num_codebooks=num_codebooks, reach=reach)
+    codec.codebook_size = config.codebook_size
+    return codec
+
+
+def _moshi_model(config: Any) -> Any:
+    """moshi's Mimi of a transformers MimiConfig's sizes, without weights."""
+    try:
+        from moshi.models import loaders
+    except ImportError as error:
+        raise needs("moshi", error) from None
+    width = config.hidden_size
+    seanet = dict(loaders._seanet_kwargs, dimension=width, n_filters=config.num_filters)
+    transformer = dict(
+        loaders._transformer_kwargs,
+        d_model=width,
+        num_heads=config.num_attention_heads,
+        num_layers=config.num_hidden_layers,
+        context=config.sliding_window,
+        dim_feedforward=config.intermediate_size,
+        input_dimension=width,
+        output_dimensions=[width],
+    )
+    quantizer = dict(
+        loaders._quantizer_kwargs,
+        dimension=config.codebook_dim,
+        n_q=config.num_quantizers,
+        bins=config.codebook_size,
+        input_dimension=width,
+        output_dimension=width,
+    )
+    sizes = dict(loaders._mimi_config, seanet=seanet, transformer=transformer, quantizer=quantizer)
+    return loaders.get_mimi(None, sizes, num_codebooks=config.num_quantizers)
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Float32 convolutions and products without TF32, whatever the training side has set."""
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
