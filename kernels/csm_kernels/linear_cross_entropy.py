@@ -42,7 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h = hidden[some, some_heads].transpose(0, 1)
                 logits = torch.bmm(h, w).to(accumulate)
                 target = targets[some, some_heads].t().unsqueeze(-1)
-                row_weight = weights[some].t().to(accumulate)  # [heads, rows], or [1, rows] for all heads
+                # [heads, rows], or [1, rows] for all heads
+                row_weight = (weights[some, some_heads] if weights.shape[1] > 1 else weights[some]).t().to(accumulate)
                 lse = logits.logsumexp(-1)
                 loss = (lse - logits.gather(-1, target).squeeze(-1)) * row_weight
                 per_head[some_heads] += loss.sum(-1)

@@ -1,0 +1,1 @@
+"""Benchmarks and comparisons with the tools people use today; run them as ``python -m benchmarks.<name>``."""
