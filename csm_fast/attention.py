@@ -83,12 +83,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     outputs = []
     for index in segments.groups:
         g, width = index.shape
-        # One segment is a slice of the pack; several are gathered.
-        qkv = (
-            (x if segments.restore is None else x.index_select(0, index.flatten())).view(g, width, *x.shape[1:])
-            for x in (q, k, v)
-        )
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), is_causal=True, enable_gqa=gqa)
+        # One segment is the pack itself; several are gathered.
+        rows = (x if segments.restore is None else x.index_select(0, index.flatten()) for x in (q, k, v))
+        qs, ks, vs = (x.view(g, width, *x.shape[1:]).transpose(1, 2) for x in rows)
+        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=gqa)
         outputs.append(out.transpose(1, 2).reshape(g * width, *q.shape[1:]))
     if segments.restore is None:
         return outputs[0]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import ops
 from .config import DataSection, LossSection
+from .loader import Packer
 from .loss import coefficients, predictor_states
 from .model import run_decoder, vocabulary
-from .packing import Packer
 
 VALIDATION = 3  # purpose of the frames' draw
 CONVERSATIONS = 64  # planned together: a fixed number, so that the draw does not depend on the pack size

@@ -65,7 +65,7 @@ def test_flags_override_yaml_and_the_resolved_file_reads_back(tmp_path):
         ("lr_decay: step", "give one of linear, cosine"),
         ("- 1\n- 2", "holds no mapping"),
         ("a: [1", "is not YAML"),
-        ("optimizer: 3", "optimizer is a section of settings"),
+        ("optimizer: 3", "section of settings"),
         ("loss: csm-mlx\ndecoder_loss_weight: 0.5", "decoder_loss_weight does not belong to the loss csm-mlx"),
         ("first_codebook_weight_multiplier: 2", "does not belong to the loss blog"),
         ("warmup_steps: 3\nwarmup_ratio: 0.1", "both given"),
@@ -126,7 +126,8 @@ def test_help_is_light():
     import sys
 
     code = "import sys; from csm_fast.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
-    code += "heavy = {*\"torch transformers numpy matplotlib tokenizers\".split()} & set(sys.modules)\nassert not heavy, heavy"
+    code += 'heavy = {*"torch transformers numpy matplotlib tokenizers".split()} & set(sys.modules)\n'
+    code += "assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
