@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from csm_kernels import frame_embed as module
 from csm_kernels.frame_embed import frame_embed
 
 TEXT, VOCAB, CODEBOOKS, WIDTH = 23, 11, 5, 12
@@ -29,6 +30,13 @@ def case(rows: int, share: float, dtype=torch.float64, seed: int = 0):
     audio = torch.randn(CODEBOOKS * VOCAB, WIDTH, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(rows, WIDTH, generator=generator).to(dtype)
     return tokens, is_audio, text, audio, grad
+
+
+@pytest.fixture(autouse=True, params=["by kind", "by mask"])
+def form(request, monkeypatch):
+    """Both forms of the sum: that of CPUs, and that of devices whose host must not wait."""
+    if request.param == "by mask":
+        monkeypatch.setattr(module, "_by_kind", module._by_mask)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0], ids=["text only", "mixed", "audio only"])
