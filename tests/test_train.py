@@ -209,3 +209,35 @@ def test_without_a_validation_split_best_is_the_last(tmp_path):
     summary = train(config(tmp_path, max_steps=4))
     assert summary["val_loss_last"] is None
     assert (tmp_path / "run" / "best").resolve() == (tmp_path / "run" / "last").resolve()
+
+
+def test_sesames_loader_takes_a_checkpoint(tmp_path):
+    """``Model.from_pretrained(run/best)``: Sesame's class is a hub mixin whose config is a dataclass of five fields.
+    benchmarks/parity.py does this with Sesame's own code."""
+    from dataclasses import dataclass
+
+    from huggingface_hub import PyTorchModelHubMixin
+
+    from csm_fast import CSM, CSMConfig
+    from csm_fast.config_io import read_mapping
+
+    settings = config(tmp_path, max_steps=2)
+    train(settings)
+    shape = CSMConfig.from_dict(read_mapping(settings.model.model))
+
+    @dataclass
+    class ModelArgs:
+        backbone_flavor: str
+        decoder_flavor: str
+        text_vocab_size: int
+        audio_vocab_size: int
+        audio_num_codebooks: int
+
+    class Model(CSM, PyTorchModelHubMixin):
+        def __init__(self, config: ModelArgs):
+            assert (config.audio_num_codebooks, config.text_vocab_size) == (K, 50)
+            super().__init__(shape)
+
+    loaded = Model.from_pretrained(str(tmp_path / "run" / "best"), strict=True)
+    saved = weights(tmp_path, "run/best")
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())

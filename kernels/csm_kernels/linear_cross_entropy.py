@@ -21,22 +21,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab = weight.shape[-1]
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight and heads == 1 else None
-        if wants_weight and heads > 1:
-            grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight) if wants_weight else None
         per_head = torch.zeros(heads, dtype=accumulate, device=hidden.device)
 
         row_bytes = vocab * torch.finfo(accumulate).bits // 8
         rows_per_chunk = max(1, min(rows, byte_budget // row_bytes))
         # Whole heads first: the weight gradient of a head is then finished within one chunk.
-        heads_per_chunk = max(1, min(heads, byte_budget // (row_bytes * max(rows_per_chunk, 1))))
+        heads_per_chunk = max(1, min(heads, byte_budget // (row_bytes * rows_per_chunk)))
         for first_head in range(0, heads, heads_per_chunk):
             some_heads = slice(first_head, min(heads, first_head + heads_per_chunk))
             w = weight[some_heads]
-            # With several row chunks a head's gradient is summed in the wide dtype and rounded once.
-            part = None
-            if wants_weight and heads > 1:
-                part = torch.zeros(w.shape, dtype=accumulate, device=w.device) if rows_per_chunk < rows else None
+            # With several row chunks the heads' gradient is summed in the wide dtype and rounded once.
+            total = None if rows_per_chunk == rows else torch.zeros(w.shape, dtype=accumulate, device=w.device)
             for first in range(0, rows, rows_per_chunk):
                 some = slice(first, min(rows, first + rows_per_chunk))
                 h = hidden[some, some_heads].transpose(0, 1)
@@ -47,26 +43,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 lse = logits.logsumexp(-1)
                 loss = (lse - logits.gather(-1, target).squeeze(-1)) * row_weight
                 per_head[some_heads] += loss.sum(-1)
-                if not (wants_hidden or wants_weight):
+                if grad_hidden is None and grad_weight is None:
                     continue
                 grad = logits.sub_(lse.unsqueeze(-1)).exp_()
                 grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=accumulate))
                 grad = grad.mul_(row_weight.unsqueeze(-1)).to(hidden.dtype)
-                if wants_hidden:
+                if grad_hidden is not None:
                     grad_hidden[some, some_heads] = torch.bmm(grad, w.transpose(1, 2)).transpose(0, 1)
-                if wants_weight:
-                    step = torch.bmm(h.transpose(1, 2), grad)
-                    if heads == 1:
-                        grad_weight += step
-                    elif part is None:
-                        grad_weight[some_heads] = step
-                    else:
-                        part += step
-            if part is not None:
-                grad_weight[some_heads] = part.to(weight.dtype)
-        if rows == 0 and grad_weight is not None:
-            grad_weight.zero_()
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                if grad_weight is not None:
+                    part = torch.bmm(h.transpose(1, 2), grad)
+                    total = part if total is None else total.add_(part)
+            if grad_weight is not None and total is not None:
+                grad_weight[some_heads] = total
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(per_head)
         return per_head.sum(), per_head
 

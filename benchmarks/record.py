@@ -1,0 +1,53 @@
+"""What every recorded figure says of where it comes from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, commit (with ``+`` for uncommitted changes) and date."""
+    import torch
+
+    import csm_fast
+
+    def git(*args: str) -> str:
+        try:
+            return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "csm_fast": csm_fast.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") + dirty,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
