@@ -2,7 +2,8 @@
 
 ``run/step-000500/`` holds ``model.safetensors`` and ``config.json`` (Sesame's names, so Sesame's own loader takes the
 directory), ``optimizer.safetensors``, ``config.yaml`` and, written last, ``trainer_state.json``. A directory is
-written under a temporary name, flushed to disk, and renamed; ``last`` and ``best`` are links to such directories.
+written under a temporary name, flushed to disk, and renamed, and it is renamed again before it is deleted, so whatever
+is called ``step-N`` is whole. ``last`` and ``best`` are links to such directories.
 """
 
 from __future__ import annotations
@@ -11,22 +12,26 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .convert import save_model
 from .errors import InputError
+from .model_files import write_tensors
+from .shard_file import replace_directory
 
 log = logging.getLogger("csm_fast")
 
 STATE = "trainer_state.json"
 FORMAT = 1
+_STEP = re.compile(r"step-\d{6,}")
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def directory_name(step: int) -> str:
@@ -66,7 +71,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_model(model, temporary)
         write_record(temporary, record)
-        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer), None)
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
         for name in files:
@@ -76,25 +81,28 @@ def save_checkpoint(
         _fsync(temporary / STATE)
         _fsync(temporary)
         if final.exists():
-            # Only when a finished run is asked to save its last step again.
-            shutil.rmtree(final)
+            remove(final)  # damaged, or the run would have continued from it
         os.replace(temporary, final)
         _fsync(run_dir)
         link(run_dir, "last", final.name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError) as error:
+        # The model's writer has told its OSError in its own words, which name the temporary directory.
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise disk_error(cause, run_dir, "the checkpoint could not be saved; the earlier ones are intact") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(error, run_dir, "the checkpoint could not be saved; the earlier ones are intact") from error
     return final
 
 
-def disk_error(error: Exception, where: Path, what: str) -> InputError:
+def disk_error(error: BaseException, where: Path, what: str) -> InputError:
     """The one line for a disk that is full, read-only or gone."""
     code = getattr(error, "errno", None)
-    text = str(error)
-    if code == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk is full: {what}", file=where, mend="free space and run the same command again")
-    if code in (errno.EACCES, errno.EROFS, errno.EPERM) or "denied" in text:
+    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
         return InputError(f"not writable: {what}", file=where, mend="choose another --output-dir")
+    if code in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR):
+        return InputError(f"{what} ({error})", file=where, mend="choose another --output-dir")
     return InputError(f"{what} ({error})", file=where, mend="check the disk and run the same command again")
 
 
@@ -111,44 +119,51 @@ def _fsync(path: Path) -> None:
 def link(run_dir: Path, name: str, target: str) -> None:
     """Point ``run_dir/name`` at a checkpoint in one step; where links are not to be had, a copy takes its place."""
     temporary = run_dir / f".{name}.link"
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary)
+    temporary.unlink(missing_ok=True)
     try:
-        if temporary.is_symlink() or temporary.exists():
-            temporary.unlink()
         os.symlink(target, temporary, target_is_directory=True)
-        os.replace(temporary, run_dir / name)
-    except OSError:
-        if (run_dir / target).is_dir() and os.name == "nt":
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            shutil.copytree(run_dir / target, run_dir / name)
-        else:
+    except OSError as error:
+        # Windows without the right to link; FAT, network shares and mounted cloud drives on any system.
+        if error.errno not in _NO_LINKS and os.name != "nt":
             raise
+        shutil.copytree(run_dir / target, temporary)
+        replace_directory(temporary, run_dir / name)
+    else:
+        os.replace(temporary, run_dir / name)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state under ``<state>/<parameter name>``."""
+    """AdamW's state under ``<state>/<parameter name>``, in an order that a resumed run's does not differ in."""
     tensors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value.detach().contiguous()
-    return tensors
+    return dict(sorted(tensors.items()))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Restore what ``optimizer_tensors`` saved; every tensor must find its parameter and shape."""
     file = checkpoint / "optimizer.safetensors"
-    wanted = {}
+    wanted: dict[str, torch.Tensor] = {}
     for group in optimizer.param_groups:
         wanted.update(zip(group["names"], group["params"], strict=True))
     seen: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():
-            kind, name = key.split("/", 1)
-            if name not in wanted:
-                raise InputError(
-                    f"{name} was trained then and is frozen now", file=file, mend="use the same --freeze, or a new run"
-                )
-            seen.setdefault(name, {})[kind] = tensors.get_tensor(key)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        mend = "delete this checkpoint to continue from the one before it"
+        raise InputError(f"is not a whole safetensors file ({error})", file=file, mend=mend) from None
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in wanted:
+            raise InputError(
+                f"{name} was trained then and is frozen now", file=file, mend="use the same --freeze, or a new run"
+            )
+        seen.setdefault(name, {})[kind] = value
     if seen and len(seen) != len(wanted):
         missing = next(name for name in wanted if name not in seen)
         raise InputError(
@@ -171,7 +186,7 @@ def complete(checkpoint: Path) -> dict[str, Any] | None:
         for name, size in state["files"].items():
             if (checkpoint / name).stat().st_size != size:
                 return None
-        if not isinstance(state["step"], int):
+        if any(not isinstance(state[key], int) for key in ("step", "epoch", "index")):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -188,26 +203,29 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not run_dir.is_dir():
         return []
-    found = [p for p in run_dir.glob("step-*") if p.is_dir() and not p.is_symlink() and complete(p) is not None]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    named = [p for p in run_dir.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted((p for p in named if complete(p)), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def prune(run_dir: Path, keep: int, best: str | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one, and what interrupted saves left."""
+    """Remove all but the newest ``keep`` checkpoints and the best one."""
     for path in checkpoints(run_dir)[:-keep]:
         if path.name != best:
-            # Without its state file it no longer counts, so a kill halfway leaves no half checkpoint.
-            (path / STATE).unlink()
-            shutil.rmtree(path, ignore_errors=True)
-    clean(run_dir)
+            remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. It loses its name first, so a kill halfway leaves no half checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what interrupted saves and prunings left behind."""
-    for path in run_dir.glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in run_dir.glob("step-*"):
-        if path.is_dir() and not (path / STATE).exists():
+    """Remove what interrupted saves and deletions left behind."""
+    for pattern in (".step-*.tmp", ".step-*.old"):
+        for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -20,8 +20,11 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130  # by Ctrl-C, as shells say it; a run that was saved first is no less unfinished
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """``csm-fast COMMAND ...``; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    """``csm-fast COMMAND ...``; returns the exit status (0 done, 1 no memory, 2 bad input, 130 interrupted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         return _run(argv[0], argv[1:])
@@ -54,14 +57,20 @@ def _run(command: str, argv: list[str]) -> int:
         "generate": _generate,
     }
     try:
-        handlers[command](argv)
-        return 0
+        return handlers[command](argv) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        if not isinstance(error, MemoryError) and "out of memory" not in line and "allocate memory" not in line:
+            raise
+        mend = "see --help for what makes a run smaller (train: --pack-rows, --activation-checkpointing, --freeze)"
+        print(f"error: not enough memory ({line[:200]}); {mend}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         return 141
 
@@ -83,6 +92,10 @@ def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
     add_flags(parser, cls)
     if cls.__name__ == "TrainConfig":
+        # sesame-finetune's switches; tokens are always read from disk as they are needed.
+        once: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument("--use_amp", "--use-amp", dest="precision", action="store_const", const="bf16", **once)
+        parser.add_argument("--partial_data_loading", "--partial-data-loading", action="store_true", **once)
         # csm-mlx's spelling of --freeze.
         for part in ("backbone", "decoder"):
             parser.add_argument(
@@ -103,11 +116,12 @@ def _pretokenize(argv: list[str]) -> None:
     pretokenize(_config(PretokenizeConfig, "csm-fast pretokenize", COMMANDS["pretokenize"], argv))
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> int:
     from .config import TrainConfig
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
-    importlib.import_module("csm_fast.train").train(config)
+    summary = importlib.import_module("csm_fast.train").train(config)
+    return 0 if summary["complete"] else INTERRUPTED
 
 
 def _generate(argv: list[str]) -> None:

@@ -40,13 +40,12 @@ def content_key(content: str, start: float | None, end: float | None, codec: str
 
 
 class Lock:
-    """One pretokenize per output directory; the system frees it when the process ends, however it ends."""
+    """One run of a command per output directory; the system frees it when the process ends, however it ends."""
 
-    def __init__(self, output: Path):
-        folder = output / ".cache"
+    def __init__(self, output: Path, name: str = ".cache/lock", command: str = "pretokenize", flag: str = "--output"):
         with writing_to(output):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  open while the lock is held
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(output / name, "a+", encoding="utf-8")  # noqa: SIM115  open while the lock is held
         try:
             import fcntl
         except ImportError:  # Windows: two runs at once are then the user's care
@@ -57,10 +56,10 @@ class Lock:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
-            mend = "wait for it, or choose another --output"
-            raise InputError(
-                f"another pretokenize (process {holder}) is writing here", file=output, mend=mend
-            ) from None
+            mend = f"wait for it, or choose another {flag}"
+            raise InputError(f"another {command} (process {holder}) is writing here", file=output, mend=mend) from None
+        except OSError:  # a file system without locks, such as a mounted cloud drive
+            return
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from .errors import InputError
 
@@ -21,9 +21,6 @@ def option(default: Any, help: str, *, alias: tuple[str, ...] = (), **extra: Any
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-# ---------------------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,10 @@ class TransformerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}", mend="give a positive integer")
+        for name in ("norm_eps", "rope_base", "rope_scale_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InputError(f"{name} is {value!r}", mend="give a number above 0")
         if self.embed_dim % self.num_heads or self.head_dim % 2:
             raise InputError(
                 f"embed_dim {self.embed_dim} over {self.num_heads} heads gives no even head width",
@@ -116,11 +117,21 @@ class CSMConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, file: str | None = None) -> CSMConfig:
         """The inverse of ``to_dict``; unknown or missing keys are an ``InputError`` that names ``file``."""
+        from .config_io import coerce
+
+        def typed(kind: type, given: dict[str, Any], where: str) -> dict[str, Any]:
+            hints = get_type_hints(kind)
+            return {k: coerce(v, hints[k], where + k, file) if k in hints else v for k, v in given.items()}
+
         values = dict(values)
         try:
-            stacks = {name: TransformerConfig(**values.pop(name)) for name in ("backbone", "decoder")}
-            return cls(**stacks, **values)
-        except (KeyError, TypeError) as error:
+            for name in ("backbone", "decoder"):
+                values[name] = TransformerConfig(**typed(TransformerConfig, dict(values[name]), f"{name}."))
+            sizes = {name: value for name, value in values.items() if name not in ("backbone", "decoder")}
+            return cls(**{**values, **typed(cls, sizes, "")})
+        except InputError as error:
+            raise InputError(error.what, file=file, mend=error.mend) from None
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"not a csm_fast model configuration ({error})",
                 file=file,
@@ -131,7 +142,34 @@ class CSMConfig:
 
 NAMED_SHAPES = {"csm-1b": CSMConfig.csm_1b, "small": CSMConfig.small, "tiny": CSMConfig.tiny}
 
-# ------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def check_seed(value: int) -> None:
+    if not 0 <= value < 2**63:
+        raise InputError(f"--seed {value}", mend="give an integer from 0 to 2^63 - 1")
+
+
+def check_speaker(flag: str, value: int) -> None:
+    if not -1 <= value < 2**31:
+        raise InputError(f"--{flag} {value}", mend="give an integer from 0 to 2^31 - 1, or -1 for turns without one")
+
+
+def check_threads(value: int | None) -> None:
+    if value is not None and not 1 <= value <= 1024:
+        raise InputError(f"--threads {value}", mend="give 1 to 1024, or leave it out")
+
+
+def check_path(flag: str, value: str) -> None:
+    """An empty path is mostly a shell variable that is not set; taken for the current directory it would litter it."""
+    if not value.strip():
+        raise InputError(f"--{flag} is empty", mend="name it; . is the current directory")
+
+
+def check_seconds(flag: str, value: float) -> None:
+    if not 0 < value <= 160:
+        raise InputError(f"--{flag} {value}", mend="give above 0, at most 160 (2,000 frames)")
+
 
 FREEZABLE = ("backbone", "decoder", "text_embeddings", "audio_embeddings", "projection", "codebook0_head", "audio_head")
 LossPreset = Literal["blog", "sesame-finetune", "csm-mlx", "transformers"]
@@ -188,10 +226,12 @@ class DataSection:
         for name in ("batch_size", "pack_rows", "gradient_accumulation", "pack_window"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}", mend="give at least 1")
+        check_path("data", self.data)
+        for speaker in self.mask_speaker_ids:
+            check_speaker("mask-speaker-ids", speaker)
         if self.batch_rows is not None and self.batch_rows < 1:
             raise InputError(f"--batch-rows {self.batch_rows}", mend="give at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed {self.seed}", mend="give an integer from 0 to 2^63 - 1")
+        check_seed(self.seed)
 
 
 @dataclass
@@ -257,7 +297,9 @@ class OptimizerSection:
             raise InputError(f"warmup_steps is {self.warmup_steps}", mend="give at least 0")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"warmup_ratio is {self.warmup_ratio}", mend="give a number from 0 to 1")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_eps"):
+        if not 1e-30 <= self.adam_eps < math.inf:  # 0 makes 0/0 of a weight without gradient, such as an unused id's
+            raise InputError(f"adam_eps is {self.adam_eps}", mend="give a number above 0, such as 1e-8")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}", mend="give a number of at least 0")
         for name in ("beta1", "beta2"):
@@ -304,6 +346,10 @@ class RunSection:
             raise InputError(f"max_steps is {self.max_steps}", mend="give at least 1")
         if not 0 < self.val_fraction_frames <= 1:
             raise InputError(f"val_fraction_frames is {self.val_fraction_frames}", mend="give above 0, at most 1")
+        check_path("output-dir", self.output_dir)
+        check_seconds("gen-seconds", self.gen_seconds)
+        check_speaker("gen-speaker", self.gen_speaker)
+        check_threads(self.threads)
 
 
 @dataclass
@@ -341,7 +387,12 @@ class GenerateConfig:
     def __post_init__(self):
         if not self.text.strip():
             raise InputError("--text is empty", mend="say what to speak")
-        if not 0 < self.max_seconds <= 160:
-            raise InputError(f"--max-seconds {self.max_seconds}", mend="give above 0, at most 160 (2,000 frames)")
+        check_path("out", self.out)
+        check_seconds("max-seconds", self.max_seconds)
+        check_speaker("speaker", self.speaker)
+        check_seed(self.seed)
+        check_threads(self.threads)
+        if self.top_k < 0:
+            raise InputError(f"--top-k {self.top_k}", mend="give at least 1, or 0 for all codes")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"--temperature {self.temperature}", mend="give at least 0")

@@ -129,6 +129,8 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     def mapping(loader, node):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is not a name", problem_mark=key.start_mark)
             if key.value in seen:
                 raise InputError(
                     f"the key {key.value} stands twice", file=path, row=key.start_mark.line + 1, mend="keep one"
@@ -147,7 +149,12 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         row = mark.line + 1 if mark else None
-        raise InputError(f"is not YAML ({getattr(error, 'problem', None)})", file=path, row=row) from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "damaged")
+        raise InputError(f"is not YAML ({problem})", file=path, row=row, mend="correct it there") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
+        raise InputError(f"is not usable YAML ({error})", file=path, mend="correct it") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -157,17 +164,19 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
     """Flat values by field name from a YAML file, flat or in sections."""
-    known = {alias: (field.name, hint) for _, field, hint in leaves(cls) for alias in names(field)}
+    known = {alias: (section, field.name, hint) for section, field, hint in leaves(cls) for alias in names(field)}
     sections = {section for section, _, _ in leaves(cls) if section}
     file, flat = str(path), {}
 
-    def take(key: Any, value: Any) -> None:
+    def take(key: Any, value: Any, under: str | None = None) -> None:
         key = str(key).replace("-", "_")
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             mend = f"did you mean {close[0]}?" if close else "remove it; csm-fast-train --help lists the settings"
             raise InputError(f"unknown setting {key}", file=file, mend=mend)
-        name, hint = known[key]
+        section, name, hint = known[key]
+        if under and section != under:
+            raise InputError(f"{key} is no setting of {under}", file=file, mend=f"put it under {section}")
         if name in flat:
             raise InputError(f"{name} is set twice", file=file, mend="keep one")
         flat[name] = coerce(value, hint, name, file)
@@ -175,9 +184,9 @@ def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
     for key, value in read_mapping(path).items():
         if isinstance(value, dict) and str(key) in sections:
             for inner, inner_value in value.items():
-                take(inner, inner_value)
+                take(inner, inner_value, str(key))
         elif value is not None and str(key) in sections and str(key) not in known:
-            raise InputError(f"{key} must be a section of settings", file=file)
+            raise InputError(f"{key} must be a section of settings", file=file, mend="indent them below it")
         elif not (value is None and str(key) in sections and str(key) not in known):
             take(key, value)
     return flat
@@ -206,7 +215,6 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         if default not in (None, False, ""):
             text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
         kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if hint is bool:
             kwargs["action"] = "store_true"
         elif typing.get_origin(hint) is list:
@@ -218,7 +226,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             kwargs["metavar"] = field.metadata.get("metavar") or ("N" if numeric else "X")
         shown, *hidden = _spellings(field)
         short = [s for s in hidden if not s.startswith("--")]
-        group.add_argument(*short, shown, help=text, **kwargs, **({"required": True} if required else {}))
+        group.add_argument(*short, shown, help=text, **kwargs)
         hidden = [s for s in hidden if s.startswith("--")]
         if hint is bool:
             negative = {**kwargs, "action": "store_false"}
@@ -226,7 +234,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             group.add_argument(first, help="(it is on by default)" if default else argparse.SUPPRESS, **negative)
             if hidden:
                 group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)
-        if hidden and not required:
+        if hidden:
             group.add_argument(*hidden, help=argparse.SUPPRESS, **kwargs)
 
 
@@ -244,7 +252,14 @@ def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | N
     values = read_yaml(config_file, cls) if config_file else {}
     given = vars(namespace)
     for _, field, hint in leaves(cls):
+        flag = "--" + field.name.replace("_", "-")
         if field.name in given:
-            flag = "--" + field.name.replace("_", "-")
             values[field.name] = coerce(given[field.name], hint, flag)
+        elif required(field) and field.name not in values:
+            raise InputError(f"{flag} is missing", mend=field.metadata.get("help"))
     return build(cls, values)
+
+
+def required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -75,7 +76,8 @@ class StopSignals:
         if self.trainer.stopping:
             raise KeyboardInterrupt
         self.trainer.stopping = signal.Signals(number).name
-        print("\nFinishing this step, then saving. Once more stops at once.", file=sys.stderr, flush=True)
+        # Not print: the signal may arrive inside one, and a buffered stream cannot be entered twice.
+        os.write(2, b"\nFinishing this step, then saving. Once more stops at once.\n")
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

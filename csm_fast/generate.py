@@ -180,8 +180,8 @@ class Generator:
                 hidden = stepper.feed(row, torch.ones(1, dtype=torch.bool))
         finally:
             self.model.train(was_training)
-        codes = torch.stack(frames).numpy() if frames else np.zeros((0, stepper.num_codebooks), dtype=np.int64)
-        return Speech(codes, ended)
+        empty = np.zeros((0, stepper.num_codebooks), dtype=np.int64)
+        return Speech(torch.stack(frames).numpy() if frames else empty, ended)
 
     def speak(self, text: str, speaker: int, context: Sequence[Turn] = (), **options: Any) -> tuple[np.ndarray, Speech]:
         """(waveform float32 [samples] at the codec's rate, frames) of ``text`` in the voice of ``speaker``."""
@@ -233,6 +233,16 @@ class Sampler:
                 mend="give --codec and --codec-source as at pretokenize",
             )
         self.generator = Generator(model, load_text_tokenizer(self.config.tokenizer), codec)
+        # Now, not after the first gen_every steps.
+        self.max_frames = max(1, int(self.config.gen_seconds / 0.08))
+        limit = stack_limit(model.backbone)
+        for text in self.sentences:
+            rows = len(self.generator.tokenizer.encode(text, self.config.gen_speaker))
+            if rows + self.max_frames > limit:
+                raise InputError(
+                    f"--gen-sentences: {rows:,} rows of text and {self.max_frames} frames exceed the model's {limit:,}",
+                    mend="shorten the text, or lower --gen-seconds",
+                )
 
     def __call__(self, step: int, say: Callable[[str], None]) -> float:
         """Write ``samples/step-N-i.wav``; returns the seconds it took."""
@@ -240,9 +250,7 @@ class Sampler:
 
         started = time.monotonic()
         for i, text in enumerate(self.sentences):
-            wave, speech = self.generator.speak(
-                text, self.config.gen_speaker, max_frames=max(1, int(self.config.gen_seconds / 0.08)), seed=i
-            )
+            wave, speech = self.generator.speak(text, self.config.gen_speaker, max_frames=self.max_frames, seed=i)
             if not len(wave):
                 say(f"step {step}: sample {i} is empty (the model ended at once)")
                 continue

@@ -104,11 +104,16 @@ class Packer:
         self.totals = totals
         for i in np.nonzero(totals > self.limit)[0].tolist():
             where = f"{getattr(store, 'path', 'tokens')}: "
-            self._split[i] = split_documents(i, rows[starts[i] : starts[i + 1]].tolist(), self.limit, where)
+            of_turns = slice(int(starts[i]), int(starts[i + 1]))
+            self._split[i] = split_documents(i, rows[of_turns].tolist(), self.limit, where, limit)
         if not count:
             raise InputError("no conversations to train on", file=getattr(store, "path", None))
         if self.masked.all():
-            raise InputError("--mask-speaker-ids masks every turn", mend="leave at least one speaker to learn from")
+            raise InputError(
+                "--mask-speaker-ids masks every turn",
+                file=getattr(store, "path", None),
+                mend="leave at least one speaker to learn from",
+            )
         self._plans: dict[int, list[list[list[Document]]]] = {}
 
     # ---------------------------------------------------------------------------------------------------- planning

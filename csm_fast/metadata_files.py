@@ -119,6 +119,8 @@ def parse_yaml(text: str, file: str) -> Any:
         where = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise InputError(f"invalid YAML{where}: {problem}", file=file, mend="correct it there") from None
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
+        raise InputError(f"invalid YAML: {error}", file=file, mend="correct it") from None
 
 
 def check_key(key: Any, kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import StepBatch
+from .loader import StepBatch
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (
@@ -36,7 +37,7 @@ class Window:
         self.device, self.num_codebooks = device, num_codebooks
         self.bad_count = torch.zeros((), dtype=torch.long, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=device)
-        self.last_count = 0
+        self.bad_streak = torch.zeros((), dtype=torch.long, device=device)
         self._reset()
 
     def _reset(self) -> None:
@@ -44,7 +45,7 @@ class Window:
         self.per_codebook = torch.zeros(self.num_codebooks, dtype=torch.float64, device=self.device)
         self.norm = torch.zeros((), dtype=torch.float64, device=self.device)
         self.good = torch.zeros((), dtype=torch.long, device=self.device)
-        self.steps = self.rows = self.padded = self.frames = 0
+        self.rows = self.padded = self.frames = 0
         self.started, self.paused = time.monotonic(), 0.0
 
     def add(self, step: int, loss: Tensor, per_codebook: Tensor, norm: Tensor, bad: Tensor, batch: StepBatch) -> None:
@@ -52,10 +53,11 @@ class Window:
         self.loss += torch.where(bad, 0.0, loss.double())
         self.per_codebook += torch.where(bad, 0.0, per_codebook.double())
         self.norm += torch.where(bad, 0.0, norm.double())
-        self.good += ~bad
+        if batch.supervised:
+            self.good += ~bad
         self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
         self.bad_count += bad
-        self.steps += 1
+        self.bad_streak = torch.where(bad, self.bad_streak + 1, 0)
         self.rows += batch.rows
         self.padded += batch.padded_rows
         self.frames += batch.frames
@@ -65,7 +67,8 @@ class Window:
         self.paused += seconds
 
     def read(self) -> dict[str, float]:
-        count = max(1, int(self.good))
+        # Where every step was skipped there is no loss to tell.
+        count = int(self.good) or math.nan
         per_codebook = (self.per_codebook / count).tolist()
         seconds = max(1e-9, time.monotonic() - self.started - self.paused)
         result = {
@@ -77,16 +80,26 @@ class Window:
             "audio_s_per_s": self.frames * 0.08 / seconds,
             "padding": 1 - self.rows / max(1, self.padded),
         }
-        self.last_count = self.steps
         self._reset()
         return result
 
-    def take_bad(self) -> tuple[int, int]:
-        """(skipped updates, step of the first) since last asked."""
-        count, first = int(self.bad_count), int(self.first_bad)
+    def take_bad(self) -> tuple[int, int, int]:
+        """(skipped updates, step of the first) since last asked, and how many in a row up to now, since ever."""
+        count, first, streak = int(self.bad_count), int(self.first_bad), int(self.bad_streak)
         self.bad_count.zero_()
         self.first_bad.fill_(-1)
-        return count, first
+        return count, first, streak
+
+
+def metrics_line(row: dict[str, Any]) -> str:
+    """A row of the metrics file. JSON has no NaN: what is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({key: finite(value) for key, value in row.items()}) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -96,7 +109,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-                rows += [row] if isinstance(row, dict) and "step" in row else []
+                rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
             except ValueError:
                 continue
     except OSError:

@@ -76,10 +76,16 @@ class Document:
     rows: int
 
 
-def split_documents(conversation: int, turn_rows: Sequence[int], limit: int, where: str = "") -> list[Document]:
+def split_documents(
+    conversation: int, turn_rows: Sequence[int], limit: int, where: str = "", context: int = MAX_POSITIONS
+) -> list[Document]:
     """Cut a conversation at turn ends so that no document exceeds ``limit`` rows.
 
     Turns are taken greedily in order. A turn is never cut: its EOS row would be lost or another one invented.
+
+    Args:
+        limit: of a pack, or of the model's ``context`` where that is smaller.
+        where: what errors begin with.
 
     Raises:
         InputError: one turn alone exceeds the limit.
@@ -87,12 +93,11 @@ def split_documents(conversation: int, turn_rows: Sequence[int], limit: int, whe
     documents, first, rows = [], 0, 0
     for turn, n in enumerate(turn_rows):
         if n > limit:
-            raise InputError(
-                f"{where}conversation {conversation}, turn {turn + 1} has {n:,} rows; a pack here holds {limit:,}",
-                mend=f"raise --pack-rows to at least {n}"
-                if n <= MAX_POSITIONS
-                else "cut the recording with start and end",
-            )
+            what = f"{where}conversation {conversation}, turn {turn + 1} has {n:,} rows"
+            if n <= context:
+                mend = f"raise --pack-rows to at least {n}"
+                raise InputError(f"{what}; a pack here holds {limit:,}", mend=mend)
+            raise InputError(f"{what}; the model's context is {context:,}", mend="cut the recording with start and end")
         if rows + n > limit:
             documents.append(Document(conversation, first, turn, rows))
             first, rows = turn, 0

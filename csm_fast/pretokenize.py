@@ -8,6 +8,7 @@ what is new in it, and the stores' bytes depend on the data alone.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 
 from csm_fast.audio import RESAMPLER
 from csm_fast.code_cache import CodeCache, Lock, content_key
-from csm_fast.config import option
+from csm_fast.config import check_path, option
 from csm_fast.corpus import MAX_ROWS, Corpus, Split
 from csm_fast.data_report import LISTED, render, split_report
 from csm_fast.decode_pool import DecodePool, Reply, Request, stamp
@@ -70,6 +71,9 @@ class PretokenizeConfig:
             raise InputError(f"--workers {self.workers}", mend="give at least 0")
         if not self.batch_seconds > 0:
             raise InputError(f"--batch-seconds {self.batch_seconds}", mend="give more than 0 seconds")
+        if not 0 <= self.min_seconds < math.inf:
+            raise InputError(f"--min-seconds {self.min_seconds}", mend="give 0 or more")
+        check_path("output", self.output)
         if self.max_seconds is not None and not self.max_seconds > self.min_seconds:
             raise InputError(f"--max-seconds {self.max_seconds}", mend="give more than --min-seconds")
 

@@ -46,9 +46,8 @@ def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
-            raise
-        what, mend = _WRITE_ERRORS[error.errno]
+        unknown = (error.strerror or str(error), "check the disk, or choose another output directory")
+        what, mend = _WRITE_ERRORS.get(error.errno or 0, unknown)
         raise InputError(f"cannot write: {what}", file=directory, mend=mend) from error
 
 

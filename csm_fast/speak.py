@@ -48,6 +48,14 @@ def speak(config: GenerateConfig) -> Speech:
             file=config.model,
             mend="give --tokenizer as at pretokenize",
         )
+    ids = model.text_embeddings.num_embeddings
+    if tokenizer.vocab_size > ids or codec.codebook_size > vocabulary(model)[1]:
+        raise InputError(
+            f"the model knows {ids:,} text ids and {vocabulary(model)[1]:,} codes; {tokenizer.name} has "
+            f"{tokenizer.vocab_size:,} ids, {codec.name} {codec.codebook_size:,} codes",
+            file=config.model,
+            mend="give the --tokenizer and --codec that the model was trained with",
+        )
     context = []
     if config.context:
         for turn in load_metadata(config.context, speaker_map=config.speaker_map)[0].turns:

@@ -76,12 +76,13 @@ def check_data(model: CSM, stores: list[TokenStore], config: TrainConfig, resume
                 file=store.path,
                 mend="run csm-fast pretokenize --codec transformers, or train --from-scratch",
             )
-    if len(stores) == 2 and stores[0].codec["fingerprint"] != stores[1].codec["fingerprint"]:
-        raise InputError(
-            "train and val were made with different codecs",
-            file=config.data.data,
-            mend="run csm-fast pretokenize again",
-        )
+    for noun in ("codec", "text_tokenizer"):
+        if len({getattr(store, noun)["fingerprint"] for store in stores}) > 1:
+            raise InputError(
+                f"train and val were made with different {noun.replace('_', ' ')}s",
+                file=config.data.data,
+                mend="run csm-fast pretokenize again",
+            )
     return {"codec": stores[0].codec, "text_tokenizer": stores[0].text_tokenizer}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -16,23 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint as ckpt
+from .code_cache import Lock
 from .config import TrainConfig
 from .config_io import dump_yaml
 from .console import StepProgress, StopSignals
 from .convert import load_model
 from .errors import InputError
 from .evaluate import Validator, unigram_entropy
+from .loader import Packer, StepBatch, prefetch
 from .loss import coefficients, packed_loss
 from .machine import memory_gib, resolve_device, resolve_precision
 from .model import CSM, stack_limit, vocabulary
-from .monitor import METRICS, Window, read_metrics, validation_line
+from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
 from .optim import learning_rate, make_optimizer
-from .packing import FRAMES, Packer, StepBatch, prefetch
+from .packing import FRAMES
 from .report import summarize
 from .start import check_data, check_position, open_optional_split, position_identity, starting_model
 from .token_store import open_split
 
 log = logging.getLogger("csm_fast")
+
+MOST_SKIPPED = 10  # updates in a row without a finite loss and gradient, after which a run gives up
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
@@ -154,6 +157,13 @@ class Trainer:
 
     def run(self) -> dict:
         """All remaining steps. Ctrl-C finishes the current one, saves, and says how to continue."""
+        lock = Lock(self.run_dir, ".lock", "train", "--output-dir")
+        try:
+            return self._run()
+        finally:
+            lock.release()
+
+    def _run(self) -> dict:
         run = self.config.run
         self._open_run()
         self._announce()
@@ -171,14 +181,15 @@ class Trainer:
                 metrics = validation = None
                 if step % run.log_every == 0 or last:
                     metrics = self._log(progress)
-                if finished or (run.val_every and step % run.val_every == 0 and not last):
+                if finished or (run.val_every and step % run.val_every == 0):
                     validation = self._validate()
                     if validation:
                         progress.write(validation_line(step, validation))
+                # Before the save: a run killed between the two would never tell this step's figures.
+                self._record(metrics, validation)
                 improved = self._is_best(validation)
                 if last or improved or (run.save_every and step % run.save_every == 0):
                     self._save(progress, validation if improved else None)
-                self._record(metrics, validation)
                 if self.sampler and step % run.gen_every == 0:
                     self.window.pause(self.sampler(step, progress.write))
                 progress.update()
@@ -195,7 +206,8 @@ class Trainer:
             pack = pack.to(self.device)
             with self.autocast():
                 part, parts = self.loss_function(self.model, pack)
-            part.backward()
+            if part.requires_grad:  # not where all that this pack would teach is frozen
+                part.backward()
             loss = loss + part.detach()
             per_codebook = per_codebook + parts
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -236,7 +248,7 @@ class Trainer:
 
     def _report_bad_steps(self, progress: StepProgress) -> bool:
         """Say which updates were skipped for a non-finite loss or gradient, and lower the flag."""
-        count, first = self.window.take_bad()
+        count, first, streak = self.window.take_bad()
         if not count:
             return False
         good = ckpt.checkpoints(self.run_dir)
@@ -247,9 +259,9 @@ class Trainer:
             + f". Data: {sources}. Last good checkpoint: {good[-1].name if good else 'none yet'}."
         )
         progress.write("warning: " + message)
-        if count >= max(10, self.window.last_count):
+        if streak >= MOST_SKIPPED:
             raise InputError(
-                f"the last {count} updates were all skipped: {message}",
+                f"the last {streak} updates were all skipped: {message}",
                 mend="lower --learning-rate, look at that data, or use --precision fp32; the same command continues "
                 "from the last good checkpoint",
             )
@@ -281,7 +293,9 @@ class Trainer:
 
     def _is_best(self, validation: dict[str, Any] | None) -> bool:
         best = self.state["best_val_loss"]
-        return validation is not None and (best is None or validation["val_loss"] < best)
+        if validation is None or not math.isfinite(validation["val_loss"]):
+            return False
+        return best is None or validation["val_loss"] < best
 
     def _save(self, progress: StepProgress, best: dict[str, Any] | None) -> None:
         """A checkpoint of this step; ``best`` is its validation where that is the best so far."""
@@ -292,15 +306,18 @@ class Trainer:
         if best:
             self.state.update(best_val_loss=best["val_loss"], best_step=self.state["step"])
         ckpt.save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, dump_yaml(self.config), self.record)
-        self._link_best()
         best_step = self.state["best_step"]
-        ckpt.prune(self.run_dir, self.config.run.keep, best_step and ckpt.directory_name(best_step))
+        try:
+            self._link_best()
+            ckpt.prune(self.run_dir, self.config.run.keep, best_step and ckpt.directory_name(best_step))
+        except OSError as error:
+            raise ckpt.disk_error(error, self.run_dir, "older checkpoints could not be removed") from None
         self.window.pause(time.monotonic() - started)
 
     def _link_best(self) -> None:
         """``best`` follows the best validation; without a validation split, the last checkpoint."""
         step = self.state["best_step"] or self.state["step"]
-        if (self.run_dir / ckpt.directory_name(step)).is_dir():
+        if ckpt.complete(self.run_dir / ckpt.directory_name(step)):
             ckpt.link(self.run_dir, "best", ckpt.directory_name(step))
 
     def _warn_without_gradient(self) -> None:
@@ -334,6 +351,9 @@ class Trainer:
         )
         log.info("Steps     %d per epoch of %s, %d in all, on %s", steps, per_step, self.total_steps, self.device)
         log.info("Output    %s", self.run_dir)
+        unheard = sorted(set(config.data.mask_speaker_ids) - set(self.packer.turn_speakers.tolist()))
+        if unheard:
+            log.warning("warning: --mask-speaker-ids %s: no turn is of that speaker", " ".join(map(str, unheard)))
         if self.validator is None:
             log.info("There is no validation split: best follows the last checkpoint.")
         self.uniform = math.log(vocabulary(self.model)[1])
@@ -348,7 +368,7 @@ class Trainer:
         row.update(validation or {})
         try:
             with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(metrics_line(row))
         except OSError as error:
             raise ckpt.disk_error(error, self.run_dir, "metrics.jsonl could not be written") from None
 
@@ -359,8 +379,14 @@ class Trainer:
             ckpt.write_text(self.run_dir / "config.yaml", dump_yaml(self.config))
             path = self.run_dir / "metrics.jsonl"
             rows = [r for r in read_metrics(path) if self.resumed and r["step"] <= self.state["step"]]
-            ckpt.write_text(path, "".join(json.dumps(r) + "\n" for r in rows))
+            ckpt.write_text(path, "".join(map(metrics_line, rows)))
             if self.resumed:
+                best = self.state["best_step"]
+                if best and not ckpt.complete(self.run_dir / ckpt.directory_name(best)):
+                    log.warning(
+                        "warning: the best checkpoint, of step %d, is gone or damaged; the next takes over", best
+                    )
+                    self.state.update(best_val_loss=None, best_step=None)
                 ckpt.link(self.run_dir, "last", self.resumed.name)
                 self._link_best()
         except OSError as error:
