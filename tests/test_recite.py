@@ -14,7 +14,7 @@ from csm_fast.loss import packed_loss
 from csm_fast.token_store import TokenStore, TokenStoreWriter, TurnTokens
 
 GOLDEN = Path(__file__).parent / "golden" / "four_turns.safetensors"  # real speech; see tests/golden/README.md
-MOST_STEPS = 120
+MOST_STEPS = 200
 
 
 def write_store(path: Path) -> TokenStore:
@@ -50,7 +50,7 @@ def test_four_real_turns_are_recited_by_greedy_generation_from_text_alone(tmp_pa
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if loss < 0.03:
+        if loss < 0.012:
             break
 
     generator = Generator(model)
