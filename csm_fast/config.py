@@ -219,6 +219,9 @@ class DataSection:
         alias=("grad_acc_steps", "gradient_accumulation_steps", "grad_accum", "grad_accumulation_steps"),
     )
     mask_speaker_ids: list[int] = option([], "turns of these speakers are context: heard, not learned", repeat=True)
+    supervise: Literal["all", "last"] = option(
+        "all", "last: only each conversation's last turn is learned, the others are context"
+    )
     pack_window: int = option(4096, "with batch_rows: conversations that one best-fit packing chooses among")
     seed: int = option(0, "seed of every draw: order, packing, frames, initial weights")
 

@@ -38,6 +38,7 @@ class Validator:
             batch_size=CONVERSATIONS,
             pack_rows=data.pack_rows,
             mask_speaker_ids=list(data.mask_speaker_ids),
+            supervise=data.supervise,
             seed=0,
         )
         self.loss = loss

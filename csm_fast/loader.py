@@ -95,6 +95,8 @@ class Packer:
         rows = np.asarray(text, dtype=np.int64) + np.asarray(frames) + 1
         self.turn_speakers = np.asarray(speakers)
         self.masked = np.isin(self.turn_speakers, np.asarray(data.mask_speaker_ids, dtype=self.turn_speakers.dtype))
+        if data.supervise == "last":
+            self.masked |= np.append(np.asarray(conversation)[1:] == np.asarray(conversation)[:-1], False)
         count = store.num_conversations
         starts = np.searchsorted(conversation, np.arange(count + 1))
         self.first_turn = starts

@@ -65,7 +65,7 @@ def lines(summary: dict[str, Any], last: dict[str, Any] | None, entropy: list[fl
         text.append(
             f"val_loss {summary['val_loss_first']:.3f} -> {summary['val_loss_last']:.3f} "
             f"(best {summary['val_loss_best'] or summary['val_loss_last']:.3f} at step {summary['best_step'] or 0}; "
-            f"guessing evenly is ln V = {summary['uniform_loss']:.3f})"
+            f"guessing evenly, ln V per codebook, gives {summary['uniform_loss']:.3f})"
         )
         text += codebook_table(last["val_per_codebook"], entropy)
         text.append(
@@ -118,7 +118,7 @@ def plot(rows: list[dict[str, Any]], entropy: list[float], uniform: float, path:
         right.plot(k, validated[-1]["val_per_codebook"], color="#d62728", label=f"step {validated[-1]['step']}")
     right.plot(range(len(entropy)), entropy, "--", color="0.3", lw=1, label="unigram entropy")
     left.axhline(entropy[0], ls="--", lw=1, color="0.3", label="unigram entropy of codebook 0")
-    left.axhline(uniform, ls=":", lw=1, color="0.6", label="ln V")
+    left.axhline(uniform, ls=":", lw=1, color="0.6", label="guessing evenly")
     left.set(xlabel="optimizer step", ylabel="nats", title="Loss")
     right.set(xlabel="codebook", ylabel="nats", title="Validation loss per codebook")
     for axis in (left, right):

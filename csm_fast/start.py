@@ -87,7 +87,15 @@ def check_data(model: CSM, stores: list[TokenStore], config: TrainConfig, resume
 
 
 # What decides which frames step N sees. A run continued under another value would be neither run.
-POSITIONAL = ("batch_size", "batch_rows", "gradient_accumulation", "pack_window", "mask_speaker_ids", "seed")
+POSITIONAL = (
+    "batch_size",
+    "batch_rows",
+    "gradient_accumulation",
+    "pack_window",
+    "mask_speaker_ids",
+    "supervise",
+    "seed",
+)
 
 
 def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:

@@ -168,7 +168,10 @@ class Trainer:
         self._open_run()
         self._announce()
         if self.state["step"] == 0:
-            self._record(None, self._validate())
+            validation = self._validate()
+            if validation:
+                log.info("%s", validation_line(0, validation))
+            self._record(None, validation)
         batches = prefetch(self._steps())
         progress = StepProgress(self.total_steps, self.state["step"])
         with progress, StopSignals(self):
@@ -179,7 +182,8 @@ class Trainer:
                 finished = step == self.total_steps
                 last = finished or self.stopping is not None
                 metrics = validation = None
-                if step % run.log_every == 0 or last:
+                # Without a validation split, the first step's loss is what the model starts from.
+                if step % run.log_every == 0 or last or (step == 1 and self.validator is None):
                     metrics = self._log(progress)
                 if finished or (run.val_every and step % run.val_every == 0):
                     validation = self._validate()
@@ -189,7 +193,7 @@ class Trainer:
                 self._record(metrics, validation)
                 improved = self._is_best(validation)
                 if last or improved or (run.save_every and step % run.save_every == 0):
-                    self._save(progress, validation if improved else None)
+                    self._save(progress, validation if improved else None, last)
                 if self.sampler and step % run.gen_every == 0:
                     self.window.pause(self.sampler(step, progress.write))
                 progress.update()
@@ -247,16 +251,17 @@ class Trainer:
         return {**metrics, "lr": self.lr, "memory_gib": memory_gib(self.device)}
 
     def _report_bad_steps(self, progress: StepProgress) -> bool:
-        """Say which updates were skipped for a non-finite loss or gradient, and lower the flag."""
+        """Say which updates were skipped for a non-finite loss or gradient; True where the newest was one of them
+        or had not been told of yet."""
         count, first, streak = self.window.take_bad()
         if not count:
-            return False
+            return streak > 0
         good = ckpt.checkpoints(self.run_dir)
         sources = ", ".join(self._sources(first))
         message = (
             f"step {first}: the loss or a gradient was not finite; the update was skipped"
             + (f" ({count} such updates since the last report)" if count > 1 else "")
-            + f". Data: {sources}. Last good checkpoint: {good[-1].name if good else 'none yet'}."
+            + f". Data: {sources}. Last good checkpoint: {good[-1].name if good else 'none yet'}"
         )
         progress.write("warning: " + message)
         if streak >= MOST_SKIPPED:
@@ -297,10 +302,11 @@ class Trainer:
             return False
         return best is None or validation["val_loss"] < best
 
-    def _save(self, progress: StepProgress, best: dict[str, Any] | None) -> None:
-        """A checkpoint of this step; ``best`` is its validation where that is the best so far."""
+    def _save(self, progress: StepProgress, best: dict[str, Any] | None, last: bool) -> None:
+        """A checkpoint of this step; ``best`` is its validation where that is the best so far. The last one is saved
+        even if its own update was skipped: the weights are those of the step before it."""
         started = time.monotonic()
-        if self._report_bad_steps(progress):
+        if self._report_bad_steps(progress) and not last:
             progress.write("warning: nothing was saved at this step.")
             return
         if best:
@@ -330,6 +336,7 @@ class Trainer:
 
     def _announce(self) -> None:
         config = self.config
+        num_codebooks, vocab = vocabulary(self.model)
         trained = sum(p.numel() for p in self.parameters)
         every = sum(p.numel() for p in self.model.parameters())
         start = f"continuing {self.resumed.name}" if self.resumed else f"from {config.model.model}"
@@ -351,12 +358,13 @@ class Trainer:
         )
         log.info("Steps     %d per epoch of %s, %d in all, on %s", steps, per_step, self.total_steps, self.device)
         log.info("Output    %s", self.run_dir)
+        log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
         unheard = sorted(set(config.data.mask_speaker_ids) - set(self.packer.turn_speakers.tolist()))
         if unheard:
             log.warning("warning: --mask-speaker-ids %s: no turn is of that speaker", " ".join(map(str, unheard)))
         if self.validator is None:
             log.info("There is no validation split: best follows the last checkpoint.")
-        self.uniform = math.log(vocabulary(self.model)[1])
+        self.uniform = sum(coefficients(config.loss, num_codebooks)) * math.log(vocab)
         self.entropy = unigram_entropy(self.store)
 
     def _record(self, metrics: dict[str, Any] | None, validation: dict[str, Any] | None) -> None:

@@ -198,6 +198,15 @@ def test_masked_speakers_are_context_only(tmp_path):
     assert train(settings)["complete"]
 
 
+def test_only_the_last_turn_is_learned(tmp_path):
+    settings = config(tmp_path, supervise="last", batch_size=100)
+    store = open_split(settings.data.data, "train")
+    step = Packer(store, settings.data, settings.loss).step(0, 0)
+    last = [store.conversation(i)[-1] for i in range(store.num_conversations)]
+    assert step.supervised == sum(len(t.codes) + 1 for t in last) < step.frames + store.num_turns
+    assert train(settings)["complete"]
+
+
 @pytest.mark.parametrize("extra", [{"activation_checkpointing": True}, {"precision": "bf16"}, {"batch_rows": 128}])
 def test_other_ways_to_run(tmp_path, extra):
     summary = train(config(tmp_path, **extra))
@@ -208,6 +217,8 @@ def test_without_a_validation_split_best_is_the_last(tmp_path):
     make_store(tmp_path / "tokens", val=0)
     summary = train(config(tmp_path, max_steps=4))
     assert summary["val_loss_last"] is None
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["step"] == 1 and rows[0]["train_loss"] == pytest.approx(summary["uniform_loss"], abs=0.1)
     assert (tmp_path / "run" / "best").resolve() == (tmp_path / "run" / "last").resolve()
 
 
