@@ -83,7 +83,7 @@ def test_no_archive_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no apt-get here; run `make demo DATA=metadata.json`"):
         fetch_debian_speech(tmp_path)
     monkeypatch.setattr(demo_data.shutil, "which", lambda tool: tool)
-    monkeypatch.setattr(demo_data, "_apt", lambda arguments, folder: "Could not resolve 'deb.debian.org'")
+    monkeypatch.setattr(demo_data, "_apt", lambda arguments, folder: "Could not resolve 'mirror.example'")
     with pytest.raises(InputError, match="Could not resolve .*; run `make demo DATA") as caught:
         fetch_debian_speech(tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "metadata.json").exists()

@@ -32,7 +32,7 @@ def write_store(path: Path) -> TokenStore:
     return TokenStore.open(path)
 
 
-def test_four_real_turns_are_recited_by_greedy_generation_from_text_alone(tmp_path):
+def test_four_real_turns_are_recited_by_greedy_generation_from_text_alone(tmp_path, all_threads):
     store = write_store(tmp_path / "train")
     assert [len(store.conversation(i)) for i in range(3)] == [2, 1, 1]
     stack = TransformerConfig(num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=128, intermediate_dim=256)
