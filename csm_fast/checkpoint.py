@@ -186,7 +186,9 @@ def complete(checkpoint: Path) -> dict[str, Any] | None:
         for name, size in state["files"].items():
             if (checkpoint / name).stat().st_size != size:
                 return None
-        if any(not isinstance(state[key], int) for key in ("step", "epoch", "index")):
+        if any(not isinstance(state[key], int) or state[key] < 0 for key in ("step", "epoch", "index")):
+            return None
+        if any(not isinstance(state[key], int | float | None) for key in ("best_step", "best_val_loss")):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -52,8 +52,9 @@ class TransformerConfig:
     def __post_init__(self):
         for name in ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "max_seq_len"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} is {value!r}", mend="give a positive integer")
+            most = 1024 if name == "num_layers" else 2**24
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise InputError(f"{name} is {value!r}", mend=f"give an integer from 1 to {most:,}")
         for name in ("norm_eps", "rope_base", "rope_scale_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -82,10 +83,9 @@ class CSMConfig:
     num_codebooks: int = 32
 
     def __post_init__(self):
-        if self.num_codebooks < 2:
-            raise InputError(f"num_codebooks is {self.num_codebooks}", mend="CSM needs at least 2")
-        if min(self.text_vocab_size, self.audio_vocab_size) < 2:
-            raise InputError("a vocabulary needs at least 2 entries")
+        for name, most in (("num_codebooks", 1024), ("text_vocab_size", 2**31), ("audio_vocab_size", 2**16)):
+            if not 2 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}", mend=f"give an integer from 2 to {most:,}")
 
     @classmethod
     def csm_1b(cls) -> CSMConfig:

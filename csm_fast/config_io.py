@@ -192,11 +192,14 @@ def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
     return flat
 
 
+RESOLVED = "# Every setting of a run, written by csm_fast.\n"
+
+
 def dump_yaml(config: Any) -> str:
     """The resolved configuration, in sections, in a form ``read_yaml`` takes back."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return RESOLVED + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ flags

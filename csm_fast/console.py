@@ -24,7 +24,7 @@ class StepProgress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            layout = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+            layout = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(total=total, initial=done, bar_format=layout, dynamic_ncols=True)
 
     def __enter__(self) -> StepProgress:

@@ -238,7 +238,7 @@ def _parquet_rows(file: str) -> Iterator[tuple[int, Any]]:
                 for item in batch.to_pylist():
                     row += 1
                     yield row, _present(item)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise InputError(f"is not a readable parquet file ({first})", file=file, mend="write it again") from None
 

@@ -62,6 +62,8 @@ def locate(name: str) -> Path:
     """The weights file or index that ``name`` means, downloaded if it is a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
+        if not any(path.glob("*.safetensors*")) and (path / "best").is_dir():
+            raise InputError("is a run, not a model", file=name, mend=f"give {path / 'best'} or {path / 'last'}")
         return path / _select((p.name for p in path.iterdir()), name)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise _pickled(name)

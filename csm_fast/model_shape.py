@@ -174,7 +174,9 @@ def from_transformers_config(values: dict[str, Any]) -> CSMConfig:
             values.get("vocab_size", one.audio_vocab_size),
             values.get("num_codebooks", one.num_codebooks),
         )
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise InputError(f"not a usable CsmConfig ({type(error).__name__}: {error})") from None
 
 

@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line cut off by a crash is dropped."""
     rows = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
                 rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []

@@ -17,7 +17,7 @@ def summarize(trainer: Any) -> dict[str, Any]:
     """Write the plot and the summary of a run from its metrics file, say where everything is, and return it."""
     run_dir: Path = trainer.run_dir
     rows = read_metrics(run_dir / "metrics.jsonl")
-    validations = [r for r in rows if r.get("val_loss") is not None]
+    validations = validated_rows(rows)
     first, last = (validations[0], validations[-1]) if validations else (None, None)
     entropy = trainer.entropy
     summary: dict[str, Any] = {
@@ -58,6 +58,12 @@ def summarize(trainer: Any) -> dict[str, Any]:
     return summary
 
 
+def validated_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a metrics file that hold a whole validation."""
+    wanted = ("val_loss", "val_c0_loss", "val_per_codebook", "eos_p_end", "false_eos_rate")
+    return [row for row in rows if all(row.get(key) is not None for key in wanted)]
+
+
 def lines(summary: dict[str, Any], last: dict[str, Any] | None, entropy: list[float]) -> list[str]:
     """The summary in words."""
     text = [""]
@@ -93,7 +99,7 @@ def plot(rows: list[dict[str, Any]], entropy: list[float], uniform: float, path:
     from matplotlib.figure import Figure
 
     trained = [r for r in rows if r.get("train_loss") is not None]
-    validated = [r for r in rows if r.get("val_loss") is not None]
+    validated = validated_rows(rows)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))

@@ -134,7 +134,7 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
         try:
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise damaged(f"array {name!r} is not described") from None
         if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
             raise damaged(f"array {name!r} has the wrong size")

@@ -14,6 +14,7 @@ from .config_io import read_mapping
 from .convert import load_model
 from .errors import InputError
 from .model import CSM, vocabulary
+from .shard_file import old_directory
 from .token_store import TokenStore, check_compatible, open_split
 
 
@@ -41,7 +42,8 @@ def starting_model(config: TrainConfig) -> CSM:
 
 
 def open_optional_split(data: str, split: str) -> TokenStore | None:
-    return open_split(data, split) if (Path(data).expanduser() / split).exists() else None
+    path = Path(data).expanduser() / split
+    return open_split(data, split) if path.exists() or old_directory(path).exists() else None
 
 
 def check_data(model: CSM, stores: list[TokenStore], config: TrainConfig, resumed: Path | None) -> dict[str, Any]:

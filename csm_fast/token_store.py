@@ -342,6 +342,8 @@ def open_split(data_dir: str | os.PathLike[str], split: str, *, verify: bool = T
     if not _settled(path).is_dir():
         there = sorted(p.parent.name for p in Path(data_dir).glob("*/" + MANIFEST))
         what = f"no {split!r} split here" + (f" (there is {', '.join(there)})" if there else "")
+        if (Path(data_dir).expanduser() / MANIFEST).is_file():
+            raise InputError("is one split of a store", file=data_dir, mend="give the directory that it lies in")
         mend = "run csm-fast pretokenize with this --output"
         if split == "val":
             mend += " and --val-data or --val-fraction"

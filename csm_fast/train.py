@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint as ckpt
 from .code_cache import Lock
 from .config import TrainConfig
-from .config_io import dump_yaml
+from .config_io import RESOLVED, dump_yaml
 from .console import StepProgress, StopSignals
 from .convert import load_model
 from .errors import InputError
@@ -384,7 +384,10 @@ class Trainer:
         """Settle the run directory: what a crash left is removed, metrics after the checkpoint come again."""
         try:
             ckpt.clean(self.run_dir)
-            ckpt.write_text(self.run_dir / "config.yaml", dump_yaml(self.config))
+            settings = self.run_dir / "config.yaml"
+            if settings.exists() and not settings.read_bytes().startswith(RESOLVED.encode()):
+                settings = self.run_dir / "config.resolved.yaml"  # the other one is the user's own, with its comments
+            ckpt.write_text(settings, dump_yaml(self.config))
             path = self.run_dir / "metrics.jsonl"
             rows = [r for r in read_metrics(path) if self.resumed and r["step"] <= self.state["step"]]
             ckpt.write_text(path, "".join(map(metrics_line, rows)))
