@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,9 @@ def speak(config: GenerateConfig) -> Speech:
     Raises:
         InputError: a file, model or codec that is missing or does not belong.
     """
+    out = Path(config.out).expanduser()
+    if out.is_dir() or not out.parent.is_dir():  # better now than after a minute of speech
+        raise InputError("cannot be written", file=out, mend="name a file in a folder that exists")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -76,7 +80,7 @@ def speak(config: GenerateConfig) -> Speech:
             file=config.model,
             mend="try another --seed, or train longer",
         )
-    write_wav(config.out, wave, codec.sample_rate)
+    write_wav(out, wave, codec.sample_rate)
     ended = "ended by EOS" if speech.ended else "cut at --max-seconds"
     log.info("%s: %.1f s, %s, through %s", config.out, len(wave) / codec.sample_rate, ended, codec.name)
     return speech
