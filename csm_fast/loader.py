@@ -168,7 +168,8 @@ class Packer:
         shuffled = draw(self.data.seed, ORDER, epoch, 1).permutation(len(packs))
         packs = [packs[i] for i in shuffled]
         plan = [packs[i : i + per_step] for i in range(0, len(packs), per_step)]
-        self._plans = {epoch: plan}
+        # The epoch being trained and the one being read ahead.
+        self._plans = {**{e: p for e, p in self._plans.items() if e == epoch - 1}, epoch: plan}
         return plan
 
     def plan(self, epoch: int, index: int) -> list[list[Document]]:
