@@ -39,7 +39,14 @@ setup(
         "gpu": ["liger-kernel>=0.6", "torchaudio>=2.11"],
         "flash": ["flash-attn>=2.8"],  # a source build: alone, so that it breaks nothing
         "qlora": ["bitsandbytes>=0.48", "peft>=0.17"],
-        "dev": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        "dev": [
+            "triton>=3.4; sys_platform == 'linux'",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML",
+        ],
     },
     entry_points={
         "console_scripts": [

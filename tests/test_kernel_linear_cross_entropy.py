@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from csm_kernels.linear_cross_entropy import DEFAULT_BYTE_BUDGET, linear_cross_entropy
+from kernel_cases import assert_within_budget, interpreted, poisoned
 
 ROW = 8 * 19  # bytes of one row of float64 logits at the vocabulary below
 BUDGETS = {"one row": 1, "three rows": 3 * ROW, "a head": 13 * ROW, "two heads": 27 * ROW, "all": DEFAULT_BYTE_BUDGET}
@@ -121,3 +122,73 @@ def test_bf16_errs_little_more_than_torch_in_bf16(budget, heads):
     for name, o, t, truth in zip(("loss", "hidden", "weight"), ours, theirs, true, strict=True):
         error, bound = ((x.double() - truth).norm() / truth.norm() for x in (o, t))
         assert error <= 1.5 * bound + 1e-3, (name, float(error), float(bound))
+
+
+# --- the Triton kernel, in the interpreter ------------------------------------------------------------------------
+
+
+def gradients(inputs, **options):
+    loss, parts = linear_cross_entropy(*inputs, **options)
+    return loss, parts, *torch.autograd.grad(loss, inputs[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("vocab", [5, 2051])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("chunk", ["small", "all"])
+def test_kernel_within_the_error_budget(dtype, vocab, rows, heads, chunk):
+    inputs = case(rows, heads, 96, vocab, dtype, per_head_weights=True)
+    inputs[2].masked_fill_(torch.rand(inputs[2].shape, generator=torch.Generator().manual_seed(1)) < 0.1, -100)
+    budget = 7 * vocab * 4 if chunk == "small" else DEFAULT_BYTE_BUDGET
+    exact = [x.detach().double().requires_grad_() for x in inputs[:2]]
+    truth = gradients((*exact, *inputs[2:]), impl="torch")
+    plain = gradients(inputs, impl="torch", byte_budget=budget)
+    with interpreted() as launches, poisoned():
+        got = gradients(inputs, impl="triton", byte_budget=budget)
+    if rows:
+        assert launches["_softmax_cross_entropy_kernel"] >= (heads if chunk == "small" and rows > 7 else 1)
+    for name, g, t, p in zip(("loss", "parts", "hidden", "weight"), got, truth, plain, strict=True):
+        assert_within_budget(name, g, t.to(torch.float64), p)
+
+
+def test_kernel_takes_any_strides_and_skips_what_is_not_wanted():
+    hidden, weight, targets, weights = case(9, 1, 40, 23, torch.float32)
+    linear = weight.detach().squeeze(0).t().contiguous()  # [V, D], as codebook 0's head is stored
+    want = linear_cross_entropy(hidden, weight, targets, weights, impl="torch")[0]
+    with interpreted() as launches, poisoned():
+        got = linear_cross_entropy(hidden, linear.t().unsqueeze(0), targets, weights, impl="triton")[0]
+        (grad,) = torch.autograd.grad(got, hidden)
+        with torch.no_grad():
+            quiet = linear_cross_entropy(hidden, weight, targets, weights, impl="triton")[0]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(quiet, want)
+    torch.testing.assert_close(grad, torch.autograd.grad(want, hidden)[0])
+    assert launches["_softmax_cross_entropy_kernel"] == 2 and not quiet.requires_grad
+
+
+def test_ignored_targets_count_nothing():
+    hidden, weight, targets, weights = case(6, 2, 8, 11)
+    some = targets.clone()
+    some[2] = -100
+    without = [x.index_select(0, torch.tensor([0, 1, 3, 4, 5])) for x in (hidden, targets, weights)]
+    got = linear_cross_entropy(hidden, weight, some, weights)
+    want = linear_cross_entropy(without[0], weight, without[1], without[2])
+    torch.testing.assert_close(got, want)
+    (grad,) = torch.autograd.grad(got[0], hidden)
+    assert not grad[2].any() and grad[3].any()
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (False, False)])
+def test_opcheck(wanted):
+    hidden, weight, targets, weights = case(5, 3, 8, 11, torch.float32)
+    args = (hidden, weight, targets, weights, 200, *wanted, False)
+    torch.library.opcheck(torch.ops.csm_kernels.linear_cross_entropy.default, args)
+
+
+def test_impl_is_checked():
+    inputs = case(3, 1, 4, 5)
+    with pytest.raises(ValueError, match="impl is 'cuda'"):
+        linear_cross_entropy(*inputs, impl="cuda")
+    with pytest.raises(ValueError, match="float32"):
+        linear_cross_entropy(*inputs, impl="triton")

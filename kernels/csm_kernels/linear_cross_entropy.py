@@ -1,92 +1,253 @@
-"""Linear layer and cross-entropy in one operator that never holds all logits."""
+"""Linear layer and cross-entropy in one operator that never holds all logits.
+
+For C heads over the same M rows, ``loss = sum_mc w[m, c] CE(hidden[m, c] @ weight[c], target[m, c])``. Work goes chunk
+by chunk: some heads, some rows. Each chunk is one batched GEMM to logits, one pass that turns logits into loss and
+gradient in place with float32 softmax, and one GEMM for each gradient that is wanted. All weights enter here, so what
+comes from above is one scalar and the gradients can be formed while a chunk's logits exist: with p = softmax(h W),
+d(w CE)/d logits = w (p - onehot(target)) (Liger's fused linear cross-entropy does the same).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the PyTorch form needs none
+    triton = None
+
 DEFAULT_BYTE_BUDGET = 64 * 2**20
+IGNORE = -100
+# A row of 2,051 logits is 4,102 bytes, which no 16-byte load likes; the chunk's copy of the weight has this multiple.
+COLUMNS = 64
+
+# --- reference --------------------------------------------------------------------------------------------------------
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are formed in the forward pass, chunk by chunk, while a chunk's logits exist.
+def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of one chunk, and its gradient.
 
-    With p = softmax(h W) and a row weight w, d(w CE)/d logits = w (p - onehot(target)). All weights enter here, so
-    what comes from above is one scalar that scales both gradients (Liger's fused linear cross-entropy does the same).
+    Args:
+        logits: [c, m, V] in the compute dtype; may be overwritten.
+        targets: [c, m] int64, each in [0, V).
+        weights: [c, m] in the wide dtype.
+
+    Returns:
+        losses [c, m] in the wide dtype, and d(sum of losses)/d logits [c, m, V] in the compute dtype (empty where it
+        is not wanted).
     """
+    wide = logits.to(weights.dtype)
+    lse = wide.logsumexp(-1, keepdim=True)
+    index = targets.unsqueeze(-1)
+    losses = (lse - wide.gather(-1, index)).squeeze(-1) * weights
+    if not wants_grad:
+        return losses, logits.new_empty(0)
+    grad = wide.sub_(lse).exp_()
+    grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    return losses, grad.mul_(weights.unsqueeze(-1)).to(logits.dtype)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, byte_budget, wants_hidden, wants_weight):
-        rows, heads, _ = hidden.shape
-        vocab = weight.shape[-1]
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
-        per_head = torch.zeros(heads, dtype=accumulate, device=hidden.device)
 
-        row_bytes = vocab * torch.finfo(accumulate).bits // 8
-        rows_per_chunk = max(1, min(rows, byte_budget // row_bytes))
-        # Whole heads first: the weight gradient of a head is then finished within one chunk.
-        heads_per_chunk = max(1, min(heads, byte_budget // (row_bytes * rows_per_chunk)))
-        for first_head in range(0, heads, heads_per_chunk):
-            some_heads = slice(first_head, min(heads, first_head + heads_per_chunk))
-            w = weight[some_heads]
-            # With several row chunks the heads' gradient is summed in the wide dtype and rounded once.
-            total = None if rows_per_chunk == rows else torch.zeros(w.shape, dtype=accumulate, device=w.device)
-            for first in range(0, rows, rows_per_chunk):
-                some = slice(first, min(rows, first + rows_per_chunk))
-                h = hidden[some, some_heads].transpose(0, 1)
-                logits = torch.bmm(h, w).to(accumulate)
-                target = targets[some, some_heads].t().unsqueeze(-1)
-                # [heads, rows], or [1, rows] for all heads
-                row_weight = (weights[some, some_heads] if weights.shape[1] > 1 else weights[some]).t().to(accumulate)
-                lse = logits.logsumexp(-1)
-                loss = (lse - logits.gather(-1, target).squeeze(-1)) * row_weight
-                per_head[some_heads] += loss.sum(-1)
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                grad = logits.sub_(lse.unsqueeze(-1)).exp_()
-                grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=accumulate))
-                grad = grad.mul_(row_weight.unsqueeze(-1)).to(hidden.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[some, some_heads] = torch.bmm(grad, w.transpose(1, 2)).transpose(0, 1)
-                if grad_weight is not None:
-                    part = torch.bmm(h.transpose(1, 2), grad)
-                    total = part if total is None else total.add_(part)
-            if grad_weight is not None and total is not None:
-                grad_weight[some_heads] = total
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(per_head)
-        return per_head.sum(), per_head
+# --- kernels ------------------------------------------------------------------------------------------------------
+# Prefixes: p_ pointer, o_ offsets, b_ block of values, i_ index.
 
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+
+def _jit(kernel):
+    """Compiled once per vocabulary and dtype: no specialisation on the number of rows."""
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["rows"])
+
+
+@_jit
+def _softmax_cross_entropy_kernel(
+    # data
+    p_logits,  # [heads, rows, COLUMNS], of which VOCAB columns count; the gradient takes their place
+    p_targets,  # [heads, rows]
+    p_weights,  # [heads, rows] float32
+    p_losses,  # [heads, rows] float32
+    # sizes
+    rows,
+    # meta
+    VOCAB: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WANTS_GRAD: tl.constexpr,
+):
+    """One program per (row, head): a row of logits is read once, and its gradient written in its place."""
+    i_row = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0)
+    p_row = p_logits + i_row * COLUMNS
+    o_column = tl.arange(0, BLOCK)
+    # Whole groups of 64 columns are loaded, which is what lets the loads be 16 bytes wide; VOCAB is odd.
+    b_logits = tl.load(p_row + o_column, mask=o_column < COLUMNS, other=0.0).to(tl.float32)
+    b_logits = tl.where(o_column < VOCAB, b_logits, float("-inf"))
+    target = tl.load(p_targets + i_row)
+    weight = tl.load(p_weights + i_row)
+    highest = tl.max(b_logits, axis=0)
+    b_exp = tl.exp(b_logits - highest)
+    total = tl.sum(b_exp, axis=0)
+    # The target's logit comes from the registers: a load of its own would race with the store below.
+    picked = tl.sum(tl.where(o_column == target, b_logits, 0.0), axis=0)
+    tl.store(p_losses + i_row, (tl.log(total) + highest - picked) * weight)
+    if WANTS_GRAD:
+        b_grad = (b_exp / total - tl.where(o_column == target, 1.0, 0.0)) * weight
+        # The padding becomes zero, so the GEMMs that follow may read it.
+        tl.store(p_row + o_column, b_grad.to(p_logits.dtype.element_ty), mask=o_column < COLUMNS)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def launch_softmax_cross_entropy_(
+    logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """``softmax_cross_entropy_`` on padded logits [c, m, columns], in place; float32 softmax."""
+    heads, rows, columns = logits.shape
+    losses = torch.empty(heads, rows, dtype=torch.float32, device=logits.device)
+    if losses.numel():
+        block, num_warps = launch_shape(columns)
+        _softmax_cross_entropy_kernel[(rows, heads)](
+            logits,
+            targets.contiguous(),
+            weights.contiguous(),
+            losses,
+            rows,
+            VOCAB=vocab,
+            COLUMNS=columns,
+            BLOCK=block,
+            WANTS_GRAD=wants_grad,
+            num_warps=num_warps,
+        )
+    return losses, logits
+
+
+def launch_shape(columns: int) -> tuple[int, int]:
+    """(block of columns, warps): 16 logits a thread at V = 2051, so the row stays in registers between its uses."""
+    block = max(16, 1 << (columns - 1).bit_length())
+    return block, min(8, max(1, block // 512))
+
+
+def _chunks(rows: int, heads: int, width: int, columns: int, element: int, budget: int) -> tuple[int, int]:
+    """(rows, heads) of a chunk: whole heads first, so that a head's weight gradient is finished within one chunk and
+    needs no accumulator; with more rows than fit, one head at a time beside its float32 accumulator."""
+    row_bytes = columns * element
+    if rows * row_bytes <= budget:
+        return max(1, rows), max(1, min(heads, budget // max(1, rows * row_bytes)))
+    left = max(budget - width * columns * 4, budget // 4)
+    return max(1, min(rows, left // row_bytes)), 1
+
+
+# --- registered op ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("csm_kernels::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    byte_budget: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], losses per head [C], and the gradients (empty where not wanted) for an upstream gradient of 1."""
+    rows, heads, width = hidden.shape
+    vocab = weight.shape[-1]
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wants_grad = wants_hidden or wants_weight
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if wants_weight else hidden.new_empty(0)
+    per_head = torch.zeros(heads, dtype=wide, device=hidden.device)
+    row_weights = weights.to(wide).masked_fill(targets == IGNORE, 0.0).expand(rows, heads)
+    targets = targets.masked_fill(targets == IGNORE, 0)
+
+    columns = -(-vocab // COLUMNS) * COLUMNS if use_triton else vocab
+    element = hidden.element_size() if use_triton else torch.finfo(wide).bits // 8
+    rows_per_chunk, heads_per_chunk = _chunks(rows, heads, width, columns, element, byte_budget)
+    for first_head in range(0, heads, heads_per_chunk):
+        some_heads = slice(first_head, min(heads, first_head + heads_per_chunk))
+        w = weight[some_heads]
+        if columns != vocab:
+            w = torch.nn.functional.pad(w, (0, columns - vocab))
+        total = torch.zeros(w.shape, dtype=wide, device=w.device) if rows_per_chunk != rows else None
+        for first in range(0, rows, rows_per_chunk):
+            some = slice(first, min(rows, first + rows_per_chunk))
+            h = hidden[some, some_heads].transpose(0, 1)
+            logits = torch.bmm(h, w)
+            target, row_weight = targets[some, some_heads].t(), row_weights[some, some_heads].t()
+            if use_triton:
+                losses, grad = launch_softmax_cross_entropy_(logits, target, row_weight, wants_grad, vocab)
+            else:
+                losses, grad = softmax_cross_entropy_(logits, target, row_weight, wants_grad)
+            per_head[some_heads] += losses.sum(-1)
+            if wants_hidden:
+                grad_hidden[some, some_heads] = torch.bmm(grad, w.transpose(1, 2)).transpose(0, 1)
+            if wants_weight:
+                part = torch.bmm(h.transpose(1, 2), grad)
+                total = part if total is None else total.add_(part)
+        if wants_weight and total is not None:
+            grad_weight[some_heads] = total[..., :vocab]
+    return per_head.sum(), per_head, grad_hidden, grad_weight
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, targets, weights, byte_budget, wants_hidden, wants_weight, use_triton):
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[1], dtype=wide),
+        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if wants_weight else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.wants = inputs[5], inputs[6]
+    ctx.save_for_backward(output[2], output[3])
+
+
+def _backward(ctx, grad_loss, *_):
+    scaled = [
+        grad * grad_loss.to(grad.dtype) if wanted else None
+        for grad, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    ]
+    return *scaled, None, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+# --- public function --------------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, byte_budget: int = DEFAULT_BYTE_BUDGET
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    byte_budget: int = DEFAULT_BYTE_BUDGET,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of C heads over the same rows: ``sum_mc weights[m, c] CE(hidden[m, c] @ weight[c])``.
 
     Args:
         hidden: [M, C, D].
-        weight: [C, D, V], same dtype as ``hidden``. Logits are formed in that dtype, softmax in float32 (float64
-            for float64 inputs).
-        targets: [M, C] int64, each in [0, V).
+        weight: [C, D, V], same dtype as ``hidden``; any strides (a transposed view of a [V, D] linear layer will do).
+            Logits are formed in that dtype, softmax in float32 (float64 for float64 inputs, ``impl="torch"`` only).
+        targets: [M, C] int64, each in [0, V), or -100: such an entry counts nothing.
         weights: [M, 1] or [M, C]; 0 leaves a row out.
-        byte_budget: most bytes of logits held at once (never less than one row of one head).
+        byte_budget: most bytes of logits held at once, beside the float32 accumulator of one head's weight gradient
+            where the rows of one head do not fit (never less than one row of one head).
+        impl: "triton" (a GPU, or the interpreter), "torch", or "auto": triton on CUDA where it is installed.
 
     Returns:
         The scalar loss, and the detached weighted sums per head [C], both float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an unknown ``impl``, or ``impl="triton"`` with float64.
+        ImportError: ``impl="triton"`` without Triton.
     """
     grad_mode = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
+    loss, per_head, _, _ = _linear_cross_entropy(
         hidden,
         weight,
         targets,
@@ -94,4 +255,19 @@ def linear_cross_entropy(
         byte_budget,
         grad_mode and hidden.requires_grad,
         grad_mode and weight.requires_grad,
+        uses_triton(impl, hidden),
     )
+    return loss, per_head.detach()
+
+
+def uses_triton(impl: str, x: Tensor) -> bool:
+    """Whether ``impl`` means the kernels for a tensor like ``x``."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}; use 'auto', 'triton' or 'torch'")
+    if impl == "triton" and triton is None:
+        raise ImportError("impl='triton' needs Triton; install it, or use impl='torch'")
+    if impl == "triton" and x.dtype == torch.float64:
+        raise ValueError("the Triton kernels compute in float32; use impl='torch' for float64")
+    if impl == "auto":
+        return triton is not None and x.device.type == "cuda" and x.dtype != torch.float64
+    return impl == "triton"
