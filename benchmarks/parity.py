@@ -4,7 +4,11 @@
     git clone https://github.com/knottwill/sesame-finetune ../sesame-finetune     # optional
     python -m benchmarks.parity --sesame-csm ../csm --sesame-finetune ../sesame-finetune
 
-Needs torchtune (0.4.0, which Sesame pins, or 0.6.1) and transformers. Compares ``csm_fast.forward`` bound to Sesame's
+Needs torchtune (0.4.0, which Sesame pins, or 0.6.1), which imports only beside an older torchao and pulls in much else:
+
+    pip install --no-deps torchtune==0.4.0 torchao==0.9.0 && pip install omegaconf datasets blobfile kagglehub psutil
+
+Better in an environment of its own: PEFT refuses to work beside that torchao. Compares ``csm_fast.forward`` bound to Sesame's
 ``Model`` with the blog's forward (in our words and, given sesame-finetune, in its own), with our ``CSM`` and with
 transformers, on the same weights, batch and frames: losses, and every parameter's gradient by name. Prints a table;
 the exit status is 1 if a line of it fails.
@@ -212,7 +216,7 @@ def main() -> int:
     try:
         import torchtune  # noqa: F401 - Sesame's code imports it
     except ImportError as error:
-        raise SystemExit(f"torchtune: {error}; pip install torchtune==0.4.0, where Sesame's code runs") from None
+        raise SystemExit(f"torchtune: {error}; see the top of benchmarks/parity.py") from None
     models = sesame_models(args.sesame_csm)
     finetune = finetune_forward(args.sesame_finetune, models) if args.sesame_finetune else None
     config = dataclasses.replace(CSMConfig.small(), text_vocab_size=4096)
