@@ -6,7 +6,8 @@
 
 Needs torchtune (0.4.0, which Sesame pins, or 0.6.1), which imports only beside an older torchao and pulls in much else:
 
-    pip install --no-deps torchtune==0.4.0 torchao==0.9.0 && pip install omegaconf datasets blobfile kagglehub psutil
+    pip install --no-deps torchtune==0.4.0 torchao==0.9.0
+    pip install omegaconf datasets blobfile kagglehub psutil
 
 Better in an environment of its own: PEFT refuses to work beside that torchao. Compares ``csm_fast.forward`` bound to Sesame's
 ``Model`` with the blog's forward (in our words and, given sesame-finetune, in its own), with our ``CSM`` and with
