@@ -9,10 +9,11 @@ Needs torchtune (0.4.0, which Sesame pins, or 0.6.1), which imports only beside 
     pip install --no-deps torchtune==0.4.0 torchao==0.9.0
     pip install omegaconf datasets blobfile kagglehub psutil
 
-Better in an environment of its own: PEFT refuses to work beside that torchao. Compares ``csm_fast.forward`` bound to Sesame's
-``Model`` with the blog's forward (in our words and, given sesame-finetune, in its own), with our ``CSM`` and with
-transformers, on the same weights, batch and frames: losses, and every parameter's gradient by name. Prints a table;
-the exit status is 1 if a line of it fails.
+Better in an environment of its own: PEFT refuses to work beside that torchao.
+
+Compares ``csm_fast.forward`` bound to Sesame's ``Model`` with the blog's forward (in our words and, given
+sesame-finetune, in its own), with our ``CSM`` and with transformers, on the same weights, batch and frames: losses, and
+every parameter's gradient by name. Prints a table; the exit status is 1 if a line of it fails.
 """
 
 from __future__ import annotations
