@@ -15,6 +15,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import csm_fast
+    from csm_fast.machine import processor
 
     def git(*args: str) -> str:
         try:
@@ -22,7 +23,7 @@ def environment() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return ""
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
         "device": device,
@@ -33,17 +34,6 @@ def environment() -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD") + dirty,
         "date": datetime.date.today().isoformat(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

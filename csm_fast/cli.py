@@ -17,6 +17,7 @@ COMMANDS = {
     "pretokenize": "recordings with transcripts -> a token store",
     "train": "fine-tune on a token store (also: csm-fast-train)",
     "generate": "speech from a model and a text",
+    "doctor": "what is on this machine, what was chosen for it and why",
 }
 
 
@@ -55,6 +56,7 @@ def _run(command: str, argv: list[str]) -> int:
         "pretokenize": _pretokenize,
         "train": _train,
         "generate": _generate,
+        "doctor": _doctor,
     }
     try:
         return handlers[command](argv) or 0
@@ -129,6 +131,14 @@ def _generate(argv: list[str]) -> None:
 
     config = _config(GenerateConfig, "csm-fast generate", COMMANDS["generate"], argv)
     importlib.import_module("csm_fast.speak").speak(config)
+
+
+def _doctor(argv: list[str]) -> None:
+    from .config_io import Parser
+
+    Parser(prog="csm-fast doctor", description=COMMANDS["doctor"]).parse_args(argv)
+    doctor = importlib.import_module("csm_fast.doctor")
+    print("\n".join(doctor.report(doctor.examine())))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,75 @@
-"""The operators the model is built from, and the only importer of ``csm_kernels``."""
+"""The operators the model is built from, the only importer of ``csm_kernels``, and the one place that chooses.
+
+``impl`` is "auto" (kernels on CUDA where Triton is installed, PyTorch elsewhere), "triton" or "torch". It can be given
+per call, or for a stretch of code with ``using``; nothing reads an environment variable.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
-from csm_kernels.frame_embed import frame_embed
-from csm_kernels.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
+from csm_kernels import frame_embed as _frame_embed
+from csm_kernels import linear_cross_entropy as _linear_cross_entropy
 from torch import Tensor
 
-__all__ = ["frame_embed", "linear_cross_entropy"]
+__all__ = ["IMPLS", "chosen", "frame_embed", "linear_cross_entropy", "using"]
+
+IMPLS = ("auto", "triton", "torch")
+_impl: ContextVar[str] = ContextVar("csm_fast_impl", default="auto")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """``csm_kernels``' operator, honouring autocast: operands are cast as ``torch.nn.functional.linear`` would.
+@contextlib.contextmanager
+def using(impl: str) -> Iterator[None]:
+    """Within it, operators that are not told otherwise use ``impl``.
 
-    Shapes and results as in ``csm_kernels.linear_cross_entropy``.
+    Raises:
+        ValueError: not one of "auto", "triton", "torch".
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; use one of {', '.join(IMPLS)}")
+    token = _impl.set(impl)
+    try:
+        yield
+    finally:
+        _impl.reset(token)
+
+
+def chosen(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """("triton" or "torch", why) of the operators for tensors on ``device``."""
+    device, impl = torch.device(device), _impl.get()
+    if impl != "auto":
+        return impl, "asked for"
+    if dtype == torch.float64:
+        return "torch", "float64: the kernels compute in float32"
+    if device.type != "cuda":
+        return "torch", f"the kernels need a CUDA device, this is {device.type}"
+    if _linear_cross_entropy.triton is None:
+        return "torch", "Triton is not installed"
+    return "triton", "a CUDA device, and Triton is installed"
+
+
+def frame_embed(
+    tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor, impl: str | None = None
+) -> Tensor:
+    """Sum of each row's live embeddings, [N, D]; shapes and errors as in ``csm_kernels.frame_embed``."""
+    return _frame_embed.frame_embed(tokens, is_audio, text_table, audio_table, impl=impl or _impl.get())
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of several heads, honouring autocast: operands are cast as ``F.linear`` would.
+
+    Shapes, results and errors as in ``csm_kernels.linear_cross_entropy``.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return _linear_cross_entropy(hidden, weight, targets, weights)
+    return _linear_cross_entropy.linear_cross_entropy(
+        hidden.to(dtype), weight.to(dtype), targets, weights, impl=impl or _impl.get()
+    )
