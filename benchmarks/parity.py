@@ -91,6 +91,13 @@ def patch_flavors(models: types.ModuleType, config: CSMConfig) -> None:
     models.FLAVORS[names["decoder_flavor"]] = builder(config.decoder)
 
 
+def sesame_model(models: types.ModuleType, config: CSMConfig) -> Any:
+    """Sesame's ``Model`` of any shape; ``audio_head`` is uninitialised, as there."""
+    patch_flavors(models, config)
+    names = sesame_config(config)
+    return models.Model(models.ModelArgs(**{f.name: names[f.name] for f in dataclasses.fields(models.ModelArgs)}))
+
+
 def ragged_batch(config: CSMConfig, conversations: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
     """Random tokens and mask [B, S, K + 1]: conversations of turns of (text rows, audio frames), right-padded."""
     generator = torch.Generator().manual_seed(1)
@@ -147,9 +154,7 @@ class Table:
 
 
 def compare(models: types.ModuleType, config: CSMConfig, finetune: Callable | None, table: Table) -> None:
-    names = sesame_config(config)
-    arguments = {f.name: names[f.name] for f in dataclasses.fields(models.ModelArgs)}
-    theirs: Any = models.Model(models.ModelArgs(**arguments))
+    theirs = sesame_model(models, config)
     ours: Any = CSM(config).init_weights(seed=0)
     with torch.no_grad():
         for name, p in ours.named_parameters():
