@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
+from csm_kernels import short_attention as _short_attention
 from torch import Tensor
 
-__all__ = ["IMPLS", "chosen", "frame_embed", "linear_cross_entropy", "using"]
+__all__ = ["IMPLS", "chosen", "dense_causal_attention", "frame_embed", "linear_cross_entropy", "using"]
 
 IMPLS = ("auto", "triton", "torch")
 _impl: ContextVar[str] = ContextVar("csm_fast_impl", default="auto")
@@ -73,3 +75,15 @@ def linear_cross_entropy(
     return _linear_cross_entropy.linear_cross_entropy(
         hidden.to(dtype), weight.to(dtype), targets, weights, impl=impl or _impl.get()
     )
+
+
+def dense_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal self-attention of equally long sequences: [s, n, heads, d] -> [s, n, heads, d], scaled by 1/sqrt(d).
+
+    Short sequences on a CPU take batched GEMMs, everything else PyTorch's own attention.
+    """
+    if q.device.type == "cpu" and q.shape[1] <= _short_attention.LONGEST:
+        return _short_attention.short_attention(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)

@@ -1,0 +1,50 @@
+"""short_attention against float64 attention, within the error of PyTorch's own in the same dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from csm_kernels import short_attention
+from kernel_cases import assert_within_budget
+
+
+def sdpa(q, k, v, grad):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
+@pytest.mark.parametrize(("sequences", "length"), [(1, 2), (3, 7), (50, 32), (2, 150)])
+def test_forward_and_gradients(dtype, heads, sequences, length, monkeypatch):
+    monkeypatch.setattr(short_attention, "SCORES", 40_000)  # several chunks, the last one smaller
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(sequences, length, h, 16) for h in (heads[0], heads[1], heads[1], heads[0])]
+    q, k, v, grad = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    truth = sdpa(*(x.double() for x in (q, k, v, grad)))
+    plain = sdpa(q, k, v, grad)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = short_attention.short_attention(*inputs)
+    got = out.detach(), *torch.autograd.grad(out, inputs, grad)
+    for name, g, t, p in zip(("out", "q", "k", "v"), got, truth, plain, strict=True):
+        assert_within_budget(name, g, t, p)
+
+
+def test_strided_inputs_and_nothing_from_the_future():
+    packed = torch.randn(5, 9, 6, 8, dtype=torch.float64)
+    q, k, v = packed.split([4, 1, 1], dim=2)
+    out = short_attention.short_attention(q, k, v)
+    torch.testing.assert_close(out, sdpa(q, k, v, torch.zeros_like(q))[0])
+    later = packed.clone()
+    later[:, 5:] = torch.randn(5, 4, 6, 8, dtype=torch.float64)
+    changed = short_attention.short_attention(*later.split([4, 1, 1], dim=2))
+    assert torch.equal(out[:, :5], changed[:, :5]) and not torch.equal(out[:, 5:], changed[:, 5:])
+
+
+def test_opcheck_and_a_single_row():
+    q, k, v = (torch.randn(3, 5, h, 8, requires_grad=True) for h in (4, 2, 2))
+    torch.library.opcheck(torch.ops.csm_kernels.short_attention.default, (q, k, v))
+    one = short_attention.short_attention(q[:, :1], k[:, :1], v[:, :1])
+    torch.testing.assert_close(one, v[:, :1].repeat_interleave(2, 2))
