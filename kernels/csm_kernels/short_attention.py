@@ -2,8 +2,8 @@
 
 PyTorch's flash attention for CPUs works in tiles that short sequences leave nearly empty: for 128 frames of 32
 positions it takes nine times as long as this, for 40 segments of 48 rows seven times; they draw level near 1,000 rows
-(bf16, two cores, forward and backward). Scores exist for one chunk of sequences at a time, and the backward computes them again,
-so nothing of the size [rows, rows] is held.
+(bf16, two cores, forward and backward). Scores exist for one chunk of sequences at a time, and the backward computes
+them again, so nothing of the size [rows, rows] is held.
 """
 
 from __future__ import annotations
