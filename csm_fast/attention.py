@@ -1,20 +1,17 @@
-"""Packed causal attention and rotary embedding: one function, one choice of implementation."""
+"""Packed causal attention and rotary embedding: where a pack's segments lie, and how rows are rotated."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
+from csm_kernels.packed_attention import packed_attention as _packed_attention
+from csm_kernels.packed_attention import plan
 from torch import Tensor
-
-# Segments within this factor of each other share one SDPA call, padded to the longest (padding on the right is
-# harmless under a causal mask). Attention is a small part of the work at speech lengths, a call's overhead is not.
-GROUP_RATIO, GROUP_SLACK = 1.25, 8
 
 
 @dataclass(frozen=True)
@@ -25,9 +22,8 @@ class Segments:
         lengths: rows of each segment, on the host; they sum to T.
         cu_seqlens: [S + 1] int32 on the device, cumulative lengths from 0 to T.
         max_seqlen: upper bound on ``lengths``.
-        groups: per group of similar lengths, a [g, L] int64 index of packed rows (clamped where padded).
-        restore: [T] int64, where each packed row lies in the concatenation of the flattened groups; None when the
-            single group is the pack itself.
+        groups, restore: the plan of ``csm_kernels.packed_attention`` for these segments. Making it here, in the
+            loader's thread, means that the operator finds it ready.
     """
 
     lengths: tuple[int, ...]
@@ -42,28 +38,11 @@ class Segments:
         lengths = tuple(int(n) for n in lengths)
         if not lengths or min(lengths) < 1:
             raise ValueError("a pack needs at least one segment, none of them empty")
-        size = torch.tensor(lengths)
-        end = size.cumsum(0)
-        start = end - size
-        order = torch.argsort(size, stable=True)
-        groups, restore, base, first = [], torch.empty(int(end[-1]), dtype=torch.long), 0, 0
-        while first < len(lengths):
-            shortest = int(size[order[first]])
-            last = first
-            while last < len(lengths) and int(size[order[last]]) <= shortest * GROUP_RATIO + GROUP_SLACK:
-                last += 1
-            members = order[first:last]
-            width = int(size[members].max())
-            column = torch.arange(width)
-            live = column < size[members].unsqueeze(1)
-            index = start[members].unsqueeze(1) + torch.minimum(column, size[members].unsqueeze(1) - 1)
-            restore[index[live]] = base + live.flatten().nonzero().squeeze(1)
-            groups.append(index.to(device))
-            base += index.numel()
-            first = last
-        whole = len(groups) == 1 and groups[0].shape[0] == 1
-        cu = torch.cat([torch.zeros(1, dtype=torch.long), end]).to(torch.int32)
-        return cls(lengths, cu.to(device), max(lengths), tuple(groups), None if whole else restore.to(device))
+        cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        made = plan(cu)
+        groups = tuple(group.to(device) for group in made.groups())
+        restore = None if made.restore is None else made.restore.to(device)
+        return cls(lengths, cu.to(device), max(lengths), groups, restore)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -76,47 +55,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     Returns:
         [T, H, d], scaled by 1/sqrt(d).
     """
-    kernel = varlen_kernel(q.device.type, q.dtype)
-    if kernel is not None:
-        return kernel(q, k, v, segments.cu_seqlens, segments.max_seqlen)
-    gqa = q.shape[1] != k.shape[1]
-    outputs = []
-    for index in segments.groups:
-        g, width = index.shape
-        # One segment is the pack itself; several are gathered.
-        rows = (x if segments.restore is None else x.index_select(0, index.flatten()) for x in (q, k, v))
-        qs, ks, vs = (x.view(g, width, *x.shape[1:]).transpose(1, 2) for x in rows)
-        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=gqa)
-        outputs.append(out.transpose(1, 2).reshape(g * width, *q.shape[1:]))
-    if segments.restore is None:
-        return outputs[0]
-    return torch.cat(outputs).index_select(0, segments.restore)
-
-
-@functools.cache
-def varlen_kernel(device_type: str, dtype: torch.dtype) -> Callable | None:
-    """The variable-length kernel for this device and dtype, or None where SDPA over groups has to do."""
-    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    try:
-        from flash_attn import flash_attn_varlen_func
-
-        return lambda q, k, v, cu, n: flash_attn_varlen_func(q, k, v, cu, cu, n, n, causal=True)
-    except ImportError:
-        pass
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        return lambda q, k, v, cu, n: varlen_attn(q, k, v, cu, cu, n, n, window_size=(-1, 0), enable_gqa=True)
-
-    def expanded(q, k, v, cu, n):  # torch 2.11: equal head counts only
-        repeat = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
-        return varlen_attn(q, k, v, cu, cu, n, n, window_size=(-1, 0))
-
-    return expanded
+    return _packed_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
 
 
 # ------------------------------------------------------------------------------------------------------- rotation

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
+from .checks import check_path, check_seconds, check_seed, check_speaker, check_threads
 from .errors import InputError
 
 
@@ -142,34 +143,7 @@ class CSMConfig:
 
 NAMED_SHAPES = {"csm-1b": CSMConfig.csm_1b, "small": CSMConfig.small, "tiny": CSMConfig.tiny}
 
-# --------------------------------------------------------------------------------------------------------- checks
-
-
-def check_seed(value: int) -> None:
-    if not 0 <= value < 2**63:
-        raise InputError(f"--seed {value}", mend="give an integer from 0 to 2^63 - 1")
-
-
-def check_speaker(flag: str, value: int) -> None:
-    if not -1 <= value < 2**31:
-        raise InputError(f"--{flag} {value}", mend="give an integer from 0 to 2^31 - 1, or -1 for turns without one")
-
-
-def check_threads(value: int | None) -> None:
-    if value is not None and not 1 <= value <= 1024:
-        raise InputError(f"--threads {value}", mend="give 1 to 1024, or leave it out")
-
-
-def check_path(flag: str, value: str) -> None:
-    """An empty path is mostly a shell variable that is not set; taken for the current directory it would litter it."""
-    if not value.strip():
-        raise InputError(f"--{flag} is empty", mend="name it; . is the current directory")
-
-
-def check_seconds(flag: str, value: float) -> None:
-    if not 0 < value <= 160:
-        raise InputError(f"--{flag} {value}", mend="give above 0, at most 160 (2,000 frames)")
-
+# ------------------------------------------------------------------------------------------------------- sections
 
 FREEZABLE = ("backbone", "decoder", "text_embeddings", "audio_embeddings", "projection", "codebook0_head", "audio_head")
 LossPreset = Literal["blog", "sesame-finetune", "csm-mlx", "transformers"]
@@ -195,6 +169,9 @@ class ModelSection:
     precision: Literal["auto", "bf16", "fp32"] = option(
         "auto",
         "bf16: float32 master weights under bf16 autocast; auto chooses it where the machine has fast bf16",
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile for the layers: half a minute at the start, faster steps; auto: on CUDA only"
     )
 
     def __post_init__(self):

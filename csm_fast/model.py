@@ -8,7 +8,8 @@ they are read from the modules.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -180,26 +181,38 @@ def run_stack(stack: Any, x: Tensor, positions: Tensor, length: int, attend: Att
         x: [..., D] inputs.
         positions: integers that index the rotary table, broadcastable to x's leading dimensions.
         length: size of the rotary table; above every position.
-        attend: the attention, called with the layer's index and rotated q, k and v.
+        attend: the attention, called with the layer's index and rotated q, k and v. One with a true attribute
+            ``traceable`` depends on nothing but q, k, v and tensors that it holds, so a compiled layer may take it in.
         recompute: checkpoint each layer's activations.
     """
     spec = rope_spec(stack.layers[0].attn)
     cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
+    # ``compile.compile_layers`` sets ``run_layer`` on a stack. An attention that keeps state stays eager: a cache's.
+    run = getattr(stack, "run_layer", run_layer) if getattr(attend, "traceable", False) else run_layer
     for index, layer in enumerate(stack.layers):
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(run_layer, layer, index, x, cos, sin, attend, use_reentrant=False)
+            x = checkpoint(run, layer, index, x, cos, sin, attend, use_reentrant=False)
         else:
-            x = run_layer(layer, index, x, cos, sin, attend)
+            x = run(layer, index, x, cos, sin, attend)
     return rms_norm(stack.norm, x)
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """The attention of a pack, for ``run_stack``."""
+
+    segments: Segments
+    traceable: ClassVar[bool] = True
+
+    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, self.segments)
 
 
 def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments) -> Tensor:
     """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D]."""
     length = max(stack_limit(model.backbone), segments.max_seqlen)
     recompute = getattr(model, "activation_checkpointing", False)
-    return run_stack(
-        model.backbone, x, positions, length, lambda _, q, k, v: packed_attention(q, k, v, segments), recompute
-    )
+    return run_stack(model.backbone, x, positions, length, PackedAttend(segments), recompute)
 
 
 def dense_causal_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,6 +220,9 @@ def dense_causal_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+
+
+dense_causal_attention.traceable = True  # type: ignore[attr-defined]
 
 
 def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int) -> Tensor:

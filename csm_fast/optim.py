@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from .config import OptimizerSection
 from .errors import InputError
+
+log = logging.getLogger("csm_fast")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -38,6 +41,14 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.A
         eps=section.adam_eps,
         fused=True,
     )
+
+
+def warn_without_gradient(optimizer: torch.optim.Optimizer) -> None:
+    """Name what is trained but was not reached by the backward pass."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if parameter.grad is None:
+                log.warning("warning: %s is trainable but got no gradient in the first step", name)
 
 
 def warmup_steps(section: OptimizerSection, total_steps: int) -> int:

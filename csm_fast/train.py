@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as ckpt
 from .code_cache import Lock
+from .compile import compile_layers
 from .config import TrainConfig
 from .config_io import RESOLVED, dump_yaml
 from .console import StepProgress, StopSignals
@@ -27,7 +28,7 @@ from .loss import coefficients, packed_loss
 from .machine import memory_gib, resolve_device, resolve_precision
 from .model import CSM, stack_limit, vocabulary
 from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
-from .optim import learning_rate, make_optimizer
+from .optim import learning_rate, make_optimizer, warn_without_gradient
 from .packing import FRAMES
 from .report import summarize
 from .start import check_data, check_position, open_optional_split, position_identity, starting_model
@@ -100,6 +101,7 @@ class Trainer:
             getattr(self.model, part).requires_grad_(False)
         self.model.activation_checkpointing = config.model.activation_checkpointing
         self.model.to(self.device).train()
+        self.compiled = compile_layers(self.model, config.model.compile)
         # 4. Optimizer, loss, packs.
         self.optimizer = make_optimizer(self.model, config.optimizer)
         if self.resumed:
@@ -225,7 +227,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         if self.state["step"] == 0:
-            self._warn_without_gradient()
+            warn_without_gradient(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.grad_norm, self.lr = norm, lr
         epoch, index = self._next(batch.epoch, batch.index)
@@ -326,29 +328,22 @@ class Trainer:
         if ckpt.complete(self.run_dir / ckpt.directory_name(step)):
             ckpt.link(self.run_dir, "best", ckpt.directory_name(step))
 
-    def _warn_without_gradient(self) -> None:
-        names = [n for g in self.optimizer.param_groups for n in g["names"]]
-        for name, parameter in zip(names, self.parameters, strict=True):
-            if parameter.grad is None:
-                log.warning("warning: %s is trainable but got no gradient in the first step", name)
-
     # --------------------------------------------------------------------------------------------------- the words
 
     def _announce(self) -> None:
         config = self.config
         num_codebooks, vocab = vocabulary(self.model)
-        trained = sum(p.numel() for p in self.parameters)
-        every = sum(p.numel() for p in self.model.parameters())
+        trained, every = (sum(p.numel() for p in some) for some in (self.parameters, self.model.parameters()))
         start = f"continuing {self.resumed.name}" if self.resumed else f"from {config.model.model}"
         if config.model.from_scratch and not self.resumed:
             start = f"{config.model.model} from random weights"
-        steps = self.packer.steps_in_epoch(0)
         per_step = (
             f"{config.data.batch_rows:,} rows"
             if config.data.batch_rows
             else f"{config.data.batch_size * config.data.gradient_accumulation} conversations"
         )
-        log.info("Model     %s: %s of %s parameters trained, %s", start, f"{trained:,}", f"{every:,}", self.precision)
+        how = self.precision + ", compiled" * self.compiled
+        log.info("Model     %s: %s of %s parameters trained, %s", start, f"{trained:,}", f"{every:,}", how)
         log.info(
             "Data      %s: %s conversations, %.2f h; %s",
             config.data.data,
@@ -356,7 +351,8 @@ class Trainer:
             self.store.num_frames * 0.08 / 3600,
             self.store.codec["name"],
         )
-        log.info("Steps     %d per epoch of %s, %d in all, on %s", steps, per_step, self.total_steps, self.device)
+        steps = f"{self.packer.steps_in_epoch(0)} per epoch of {per_step}"
+        log.info("Steps     %s, %d in all, on %s", steps, self.total_steps, self.device)
         log.info("Output    %s", self.run_dir)
         log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
         unheard = sorted(set(config.data.mask_speaker_ids) - set(self.packer.turn_speakers.tolist()))

@@ -1,0 +1,69 @@
+"""``torch.compile`` for the layers of both stacks: what lies between the large operators becomes a few kernels.
+
+One layer is one graph, and all layers of a stack share it, so compiling takes seconds and not minutes. Rows, segments
+and frames are symbolic: a pack of another size recompiles nothing. Parameters, their names and ``state_dict`` stay as
+they are; so does whatever runs with a cache (generation), which stays eager.
+
+Worth it on CUDA; on a CPU, where matrix products are nearly all of the time, 3 to 6 %, so it is off there unless asked
+for. Inductor keeps compiled kernels on disk (``TORCHINDUCTOR_CACHE_DIR``, by default a directory of the user's under
+the system's temporary one), so a second run starts two to four times sooner; put it where it lasts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import PackedAttend, run_layer
+
+# Variants of one stack's layer: with and without gradients, inputs that need none, a single row, one more of each for
+# an adapter. Past this many, something that should be symbolic is not, and it is better to stop and say so.
+RECOMPILE_LIMIT = 16
+
+
+def compile_layers(model: Any, choice: str = "on", backend: str = "inductor") -> bool:
+    """Compile the layer function of the backbone and of the depth decoder, for training and validation.
+
+    Args:
+        model: ``CSM`` or any module with Sesame's tree.
+        choice: "on", "off", or "auto": on where the parameters are on CUDA and Triton is installed.
+        backend: of ``torch.compile``.
+
+    Returns:
+        Whether it is on.
+    """
+    if choice not in ("auto", "on", "off"):
+        raise ValueError(f"choice is {choice!r}; use 'auto', 'on' or 'off'")
+    on = choice == "on"
+    if choice == "auto":
+        on = next(model.parameters()).device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    for stack in (model.backbone, model.decoder):
+        if on:
+            stack.run_layer = _compiled(backend)
+        elif hasattr(stack, "run_layer"):
+            del stack.run_layer
+    return on
+
+
+def _compiled(backend: str) -> Callable[..., Tensor]:
+    # Without these two, older PyTorch counts the variants of both stacks together, up to 8.
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+    known = inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {name: value for name, value in limits.items() if name in known}
+    compiled = torch.compile(run_layer, fullgraph=True, backend=backend, **options)
+
+    def run(layer: Any, _: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+        rows = [x]
+        if isinstance(attend, PackedAttend):  # the decoder's cos and sin have K rows, always
+            rows += [cos, sin, attend.segments.cu_seqlens]
+        for tensor in rows:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # A traceable attention knows no layers: without their index, one graph serves them all.
+        return compiled(layer, 0, x, cos, sin, attend)
+
+    return run

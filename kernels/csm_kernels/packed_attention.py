@@ -1,0 +1,296 @@
+"""Causal grouped-query attention inside the segments of a pack, in one operator: new segments recompile nothing.
+
+On CUDA in half types the work goes to flash-attn's variable-length function or to ``torch.nn.attention.varlen``. Both
+are registered operators with their own backward, so they are called as they are. Everywhere else
+``csm_kernels::packed_attention`` reads the segments when it runs, not when it is traced: segments of similar length
+share one call, padded to the longest (padding on the right is harmless under a causal mask), through PyTorch's CPU
+flash attention or, on other devices, the formulas of the reference. The same segments come once per layer, forward and
+backward: their plan is made once and found again by the bytes of ``cu_seqlens``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
+# call's overhead is not.
+GROUP_RATIO, GROUP_SLACK = 1.25, 8
+# PyTorch's CPU backward in half types is slow where segments are short: bf16, 8 heads, one core, torch 2.13, 1,024 rows
+# of width 16, 32, 64, 128, 256, 512: 26, 19, 23, 26, 22, 36 ms; by way of float32 2, 3, 5, 13, 25, 53 ms.
+HALF_BACKWARD_FROM = 192
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the segments of a pack of T rows are grouped.
+
+    Attributes:
+        rows: T.
+        shapes: (segments, width) of each group.
+        index: [B] int64, the packed row that each row of the flattened groups reads; padding reads the segment's last.
+        padding: [P] int64, the rows of the flattened groups that are padding.
+        restore: [T] int64, where each packed row lies in the flattened groups; None where the one group is the pack.
+    """
+
+    rows: int
+    shapes: tuple[tuple[int, int], ...]
+    index: Tensor
+    padding: Tensor
+    restore: Tensor | None
+
+    def groups(self) -> tuple[Tensor, ...]:
+        """``index`` per group, [segments, width] each."""
+        parts = self.index.split([g * width for g, width in self.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def to(self, device: torch.device) -> Plan:
+        restore = None if self.restore is None else self.restore.to(device)
+        return Plan(self.rows, self.shapes, self.index.to(device), self.padding.to(device), restore)
+
+
+def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
+    """The plan of segments that end where ``cu_seqlens`` says, on the CPU. Empty segments are left out.
+
+    Raises:
+        ValueError: cumulative lengths that do not begin at 0, or decrease, or hold no row.
+    """
+    # A copy of a few hundred bytes; from another device it waits for it.
+    return _plan(torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu").numpy().tobytes())
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(cu_seqlens: bytes) -> Plan:
+    # A plan first made under inference_mode must still serve training afterwards.
+    with torch.inference_mode(False), torch.no_grad():
+        cu = torch.frombuffer(bytearray(cu_seqlens or bytes(4)), dtype=torch.int32).long()
+        size = cu.diff()
+        if cu[0] != 0 or cu[-1] < 1 or size.min() < 0:
+            raise ValueError("cu_seqlens must rise from 0 to the number of rows, of which there must be one")
+        start, size = cu[:-1][size > 0], size[size > 0]
+        order = torch.argsort(size, stable=True)
+        sorted_sizes = size[order].tolist()
+        shapes: list[tuple[int, int]] = []
+        index, live, first = [], [], 0
+        while first < len(sorted_sizes):
+            last = first
+            while last < len(sorted_sizes) and sorted_sizes[last] <= sorted_sizes[first] * GROUP_RATIO + GROUP_SLACK:
+                last += 1
+            members, width = order[first:last], sorted_sizes[last - 1]
+            column, lengths = torch.arange(width), size[members].unsqueeze(1)
+            index.append((start[members].unsqueeze(1) + torch.minimum(column, lengths - 1)).flatten())
+            live.append((column < lengths).flatten())
+            shapes.append((last - first, width))
+            first = last
+        rows, flat, is_live = int(cu[-1]), torch.cat(index), torch.cat(live)
+        restore = None
+        if shapes != [(1, rows)]:
+            restore = torch.empty(rows, dtype=torch.long)
+            restore[flat[is_live]] = is_live.nonzero().squeeze(1)
+        return Plan(rows, tuple(shapes), flat, (~is_live).nonzero().squeeze(1), restore)
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+# One group: q, out [g, H, L, d]; k, v [g, Hkv, L, d]; lse [g, H, L]. Every [L, L] matrix of the group is held at once.
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention and the log of each row's sum of exponentials, in the wide dtype."""
+    scores = _scores(q, k)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse.unsqueeze(-1)).exp() @ v.to(scores.dtype).unsqueeze(2)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+
+def attention_backward_reference(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v: with P the probabilities and S the scores,
+    dV = P' dO, dS = P * (dO V' - rowsum(dO * O)), dQ = dS K, dK = dS' Q."""
+    scores = _scores(q, k)
+    kv_heads, wide = k.shape[1], scores.dtype
+    q, grad, out = (x.to(wide).unflatten(1, (kv_heads, -1)) for x in (q, grad, out))
+    k, v = (x.to(wide).unsqueeze(2) for x in (k, v))
+    p = scores.sub_(lse.unflatten(1, (kv_heads, -1)).unsqueeze(-1)).exp_()
+    grad_v = (p.transpose(-1, -2) @ grad).sum(2)
+    grad_scores = (grad @ v.transpose(-1, -2)).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+    grad_scores.mul_(q.shape[-1] ** -0.5)
+    return (grad_scores @ k).flatten(1, 2), (grad_scores.transpose(-1, -2) @ q).sum(2), grad_v
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """[g, Hkv, H / Hkv, L, L], masked, in the wide dtype."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    length, head_dim = q.shape[-2:]
+    scores = q.to(wide).unflatten(1, (k.shape[1], -1)) @ k.to(wide).unsqueeze(2).transpose(-1, -2) * head_dim**-0.5
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, float("-inf"))
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return attention_reference(q, k, v)
+
+
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    if q.device.type == "cpu":
+        if q.element_size() == 2 and q.shape[-2] < HALF_BACKWARD_FROM:
+            grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash_backward(grad, q, k, v, out, lse, 0.0, True)
+    return attention_backward_reference(grad, q, k, v, out, lse)
+
+
+def _plan_for(q: Tensor, cu_seqlens: Tensor) -> Plan:
+    found = plan(cu_seqlens)
+    if found.rows != q.shape[0]:
+        raise ValueError(f"cu_seqlens ends at {found.rows}, but there are {q.shape[0]} rows")
+    return found if q.device.type == "cpu" else found.to(q.device)
+
+
+def _gather(x: Tensor, plan: Plan) -> Tensor:
+    return x.contiguous() if plan.restore is None else x.index_select(0, plan.index)
+
+
+def _split(x: Tensor, plan: Plan) -> list[Tensor]:
+    """[B, heads, ...] -> per group [segments, heads, width, ...], views."""
+    parts = x.split([g * width for g, width in plan.shapes])
+    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, plan.shapes, strict=True)]
+
+
+def _join(parts: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``_gather`` and ``_split``."""
+    rows = [part.transpose(1, 2).flatten(0, 1).to(dtype) for part in parts]
+    if plan.restore is None:
+        return rows[0].contiguous()
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, plan.restore)
+
+
+# --- registered op ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("csm_kernels::packed_attention", mutates_args=())
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention's output [T, H, d], and [T, H] for the backward pass in the wide dtype."""
+    plan = _plan_for(q, cu_seqlens)
+    groups = zip(*(_split(_gather(x, plan), plan) for x in (q, k, v)), strict=True)
+    outs, lses = zip(*(_attend(*group) for group in groups), strict=True)
+    return _join(outs, plan, q.dtype), _join(lses, plan, lses[0].dtype)
+
+
+@_packed_attention.register_fake
+def _(q, k, v, cu_seqlens):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
+
+
+@torch.library.custom_op("csm_kernels::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _plan_for(q, cu_seqlens)
+    grad = _gather(grad, plan)
+    if plan.padding.numel():
+        # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
+        grad.index_fill_(0, plan.padding, 0)
+    groups = zip(*(_split(x, plan) for x in (grad, *(_gather(x, plan) for x in (q, k, v, out, lse)))), strict=True)
+    grads = zip(*(_attend_backward(*group) for group in groups), strict=True)
+    grad_q, grad_k, grad_v = (_join(parts, plan, q.dtype) for parts in grads)
+    return grad_q, grad_k, grad_v
+
+
+@_packed_attention_backward.register_fake
+def _(grad, q, k, v, cu_seqlens, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, grad, _):
+    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+    return *_packed_attention_backward(grad, q, k, v, cu_seqlens, out, lse), None
+
+
+_packed_attention.register_autograd(_backward, setup_context=_setup_context)
+
+# --- variable-length kernels on CUDA ----------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def varlen_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The library whose variable-length kernel serves this device and dtype: "flash-attn", "torch", or "" for none.
+
+    "torch, equal heads" is PyTorch's of 2.11 and before, which knows no grouped queries.
+    """
+    return _varlen_library() if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else ""
+
+
+@functools.cache
+def _varlen_library() -> str:
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+
+        return "flash-attn"
+    except ImportError:  # missing, or built for another version of PyTorch
+        pass
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ""
+    return "torch" if "enable_gqa" in inspect.signature(varlen_attn).parameters else "torch, equal heads"
+
+
+def _varlen(backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    cu, n = cu_seqlens, max_seqlen
+    if backend == "flash-attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, cu, cu, n, n, causal=True)
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if backend == "torch":
+        options["enable_gqa"] = True
+    else:
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    out = varlen_attn(q, k, v, cu, cu, n, n, **options)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+# --- public function --------------------------------------------------------------------------------------------------
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Causal self-attention inside each segment, grouped-query, scaled by 1/sqrt(d).
+
+    Args:
+        q: [T, H, d].  k, v: [T, Hkv, d], with H a multiple of Hkv; one dtype.
+        cu_seqlens: [S + 1] int32, cumulative segment lengths from 0 to T; empty segments may be among them.
+        max_seqlen: upper bound on a segment's length (only the variable-length kernels ask).
+
+    Returns:
+        [T, H, d].
+
+    Raises:
+        ValueError: where no variable-length kernel serves, ``cu_seqlens`` that do not rise from 0 to T.
+    """
+    backend = varlen_backend(q.device.type, q.dtype)
+    if backend:
+        return _varlen(backend, q, k, v, cu_seqlens, max_seqlen)
+    return _packed_attention(q, k, v, cu_seqlens)[0]
