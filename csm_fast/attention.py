@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from csm_kernels.packed_attention import packed_attention as _packed_attention
-from csm_kernels.packed_attention import plan
 from torch import Tensor
+
+from . import ops
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Segments:
         if not lengths or min(lengths) < 1:
             raise ValueError("a pack needs at least one segment, none of them empty")
         cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        made = plan(cu)
+        made = ops.plan_segments(cu)
         groups = tuple(group.to(device) for group in made.groups())
         restore = None if made.restore is None else made.restore.to(device)
         return cls(lengths, cu.to(device), max(lengths), groups, restore)
@@ -55,7 +55,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     Returns:
         [T, H, d], scaled by 1/sqrt(d).
     """
-    return _packed_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
+    return ops.packed_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
 
 
 # ------------------------------------------------------------------------------------------------------- rotation

@@ -83,6 +83,8 @@ def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
             return None
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), where, file)
     if origin is Literal:
+        if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hint)):
+            return "on" if value else "off"  # YAML takes the bare words for a boolean
         if value not in typing.get_args(hint):
             raise wrong("one of " + ", ".join(map(str, typing.get_args(hint))))
         return value

@@ -59,11 +59,14 @@ def examine() -> dict[str, Any]:
 
 def attention(device_type: str, precision: str) -> str:
     """What runs the backbone's packed attention."""
-    if device_type != "cuda" or precision != "bf16":
-        return "SDPA over segments grouped by length: the variable-length kernels need CUDA and bf16"
-    if version("flash_attn"):
-        return "flash-attn's variable-length kernel"
-    return "torch.nn.attention.varlen: flash-attn is not installed"
+    import torch
+
+    from . import ops
+
+    backend = ops.varlen_backend(device_type, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if not backend:
+        return "segments grouped by length: the variable-length kernels need CUDA and bf16"
+    return f"the variable-length kernel of {backend}"
 
 
 def version(module: str) -> str | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import ops
 from .attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
 from .config import CSMConfig, TransformerConfig
 
@@ -217,9 +218,7 @@ def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments) -
 
 def dense_causal_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of a dense batch: [M, K, heads, d] -> [M, K, heads, d]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    return ops.dense_causal_attention(q, k, v)
 
 
 dense_causal_attention.traceable = True  # type: ignore[attr-defined]

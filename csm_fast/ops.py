@@ -15,9 +15,21 @@ import torch.nn.functional as F
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
 from csm_kernels import short_attention as _short_attention
+from csm_kernels.packed_attention import packed_attention, varlen_backend
+from csm_kernels.packed_attention import plan as plan_segments
 from torch import Tensor
 
-__all__ = ["IMPLS", "chosen", "dense_causal_attention", "frame_embed", "linear_cross_entropy", "using"]
+__all__ = [
+    "IMPLS",
+    "chosen",
+    "dense_causal_attention",
+    "frame_embed",
+    "linear_cross_entropy",
+    "packed_attention",
+    "plan_segments",
+    "using",
+    "varlen_backend",
+]
 
 IMPLS = ("auto", "triton", "torch")
 _impl: ContextVar[str] = ContextVar("csm_fast_impl", default="auto")

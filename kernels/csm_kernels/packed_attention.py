@@ -3,9 +3,10 @@
 On CUDA in half types the work goes to flash-attn's variable-length function or to ``torch.nn.attention.varlen``. Both
 are registered operators with their own backward, so they are called as they are. Everywhere else
 ``csm_kernels::packed_attention`` reads the segments when it runs, not when it is traced: segments of similar length
-share one call, padded to the longest (padding on the right is harmless under a causal mask), through PyTorch's CPU
-flash attention or, on other devices, the formulas of the reference. The same segments come once per layer, forward and
-backward: their plan is made once and found again by the bytes of ``cu_seqlens``.
+share one call, padded to the longest (padding on the right is harmless under a causal mask), on a CPU through
+``short_attention`` or, where they are long, PyTorch's flash attention, on other devices through the formulas of the
+reference. The same segments come once per layer, forward and backward: their plan is made once and found again by the
+bytes of ``cu_seqlens``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import short_attention
+
 # Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
 # call's overhead is not.
 GROUP_RATIO, GROUP_SLACK = 1.25, 8
-# PyTorch's CPU backward in half types is slow where segments are short: bf16, 8 heads, one core, torch 2.13, 1,024 rows
-# of width 16, 32, 64, 128, 256, 512: 26, 19, 23, 26, 22, 36 ms; by way of float32 2, 3, 5, 13, 25, 53 ms.
-HALF_BACKWARD_FROM = 192
 
 # --- plan -------------------------------------------------------------------------------------------------------------
 
@@ -138,16 +138,26 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
+def _is_short(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.shape[-2] <= short_attention.LONGEST
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if _is_short(q):
+        # Its backward computes the scores again and needs no sum of exponentials.
+        out = short_attention.forward(*(x.transpose(1, 2) for x in (q, k, v)))
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return out.transpose(1, 2), q.new_zeros(q.shape[:-1], dtype=wide)
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
     return attention_reference(q, k, v)
 
 
 def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    if _is_short(q):
+        grads = short_attention.backward(*(x.transpose(1, 2) for x in (q, k, v, grad)))
+        return tuple(x.transpose(1, 2) for x in grads)
     if q.device.type == "cpu":
-        if q.element_size() == 2 and q.shape[-2] < HALF_BACKWARD_FROM:
-            grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return flash_backward(grad, q, k, v, out, lse, 0.0, True)
     return attention_backward_reference(grad, q, k, v, out, lse)
