@@ -25,7 +25,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-OURS = [c for c in COMMANDS if c[0].startswith("csm-fast")]
+OURS = [c for c in COMMANDS if c[0].startswith("csm-fast") and c[1] != "doctor"]
 MODEL = textwrap.dedent("""\
     backbone: {num_layers: 1, num_heads: 2, num_kv_heads: 1, embed_dim: 16, intermediate_dim: 16}
     decoder: {num_layers: 1, num_heads: 2, num_kv_heads: 1, embed_dim: 12, intermediate_dim: 16}
