@@ -71,9 +71,12 @@ def test_torch_form_is_the_models(dtype):
     adds up in another order than the reference's SDPA."""
     (q, k, v, *_), _ = case(3, 32, 8, 2, 128, dtype)
     cos, sin = rope_table(SPEC, 32, torch.float64 if dtype == torch.float64 else torch.float32, q.device)
-    rotated = (apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+    rotated = [apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k)]
+    heads_first = [x.transpose(1, 2) for x in (*rotated, v)]
+    sdpa = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
     models = dense_causal_attention(0, *rotated, v)
     ours = depth_attention(q, k, v, cos, sin)
+    assert torch.equal(ours, sdpa)
     truth = depth_attention(*(x.double() for x in (q, k, v, cos, sin)))
     if dtype == torch.float64:
         torch.testing.assert_close(ours, models, rtol=1e-13, atol=1e-13)
