@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .attention import apply_rope
 from .errors import InputError
 from .model import run_stack, stack_limit, vocabulary
 
@@ -27,8 +28,9 @@ class KVCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: [n, heads, d] for the next n positions -> [n, heads, d]."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """q, k, v: [n, heads, d] for the next n positions, before rotation -> [n, heads, d]."""
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         prompt = layer not in self.keys
         if not prompt:
             k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])

@@ -20,7 +20,7 @@ from . import ops
 from .attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
 from .config import CSMConfig, TransformerConfig
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -163,13 +163,16 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def run_layer(layer: Any, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-    """One pre-norm Llama layer. ``x``: [..., D]; ``attend(index, q, k, v)`` sees [..., heads, head_dim]."""
+    """One pre-norm Llama layer.
+
+    ``x``: [..., D]; ``attend(index, q, k, v, cos, sin)`` rotates and attends [..., heads, head_dim].
+    """
     attn, mlp = layer.attn, layer.mlp
     y = rms_norm(layer.sa_norm, x)
-    q = apply_rope(attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim)), cos, sin)
-    k = apply_rope(attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim)), cos, sin)
+    q = attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim))
+    k = attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
     v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-    x = x + attn.output_proj(attend(index, q, k, v).flatten(-2))
+    x = x + attn.output_proj(attend(index, q, k, v, cos, sin).flatten(-2))
     y = rms_norm(layer.mlp_norm, x)
     return x + mlp.w2(F.silu(mlp.w1(y)) * mlp.w3(y))
 
@@ -182,8 +185,9 @@ def run_stack(stack: Any, x: Tensor, positions: Tensor, length: int, attend: Att
         x: [..., D] inputs.
         positions: integers that index the rotary table, broadcastable to x's leading dimensions.
         length: size of the rotary table; above every position.
-        attend: the attention, called with the layer's index and rotated q, k and v. One with a true attribute
-            ``traceable`` depends on nothing but q, k, v and tensors that it holds, so a compiled layer may take it in.
+        attend: the attention, called with the layer's index, q, k and v before rotation, and the cosines and sines
+            of the positions, [..., 1, head_dim / 2]. One with a true attribute ``traceable`` depends on nothing but
+            these and tensors that it holds, so a compiled layer may take it in.
         recompute: checkpoint each layer's activations.
     """
     spec = rope_spec(stack.layers[0].attn)
@@ -205,8 +209,8 @@ class PackedAttend:
     segments: Segments
     traceable: ClassVar[bool] = True
 
-    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, self.segments)
+    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
 
 
 def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments) -> Tensor:
@@ -216,12 +220,15 @@ def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments) -
     return run_stack(model.backbone, x, positions, length, PackedAttend(segments), recompute)
 
 
-def dense_causal_attention(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of a dense batch: [M, K, heads, d] -> [M, K, heads, d]."""
-    return ops.dense_causal_attention(q, k, v)
+@dataclass(frozen=True)
+class DepthAttend:
+    """The attention of the depth decoder, for ``run_stack``: [M, K, heads, d] -> [M, K, heads, d]."""
 
+    impl: str
+    traceable: ClassVar[bool] = True
 
-dense_causal_attention.traceable = True  # type: ignore[attr-defined]
+    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
 
 
 def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int) -> Tensor:
@@ -251,7 +258,7 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int) -> Tensor
     x = torch.cat([model.projection(hidden).unsqueeze(1), projected], dim=1)
     positions = torch.arange(num_codebooks, device=codes.device)
     recompute = getattr(model, "activation_checkpointing", False)
-    return run_stack(model.decoder, x, positions, num_codebooks, dense_causal_attention, recompute)[:, 1:]
+    return run_stack(model.decoder, x, positions, num_codebooks, DepthAttend(ops.asked()), recompute)[:, 1:]
 
 
 def stack_limit(stack: Any) -> int:

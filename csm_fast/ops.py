@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
-import torch.nn.functional as F
+from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
-from csm_kernels import short_attention as _short_attention
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
 from torch import Tensor
 
 __all__ = [
     "IMPLS",
+    "asked",
     "chosen",
-    "dense_causal_attention",
+    "depth_attention",
     "frame_embed",
     "linear_cross_entropy",
     "packed_attention",
@@ -49,6 +49,11 @@ def using(impl: str) -> Iterator[None]:
         yield
     finally:
         _impl.reset(token)
+
+
+def asked() -> str:
+    """``impl`` of the enclosing ``using``, "auto" without one. A compiled layer cannot ask; it is told."""
+    return _impl.get()
 
 
 def chosen(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
@@ -89,13 +94,6 @@ def linear_cross_entropy(
     )
 
 
-def dense_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal self-attention of equally long sequences: [s, n, heads, d] -> [s, n, heads, d], scaled by 1/sqrt(d).
-
-    Short sequences on a CPU take batched GEMMs, everything else PyTorch's own attention.
-    """
-    if q.device.type == "cpu" and q.shape[1] <= _short_attention.LONGEST:
-        return _short_attention.short_attention(q, k, v)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+def depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tensor:
+    """Rotation and causal attention inside each frame; shapes and errors as in ``csm_kernels.depth_attention``."""
+    return _depth_attention.depth_attention(q, k, v, cos, sin, impl=impl if impl is not None else asked())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ MICRO = CSMConfig(
     audio_vocab_size=21,
     num_codebooks=6,
 )
+
+# The same with heads of a width that the depth decoder's kernels know.
+MICRO_32 = dataclasses.replace(MICRO, decoder=TransformerConfig(2, 2, 1, 64, 64))
 
 
 def fill(model: nn.Module, scale: float = 1.0, seed: int = 0) -> nn.Module:

@@ -14,7 +14,6 @@ from csm_kernels.depth_attention import depth_attention
 from kernel_cases import aot, assert_within_budget, interpreted, poisoned
 
 from csm_fast.attention import RopeSpec, apply_rope, rope_table
-from csm_fast.model import dense_causal_attention
 
 NAMES = ("q", "k", "v")
 SPEC = RopeSpec(128, 500_000.0, 32.0, 1.0, 4.0, 8192)
@@ -35,9 +34,9 @@ def case(frames=2, length=7, heads=4, kv_heads=2, width=32, dtype=torch.float32,
     return (q, k, v, *table(length, width, wide)), draw(heads)
 
 
-def run(inputs, grad, impl="torch", wanted=NAMES):
+def run(inputs, grad, impl="torch", wanted=NAMES, op=depth_attention):
     """Output and gradients by name."""
-    out = depth_attention(*inputs, impl=impl)
+    out = op(*inputs, impl=impl)
     sources = [x for name, x in zip(NAMES, inputs, strict=False) if name in wanted]
     return {"out": out.detach()} | dict(zip(wanted, torch.autograd.grad(out, sources, grad), strict=True))
 
@@ -66,22 +65,23 @@ def assert_budgets(got, inputs, grad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_torch_form_is_the_models(dtype):
-    """Rotation, then the attention that the model's depth decoder uses; on a CPU that is ``short_attention``, which
-    adds up in another order than the reference's SDPA."""
-    (q, k, v, *_), _ = case(3, 32, 8, 2, 128, dtype)
+def test_torch_form_is_rotation_and_attention(dtype):
+    """The model's rotation, then PyTorch's attention; on a CPU ``short_attention``, which adds up in another order."""
+    (q, k, v, *_), grad = case(3, 32, 8, 2, 128, dtype)
     cos, sin = rope_table(SPEC, 32, torch.float64 if dtype == torch.float64 else torch.float32, q.device)
-    rotated = [apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k)]
-    heads_first = [x.transpose(1, 2) for x in (*rotated, v)]
-    sdpa = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
-    models = dense_causal_attention(0, *rotated, v)
-    ours = depth_attention(q, k, v, cos, sin)
-    assert torch.equal(ours, sdpa)
-    truth = depth_attention(*(x.double() for x in (q, k, v, cos, sin)))
-    if dtype == torch.float64:
-        torch.testing.assert_close(ours, models, rtol=1e-13, atol=1e-13)
-    else:
-        assert_within_budget("model's form", models, truth, ours)
+
+    def sdpa(q, k, v, cos, sin, **_):
+        rotated = [apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k)]
+        heads_first = [x.transpose(1, 2) for x in (*rotated, v)]
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    inputs = (q, k, v, cos, sin)
+    ours, theirs, truth = run(inputs, grad), run(inputs, grad, op=sdpa), run(wide(inputs), grad.double(), op=sdpa)
+    for name, value in ours.items():
+        if dtype == torch.float64:
+            torch.testing.assert_close(value, truth[name], rtol=1e-12, atol=1e-12)
+        else:
+            assert_within_budget(name, value, truth[name], theirs[name])
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases import interpreted, poisoned
-from model_cases import MICRO, MemoryStore, random_conversations, random_model
+from model_cases import MICRO_32, MemoryStore, random_conversations, random_model
 
 from csm_fast import cli, ops
 from csm_fast.config import DataSection, LossSection
@@ -15,7 +15,7 @@ def train(impl: str, steps: int = 10) -> list[float]:
     """Losses of a micro model over a few packs, float32, everything trained."""
     store = MemoryStore(random_conversations([[(4, 9, 0)], [(3, 5, 1), (2, 7, 0)], [(6, 12, 0)], [(1, 3, 1)]]))
     packer = Packer(store, DataSection(batch_size=4, pack_rows=40), LossSection(amortization_fraction=0.5))
-    model = random_model(MICRO, scale=0.5)
+    model = random_model(MICRO_32, scale=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     with ops.using(impl):
@@ -39,9 +39,9 @@ def test_ten_steps_on_the_kernels_are_ten_steps_without():
     assert plain[-1] < plain[0] - 0.1
     for a, b in zip(plain, forced, strict=True):
         assert b == pytest.approx(a, abs=1e-4)
-    # At least one launch per step, and what each operator needs for its gradients.
-    for kernel in ("_forward_kernel", "_sum_kernel", "_softmax_cross_entropy_kernel"):
-        assert launches[kernel] >= 10, launches
+    # Per step at least: the embedding and two decoder layers, the gradients of each, two heads.
+    least = {"_forward_kernel": 3, "_backward_kernel": 2, "_sum_kernel": 2, "_softmax_cross_entropy_kernel": 2}
+    assert all(launches[kernel] >= 10 * count for kernel, count in least.items()), launches
 
 
 def test_using_is_nested_checked_and_undone():

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import short_attention
+
 try:
     import triton
     import triton.language as tl
@@ -33,9 +35,13 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention (fused on a CPU too)."""
+    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention; on a CPU its batched GEMMs,
+    which sequences this short do not leave empty."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    q, k, v = (x.transpose(1, 2) for x in (_rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin), v))
+    q, k = _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
+    if q.device.type == "cpu" and q.shape[1] <= short_attention.LONGEST:
+        return short_attention.short_attention(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
@@ -264,7 +270,10 @@ def _num_warps(dtype_bytes: int, backward: bool) -> int:
 
 def _block(length: int) -> int:
     """Rows of a tile: a power of two, at least the 16 of a tensor core."""
-    return max(16, 1 << (length - 1).bit_length())
+    block = 16
+    while block < length:
+        block *= 2
+    return block
 
 
 def _meta(q: Tensor, k: Tensor, backward: bool) -> dict:
@@ -333,12 +342,17 @@ def _why_not_triton(q: Tensor, cos: Tensor) -> str:
     if q.shape[1] > MAX_LENGTH or q.shape[3] not in HEAD_WIDTHS:
         return f"at most {MAX_LENGTH} positions and heads of {HEAD_WIDTHS}, not {q.shape[1]} and {q.shape[3]}"
     if q.is_cuda:
-        # Four to six tiles of K or V are in use at once; a block may have 64 KiB on Turing, at least 99 after it.
-        needed = 6 * _block(q.shape[1]) * q.shape[3] * q.element_size()
-        there = (99 if torch.cuda.get_device_properties(q.device).major >= 8 else 64) * 1024
+        # Four to six tiles of K or V are in use at once.
+        needed, there = 6 * _block(q.shape[1]) * q.shape[3] * q.element_size(), _shared_memory(str(q.device))
         if needed > there:
             return f"tiles that need {there} bytes of shared memory at most, not {needed}"
     return ""
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: str) -> int:
+    """Bytes that a block may have: 64 KiB on Turing, at least 99 after it."""
+    return (99 if torch.cuda.get_device_properties(device).major >= 8 else 64) * 1024
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -393,7 +407,8 @@ def depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, i
         k, v: [M, K, Hkv, d], same dtype as ``q``; H is a multiple of Hkv.
         cos, sin: [K, d / 2], no gradient; float32, or float64 for float64 inputs.
         impl: ``"triton"``: the kernels, for bfloat16, float16 and float32 on CUDA, K up to 64, d of 32, 64 or 128;
-            ``"torch"``: the rotation, then ``scaled_dot_product_attention``; ``"auto"``: the kernels where they run.
+            ``"torch"``: the rotation, then ``scaled_dot_product_attention``, on a CPU ``short_attention``; ``"auto"``:
+            the kernels where they run.
 
     Returns:
         [M, K, H, d] in the inputs' dtype; softmax and sums in float32 (float64 for float64 inputs). Saved for the
