@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .config import LossSection
-from .model import run_backbone, run_decoder, stack_limit, vocabulary
+from .model import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
 from .packing import Pack, pack_padded
 
 
@@ -37,8 +37,21 @@ def coefficients(loss: LossSection, num_codebooks: int) -> tuple[float, float]:
 def predictor_states(model: Any, pack: Pack) -> Tensor:
     """Backbone states [A, D] that predict the pack's supervised frames."""
     x = ops.frame_embed(pack.tokens, pack.is_audio, model.text_embeddings.weight, model.audio_embeddings.weight)
+    return _predictors(model, pack, x)
+
+
+def _predictors(model: Any, pack: Pack, x: Tensor) -> Tensor:
     hidden = run_backbone(model, x, pack.positions, pack.segments)
     return hidden.index_select(0, pack.target_rows - 1)
+
+
+def _embed(model: Any, pack: Pack, vocab: int) -> tuple[Tensor, Tensor | None]:
+    """The backbone's input [T, D] and, where the depth decoder reads codes one by one, theirs [M, K - 1, D]."""
+    tables = model.text_embeddings.weight, model.audio_embeddings.weight
+    if projects_table(pack.decoder_index.numel(), vocab):
+        return ops.frame_embed(pack.tokens, pack.is_audio, *tables), None
+    frames = pack.target_rows.index_select(0, pack.decoder_index)
+    return ops.frame_embed_with_codes(pack.tokens, pack.is_audio, frames, *tables)
 
 
 def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +68,8 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
         which likewise add up over packs. A pack without supervised frames gives zeros, connected to the graph.
     """
     num_codebooks, vocab = vocabulary(model)
-    hidden = predictor_states(model, pack)
+    x, embedded = _embed(model, pack, vocab)
+    hidden = _predictors(model, pack, x)
     if not pack.target_rows.numel():
         zeros = hidden.new_zeros(num_codebooks, dtype=torch.float32)
         return hidden.sum() * 0.0, zeros
@@ -67,7 +81,7 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
     if not pack.decoder_index.numel():
         return a * ce0, torch.cat([per_codebook0, per_codebook0.new_zeros(num_codebooks - 1)])
     codes = targets.index_select(0, pack.decoder_index)
-    states = run_decoder(model, hidden.index_select(0, pack.decoder_index), codes, vocab)
+    states = run_decoder(model, hidden.index_select(0, pack.decoder_index), codes, vocab, embedded)
     ced, per_codebook = ops.linear_cross_entropy(
         states, model.audio_head, codes[:, 1:], pack.decoder_weights.unsqueeze(1)
     )

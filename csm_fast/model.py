@@ -231,7 +231,16 @@ class DepthAttend:
         return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
 
 
-def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int) -> Tensor:
+def projects_table(frames: int, vocab: int) -> bool:
+    """Whether the depth decoder reads ``projection(table)`` and not the projection of what it looked up.
+
+    With more look-ups than table rows, (K - 1) frames against (K - 1) V, it is the same product for less work, and the
+    [frames, K, D] tensor of embeddings never exists.
+    """
+    return frames > vocab
+
+
+def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded: Tensor | None = None) -> Tensor:
     """Teacher-forced depth decoder.
 
     Position 0 sees the backbone's state, position i the embedding of code i-1, both through ``projection``; the
@@ -241,20 +250,21 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int) -> Tensor
         hidden: [M, D] backbone states that predict the frames.
         codes: [M, K] the frames; the last codebook is not an input.
         vocab: audio vocabulary size V.
+        embedded: [M, K - 1, D] the audio table's rows of ``codes``, where they were looked up already.
 
     Returns:
         [M, K - 1, Dd]: normed states that predict codebooks 1..K-1.
     """
     frames, num_codebooks = codes.shape
-    index = codes[:, :-1] + torch.arange(num_codebooks - 1, device=codes.device) * vocab
-    table = model.audio_embeddings.weight
-    used = (num_codebooks - 1) * vocab
-    if index.numel() > used:
-        # More look-ups than table rows: project the table once instead of every frame. It is the same product, and
-        # the [frames, K, D] tensor of embeddings never exists.
-        projected = F.embedding(index, model.projection(table[:used]))
+    if embedded is not None:
+        projected = model.projection(embedded)
     else:
-        projected = model.projection(F.embedding(index, table))
+        index = codes[:, :-1] + torch.arange(num_codebooks - 1, device=codes.device) * vocab
+        table = model.audio_embeddings.weight
+        if projects_table(frames, vocab):
+            projected = F.embedding(index, model.projection(table[: (num_codebooks - 1) * vocab]))
+        else:
+            projected = model.projection(F.embedding(index, table))
     x = torch.cat([model.projection(hidden).unsqueeze(1), projected], dim=1)
     positions = torch.arange(num_codebooks, device=codes.device)
     recompute = getattr(model, "activation_checkpointing", False)

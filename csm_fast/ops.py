@@ -24,6 +24,7 @@ __all__ = [
     "chosen",
     "depth_attention",
     "frame_embed",
+    "frame_embed_with_codes",
     "linear_cross_entropy",
     "packed_attention",
     "plan_segments",
@@ -75,6 +76,19 @@ def frame_embed(
 ) -> Tensor:
     """Sum of each row's live embeddings, [N, D]; shapes and errors as in ``csm_kernels.frame_embed``."""
     return _frame_embed.frame_embed(tokens, is_audio, text_table, audio_table, impl=impl or _impl.get())
+
+
+def frame_embed_with_codes(
+    tokens: Tensor,
+    is_audio: Tensor,
+    frames: Tensor,
+    text_table: Tensor,
+    audio_table: Tensor,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``frame_embed`` and the codes of some frames one by one, [N, D] and [M, K - 1, D], with one gradient for both."""
+    impl = impl or _impl.get()
+    return _frame_embed.frame_embed_with_codes(tokens, is_audio, frames, text_table, audio_table, impl=impl)
 
 
 def linear_cross_entropy(

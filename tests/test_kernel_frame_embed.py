@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from csm_kernels import frame_embed as module
-from csm_kernels.frame_embed import frame_embed
+from csm_kernels import frame_embed_kernels as kernels
+from csm_kernels.frame_embed import frame_embed, frame_embed_with_codes
 from kernel_cases import DTYPES, assert_within_budget, interpreted, poisoned
 
 TEXT, VOCAB, CODEBOOKS, WIDTH = 23, 11, 5, 12
@@ -37,11 +38,11 @@ def case(rows: int, share: float, dtype=torch.float64, seed: int = 0):
     return tokens, is_audio, text, audio, grad
 
 
-@pytest.fixture(params=["by kind", "by mask"])
+@pytest.fixture(params=["CPU", "reference"])
 def form(request, monkeypatch):
-    """Both forms of the sum: that of CPUs, and that of devices whose host must not wait."""
-    if request.param == "by mask":
-        monkeypatch.setattr(module, "_by_kind", module._by_mask)
+    """Both PyTorch forms: that of CPUs, and that of devices whose host must not wait."""
+    if request.param == "reference":
+        monkeypatch.setattr(module, "_is_cpu", lambda _: False)
 
 
 both_forms = pytest.mark.usefixtures("form")
@@ -114,13 +115,101 @@ def test_sparse_gradients_are_the_dense_ones():
         torch.testing.assert_close(s.to_dense(), d)
 
 
+# --- with the depth decoder's codes -------------------------------------------------------------------------------
+
+
+def evaluate_with_codes(impl, tokens, is_audio, text, audio, grad, frames, grad_codes, sparse=False):
+    """Both outputs and both gradients, by name."""
+    out = frame_embed_with_codes(tokens, is_audio, frames, text, audio, impl=impl, sparse=sparse)
+    text_grad, audio_grad = torch.autograd.grad(out, (text, audio), (grad, grad_codes))
+    rows, codes = (x.detach() for x in out)
+    return {"rows": rows, "codes": codes, "text gradient": text_grad, "audio gradient": audio_grad}
+
+
+def codes_case(case, share=0.5, seed=3):
+    """What a case lacks: some of its audio rows, one of them twice, and a gradient for their codes."""
+    tokens, is_audio, _, audio, grad = case
+    generator = torch.Generator().manual_seed(seed)
+    frames = is_audio.nonzero().squeeze(1)
+    frames = frames[torch.rand(len(frames), generator=generator) < share].int()
+    frames = torch.cat([frames, frames[:1]])
+    shape = len(frames), tokens.shape[1] - 2, grad.shape[1]
+    return frames, torch.randn(shape, generator=generator, dtype=torch.float64).to(grad.dtype)
+
+
+@both_forms
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0], ids=["text only", "mixed", "audio only"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_codes_and_rows_share_one_gradient(share, sparse):
+    tokens, is_audio, text, audio, grad = case(37, share)
+    frames, grad_codes = codes_case((tokens, is_audio, text, audio, grad))
+    offsets = torch.arange(CODEBOOKS - 1) * VOCAB
+    want_codes = audio[tokens[frames.long()][:, :-2] + offsets]
+    want = naive(tokens, is_audio, text, audio)
+    want_grads = torch.autograd.grad((want, want_codes), (text, audio), (grad, grad_codes), allow_unused=True)
+    got = evaluate_with_codes("torch", tokens, is_audio, text, audio, grad, frames, grad_codes, sparse)
+    torch.testing.assert_close(got["rows"], want.detach(), rtol=1e-13, atol=1e-13)
+    assert torch.equal(got["codes"], want_codes)
+    for name, w in zip(("text gradient", "audio gradient"), want_grads, strict=True):
+        g = got[name].to_dense() if sparse else got[name]
+        torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-13, atol=1e-13)
+
+
+def test_gradcheck_with_codes():
+    tokens, is_audio, text, audio, grad = case(7, 0.6)
+    frames, _ = codes_case((tokens, is_audio, text, audio, grad))
+    assert torch.autograd.gradcheck(lambda t, a: frame_embed_with_codes(tokens, is_audio, frames, t, a), (text, audio))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_big_tables_on_a_cpu(dtype):
+    """Their gradients are fresh memory, which autograd takes over without a copy, and sums come in several pieces."""
+    rows, codebooks, vocab, width = 300, 4, 2051, 512
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (rows, codebooks + 1), generator=generator)
+    is_audio = torch.rand(rows, generator=generator) < 0.8
+    text, audio = (
+        torch.randn(n, width, generator=generator).to(dtype).requires_grad_() for n in (9000, codebooks * vocab)
+    )
+    grad = torch.randn(rows, width, generator=generator).to(dtype)
+    frames = is_audio.nonzero().squeeze(1)[:40]
+    grad_codes = torch.randn(40, codebooks - 1, width, generator=generator).to(dtype)
+    assert audio.nbytes > 2**22 and text.nbytes > 2**22
+    made = []
+    zeros = module._zeros
+
+    def remember(*args):
+        out = zeros(*args)
+        made.append(out.data_ptr())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_zeros", remember)
+        patch.setattr(module, "_PIECE_BYTES", 2**17)
+        torch.autograd.backward(frame_embed_with_codes(tokens, is_audio, frames, text, audio), (grad, grad_codes))
+    assert {text.grad.data_ptr(), audio.grad.data_ptr()} == {*made}
+    wide = [x.detach().double().requires_grad_() for x in (text, audio)]
+    want_codes = wide[1][tokens[frames][:, :-2] + torch.arange(codebooks - 1) * vocab]
+    keys = tokens[:, :-1] + torch.arange(codebooks) * vocab
+    want = torch.where(is_audio.unsqueeze(1), wide[1][keys].sum(1), wide[0][tokens[:, -1]])
+    torch.autograd.backward((want, want_codes), (grad.double(), grad_codes.double()))
+    for got, reference in zip((text, audio), wide, strict=True):
+        assert torch.equal(got.grad == 0, reference.grad == 0)
+        error = (got.grad.double() - reference.grad).norm() / reference.grad.norm()
+        assert error < torch.finfo(dtype).eps / 2
+    # An optimizer may write into every row of it.
+    untouched = int((wide[0].grad.abs().sum(1) == 0).nonzero()[0])
+    text.grad.add_(1)
+    assert (text.grad[untouched] == 1).all()
+
+
 # --- the kernels, interpreted -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Kernels run on the CPU with poisoned memory, and runs of equal keys are cut every 8 occurrences."""
-    monkeypatch.setattr(module, "_CHUNK", 8)
+    monkeypatch.setattr(kernels, "_CHUNK", 8)
     with interpreted() as counts, poisoned():
         yield counts
 
@@ -165,6 +254,23 @@ def test_kernels(rows, codebooks, width, dtype, launches):
     assert launches["_sum_kernel"] == 2 * (rows > 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows, codebooks, width", [(1, 7, 96), (33, 1, 96), (33, 7, 96), (5, 32, 512)])
+@pytest.mark.parametrize("kind", ["mixed", "EOS"])
+def test_kernels_with_codes(rows, codebooks, width, kind, dtype, launches):
+    inputs = kernel_case(rows, codebooks, width, dtype, kind)
+    frames, grad_codes = codes_case(inputs)
+    got, same_dtype = (evaluate_with_codes(impl, *inputs, frames, grad_codes) for impl in ("triton", "torch"))
+    wide = [x.detach().double() for x in inputs[2:]]
+    wide[0].requires_grad_(), wide[1].requires_grad_()
+    reference = evaluate_with_codes("torch", *inputs[:2], *wide, frames, grad_codes.double())
+    assert torch.equal(got.pop("codes"), same_dtype["codes"])
+    for name in got:
+        assert_within_budget(name, got[name], reference[name], same_dtype[name])
+    sparse = evaluate_with_codes("triton", *inputs, frames, grad_codes, sparse=True)
+    assert torch.equal(sparse["audio gradient"].to_dense(), got["audio gradient"])
+
+
 @pytest.mark.parametrize("kind", ["text", "audio", "EOS"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_with_rows_of_one_kind(kind, dtype, launches):
@@ -176,7 +282,8 @@ def assert_text_gradient_matches(tokens, width, n_rows):
     """The kernels of one table's gradient, every row text."""
     grad = torch.randn(len(tokens), width, generator=torch.Generator().manual_seed(1))
     is_audio = torch.zeros(len(tokens), dtype=torch.bool)
-    got = module._table_gradient(grad, tokens.unsqueeze(1), is_audio, False, n_rows, grad.dtype)
+    none = torch.empty(0, dtype=torch.int32), grad.new_empty(0, 0, width)
+    got = module._table_gradient(grad, none[1], tokens.unsqueeze(1), is_audio, none[0], False, n_rows, grad.dtype)
     plain, exact = torch.zeros(n_rows, width), torch.zeros(n_rows, width, dtype=torch.float64)
     assert_within_budget("gradient", got, exact.index_add(0, tokens, grad.double()), plain.index_add(0, tokens, grad))
 
@@ -198,7 +305,7 @@ def test_two_runs_that_meet_around_a_cut(head, launches):
 
 def test_kernels_with_the_shipped_chunk():
     """A long run and many short ones at the real size of a piece."""
-    assert module._CHUNK == 256
+    assert kernels._CHUNK == 256
     tokens = torch.randint(0, 60, (700,), generator=torch.Generator().manual_seed(0))
     tokens[100:] = 0
     with interpreted() as launches, poisoned():
@@ -298,16 +405,27 @@ def test_kernels_on_a_gpu(dtype):
     assert all(torch.equal(first[name], again[name]) for name in first)
     sparse = evaluate("triton", *case, sparse=True)
     assert all(torch.equal(sparse[name].to_dense(), first[name]) for name in first if "gradient" in name)
+    frames, grad_codes = (x.cuda() for x in codes_case([x.detach().cpu() for x in case], share=1 / 16))
+    got, same_dtype = (evaluate_with_codes(impl, *case, frames, grad_codes) for impl in ("triton", "torch"))
+    wide = [x.detach().double() for x in case[2:]]
+    wide[0].requires_grad_(), wide[1].requires_grad_()
+    reference = evaluate_with_codes("torch", *case[:2], *wide, frames, grad_codes.double())
+    for name in got:
+        assert_within_budget(name, got[name], reference[name], same_dtype[name])
 
 
 # --- registration -------------------------------------------------------------------------------------------------
 
 
-def test_opcheck(launches):
+@pytest.mark.parametrize("use_triton", [True, False], ids=["triton", "torch"])
+def test_opcheck(use_triton, launches):
     tokens, is_audio, text, audio, grad = kernel_case(4, 2, 8, torch.float32)
-    torch.library.opcheck(module._frame_embed, (tokens, is_audio, text, audio))
+    frames = is_audio.nonzero().squeeze(1).int()
+    grad_codes = torch.randn(len(frames), 1, 8)
+    torch.library.opcheck(module._frame_embed, (tokens, is_audio, frames, text, audio, False, use_triton))
     for of_audio, table in [(True, audio), (False, text)]:
-        torch.library.opcheck(module._table_gradient, (grad, tokens, is_audio, of_audio, len(table), table.dtype))
+        inputs = (grad, grad_codes, tokens, is_audio, frames, of_audio, len(table), table.dtype, use_triton)
+        torch.library.opcheck(module._table_gradient, inputs)
 
 
 def test_compiles_as_one_op(launches):
@@ -338,10 +456,10 @@ def test_refusals(monkeypatch):
         frame_embed(tokens, is_audio, text, audio, impl="cuda")
     with interpreted(), pytest.raises(ValueError, match="not torch.float64"):
         frame_embed(tokens, is_audio, text, audio, impl="triton")
-    monkeypatch.setattr(module.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="CUDA"):
         frame_embed(tokens, is_audio, text.float(), audio.float(), impl="triton")
-    monkeypatch.setattr(module, "triton", None)
+    monkeypatch.setattr(kernels, "triton", None)
     with pytest.raises(ImportError, match="needs the package triton"):
         frame_embed(tokens, is_audio, text.float(), audio.float(), impl="triton")
 

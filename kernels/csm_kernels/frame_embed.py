@@ -1,316 +1,91 @@
 """Sum of a row's live embeddings, without the [rows, K + 1, width] tensor.
 
-An audio row is a sum of K table rows, a text row is one table row. Forward: one pass over what is read. Backward:
-the (codebook, code) keys are sorted once; each touched table row is the sum of its occurrences, in the order of the
-rows, in float32, written once. No atomics, so the same input gives the same bits; nothing waits for the host.
+An audio row is a sum of K table rows, a text row is one table row. The depth decoder looks up codes of the same audio
+table one by one; asked for here too, both uses share one gradient. A table's gradient is the sum of each touched row's
+occurrences, found by sorting the keys: on CUDA by the kernels of ``frame_embed_kernels``, on a CPU by PyTorch's
+``embedding_bag``, the same sum with the gradient for a table.
 """
 
 from __future__ import annotations
+
+import mmap
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the PyTorch form needs none
-    triton = None
+from . import frame_embed_kernels as kernels
 
 IMPLS = ("auto", "triton", "torch")
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 # --- reference ----------------------------------------------------------------------------------------------------
 
 
-def _reference(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor, sparse: bool) -> Tensor:
-    num_codebooks = tokens.shape[1] - 1
-    vocab = audio_table.shape[0] // num_codebooks
-    offsets = torch.arange(num_codebooks, device=tokens.device, dtype=tokens.dtype) * vocab
-    form = _by_kind if tokens.device.type == "cpu" else _by_mask
-    return form(tokens[:, :-1] + offsets, tokens[:, -1], is_audio, text_table, audio_table, sparse)
+def _keys(codes: Tensor, vocab: int) -> Tensor:
+    """[.., k] codes of codebooks 0, 1, .. -> rows of the audio table."""
+    return codes + torch.arange(codes.shape[-1], device=codes.device, dtype=codes.dtype) * vocab
 
 
-def _by_kind(
-    codes: Tensor, text: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor, sparse: bool
-) -> Tensor:
-    """Each row looks up only what it needs. How many rows are audio decides shapes, so the host must know it."""
-    audio_rows = is_audio.nonzero().squeeze(1)
-    text_rows = (~is_audio).nonzero().squeeze(1)
-    audio = F.embedding_bag(codes.index_select(0, audio_rows), audio_table, mode="sum", sparse=sparse)
-    words = F.embedding(text.index_select(0, text_rows), text_table, sparse=sparse)
-    # One gather puts both kinds back in order; writing into a fresh tensor would make autograd copy it twice.
-    place = torch.empty_like(is_audio, dtype=torch.long)
-    place[audio_rows] = torch.arange(audio_rows.numel(), device=place.device)
-    place[text_rows] = torch.arange(text_rows.numel(), device=place.device) + audio_rows.numel()
-    return torch.cat([audio, words.to(audio.dtype)]).index_select(0, place)
+def _reference(
+    tokens: Tensor, is_audio: Tensor, frames: Tensor, text_table: Tensor, audio_table: Tensor, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own operators. Every row looks up both kinds and keeps one, so that no shape depends on the data."""
+    vocab = audio_table.shape[0] // (tokens.shape[1] - 1)
+    keys = _keys(tokens[:, :-1], vocab)
+    audio = F.embedding_bag(keys.where(is_audio.unsqueeze(1), 0), audio_table, mode="sum", sparse=sparse)
+    words = F.embedding(tokens[:, -1].where(~is_audio, 0), text_table, sparse=sparse)
+    rows = torch.where(is_audio.unsqueeze(1), audio, words.to(audio.dtype))
+    return rows, F.embedding(keys.index_select(0, frames)[:, :-1], audio_table, sparse=sparse)
 
 
-def _by_mask(
-    codes: Tensor, text: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor, sparse: bool
-) -> Tensor:
-    """Every row looks up both kinds and keeps one, so that no shape depends on the data and the host never waits."""
-    audio = F.embedding_bag(codes.where(is_audio.unsqueeze(1), 0), audio_table, mode="sum", sparse=sparse)
-    words = F.embedding(text.where(~is_audio, 0), text_table, sparse=sparse)
-    return torch.where(is_audio.unsqueeze(1), audio, words.to(audio.dtype))
+# --- CPU ----------------------------------------------------------------------------------------------------------
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
-# Prefixes: n_ count, p_ pointer. A program owns BLOCK_D columns; row numbers are int64 before D multiplies them.
+def _cpu_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor) -> Tensor:
+    """Each row looks up only what it needs."""
+    keys = _keys(tokens[:, :-1], audio_table.shape[0] // (tokens.shape[1] - 1))
+    out = audio_table.new_empty(tokens.shape[0], audio_table.shape[1])
+    audio_rows, text_rows = is_audio.nonzero().squeeze(1), (~is_audio).nonzero().squeeze(1)
+    out.index_copy_(0, audio_rows, F.embedding_bag(keys.index_select(0, audio_rows), audio_table, mode="sum"))
+    words = F.embedding(tokens[:, -1].index_select(0, text_rows), text_table)
+    return out.index_copy_(0, text_rows, words.to(out.dtype))
 
 
-def _jit(kernel):
-    """Compiled once per K, D and dtypes: no specialisation on sizes that change from pack to pack."""
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["M", "n_rows", "n_text", "vocab"])
+_PIECE_BYTES = 2**21  # of sums between two copies: small enough for a second-level cache
 
 
-@_jit
-def _forward_kernel(
-    # data
-    p_tokens,  # [N, K + 1]
-    p_is_audio,  # [N]
-    p_text_table,  # [n_text, D]
-    p_audio_table,  # [K * vocab, D]
-    p_out,  # [N, D]
-    # shapes
-    n_text,
-    vocab,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    # meta
-    IDS: tl.constexpr,  # K, rounded up to a power of 2
-    BLOCK_D: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """One row, BLOCK_D columns. Programs next to each other share a row, so table rows are read whole."""
-    BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    cols = (tl.program_id(0) % BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
-    live = cols < D
-    p_tokens += row * (K + 1)
-    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-    if tl.load(p_is_audio + row) != 0:
-        ids = tl.arange(0, IDS)
-        codes = tl.load(p_tokens + ids, mask=ids < K, other=0)
-        unknown = tl.max(((codes < 0) | (codes >= vocab)).to(tl.int32), axis=0) != 0
-        # A round is one load of [ROUND, BLOCK_D], of which each lane holds ROUND pieces of 16 bytes, so that several
-        # are in flight before the first is added. (Code by code, ptxas saves registers and keeps two in flight.)
-        for first in range(0, K, ROUND):
-            k = first + tl.arange(0, ROUND)
-            code = tl.load(p_tokens + k, mask=k < K, other=0)
-            code = tl.where((code < 0) | (code >= vocab), 0, code)
-            table_row = (code + k * vocab).to(tl.int64)
-            p_rows = p_audio_table + table_row[:, None] * D + cols[None, :]
-            acc += tl.sum(tl.load(p_rows, mask=(k < K)[:, None] & live[None, :], other=0.0).to(tl.float32), axis=0)
-    else:
-        token = tl.load(p_tokens + K)
-        unknown = (token < 0) | (token >= n_text)
-        token = tl.where(unknown, 0, token).to(tl.int64)
-        acc = tl.load(p_text_table + token * D + cols, mask=live).to(tl.float32)
-    acc = tl.where(unknown, float("nan"), acc)
-    tl.store(p_out + row * D + cols, acc.to(p_out.dtype.element_ty), mask=live)
+def _cpu_backward(grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor) -> None:
+    """Add up the gradient of one table into ``out`` [n_rows, D]: a bag per touched row, of the gradients it gets."""
+    if more is not None:
+        grad = torch.cat([grad, more.to(grad.dtype)])
+    touched, counts = torch.unique_consecutive(keys, return_counts=True)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    live = int(touched.numel()) - int(touched.numel() > 0 and touched[-1] == n_rows)
+    step = max(1, _PIECE_BYTES // (grad.shape[1] * grad.element_size()))
+    for first in range(0, live, step):
+        last = min(first + step, live)
+        some = source[starts[first] : ends[last - 1]]
+        sums = F.embedding_bag(some, grad, starts[first:last] - starts[first], mode="sum")
+        out.index_copy_(0, touched[first:last].long(), sums.to(out.dtype))
 
 
-@_jit
-def _sum_kernel(
-    # data
-    p_grad,  # [N, D]
-    p_keys,  # [M] sorted: table rows, n_rows for what is not embedded
-    p_order,  # [M] the place in [N, PER_ROW] that each key came from
-    p_starts,  # [pieces + 1] where each piece begins in p_keys, M from the last on
-    p_place,  # [n_rows] where a table row lies in p_out, if COMPACT
-    p_partial,  # [2 * chunks, D] float32
-    p_out,  # [n_rows, D], or the touched rows only if COMPACT
-    # shapes
-    M,
-    n_rows,
-    PER_ROW: tl.constexpr,
-    D: tl.constexpr,
-    # meta
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROUND: tl.constexpr,
-    COMPACT: tl.constexpr,
-):
-    """Sum one piece: a run of equal keys, cut where CHUNK divides the position. dtable[r] = sum of grad over r's run.
-
-    A run in one piece is finished here. Of a run in several, each piece leaves a float32 partial sum: a chunk holds at
-    most two such pieces, one that begins with it (slot 2c) and one that begins later and ends with it (slot 2c + 1).
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. A big tensor on a CPU is memory fresh from the operating system: pages that are never written cost
+    nothing, where filling a gradient of 128,256 rows takes longer than everything that a short batch computes.
     """
-    start = tl.load(p_starts + tl.program_id(0))
-    end = tl.load(p_starts + tl.program_id(0) + 1)
-    if start < M:
-        key = tl.load(p_keys + start)
-        if key < n_rows:
-            cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-            live = cols < D
-            acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-            for first in range(start, end, ROUND):
-                i = first + tl.arange(0, ROUND)
-                place = tl.load(p_order + i, mask=i < end, other=0).to(tl.int32)
-                row = (place // PER_ROW).to(tl.int64)
-                p_rows = p_grad + row[:, None] * D + cols[None, :]
-                here = (i < end)[:, None] & live[None, :]
-                acc += tl.sum(tl.load(p_rows, mask=here, other=0.0).to(tl.float32), axis=0)
-            before = tl.load(p_keys + start - 1, mask=start > 0, other=-1)
-            after = tl.load(p_keys + end, mask=end < M, other=-1)
-            if (before != key) & (after != key):
-                row = key.to(tl.int64)
-                if COMPACT:
-                    row = tl.load(p_place + key).to(tl.int64)
-                tl.store(p_out + row * D + cols, acc.to(p_out.dtype.element_ty), mask=live)
-            else:
-                slot = 2 * (start // CHUNK) + (start % CHUNK != 0).to(tl.int32)
-                tl.store(p_partial + slot.to(tl.int64) * D + cols, acc, mask=live)
-
-
-@_jit
-def _join_kernel(
-    # data
-    p_keys,  # [M]
-    p_place,  # [n_rows]
-    p_partial,  # [2 * chunks, D] float32
-    p_out,
-    # shapes
-    M,
-    n_rows,
-    D: tl.constexpr,
-    # meta
-    CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COMPACT: tl.constexpr,
-):
-    """Sum the partial sums of a run in several pieces. The program at the first cut through a run does it."""
-    chunk = tl.program_id(0) + 1
-    key = tl.load(p_keys + chunk * CHUNK)
-    left = tl.load(p_keys + chunk * CHUNK - 1)
-    before = (chunk - 1) * CHUNK
-    earlier = tl.load(p_keys + before - 1, mask=before > 0, other=-1)
-    if (key < n_rows) & (left == key) & (earlier != key):
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        live = cols < D
-        slot = 2 * (chunk - 1) + (tl.load(p_keys + before) != key).to(tl.int32)
-        acc = tl.load(p_partial + slot.to(tl.int64) * D + cols, mask=live)
-        inside = chunk > 0  # true, as a tensor
-        while inside:
-            acc += tl.load(p_partial + (2 * chunk).to(tl.int64) * D + cols, mask=live)
-            chunk += 1
-            inside = tl.load(p_keys + chunk * CHUNK, mask=chunk * CHUNK < M, other=-1) == key
-        row = key.to(tl.int64)
-        if COMPACT:
-            row = tl.load(p_place + key).to(tl.int64)
-        tl.store(p_out + row * D + cols, acc.to(p_out.dtype.element_ty), mask=live)
-
-
-# --- launchers ----------------------------------------------------------------------------------------------------
-# Fixed configurations, chosen by counting; a lane always loads 16 bytes of bfloat16 at once.
-
-# 1,024 columns in 4 warps: 8 per lane. On sm_90 that takes 40 registers, so 12 programs share an SM; about 4 of a
-# round's loads are in flight at a time (read from the machine code): 96 KiB per SM of an H200, where bandwidth times
-# latency (4.3 TB/s x 1 us / 132) asks for 33 KiB. More columns or longer rounds would cost programs.
-_FORWARD = {"block_d": 1024, "round": 8}
-# Each row of the gradient is read once per codebook. Columns are the slow axis of the grid, so 512 of them at a time
-# make the part in use small enough for the L2 cache (16,384 rows x 1 KiB). Runs are short: 8 on average there.
-_BACKWARD = {"block_d": 512, "round": 8}
-# A piece is at most 256 additions, 32 rounds of loads one after the other; scratch is two float32 rows per 256 keys.
-_CHUNK = 256
-
-
-def _columns(width: int, block_d: int) -> tuple[int, int, int]:
-    """Columns per program, programs per row, warps."""
-    block_d = min(block_d, triton.next_power_of_2(width))
-    return block_d, triton.cdiv(width, block_d), max(1, block_d // 256)
-
-
-def _launch_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor) -> Tensor:
-    for table in (text_table, audio_table):
-        if not table.is_cuda and not triton.knobs.runtime.interpret:
-            raise ValueError("frame_embed: impl='triton' needs CUDA tensors, or Triton's interpreter")
-        if table.dtype not in _TRITON_DTYPES:
-            raise ValueError(f"frame_embed: impl='triton' is for bfloat16, float16 and float32, not {table.dtype}")
-    rows, num_codebooks = tokens.shape[0], tokens.shape[1] - 1
-    width = audio_table.shape[1]
-    tokens, is_audio = tokens.contiguous(), is_audio.contiguous()
-    text_table, audio_table = text_table.contiguous(), audio_table.contiguous()
-    out = torch.empty((rows, width), dtype=audio_table.dtype, device=audio_table.device)
-    block_d, blocks, num_warps = _columns(width, _FORWARD["block_d"])
-    if rows:
-        with torch.cuda.device_of(out):
-            _forward_kernel[(rows * blocks,)](
-                tokens,
-                is_audio,
-                text_table,
-                audio_table,
-                out,
-                text_table.shape[0],
-                audio_table.shape[0] // num_codebooks,
-                K=num_codebooks,
-                D=width,
-                IDS=triton.next_power_of_2(num_codebooks),
-                BLOCK_D=block_d,
-                ROUND=_FORWARD["round"],
-                num_warps=num_warps,
-                num_stages=1,
-            )
-    return out
-
-
-def _sorted_keys(tokens: Tensor, is_audio: Tensor, of_audio: bool, n_rows: int) -> tuple[Tensor, Tensor]:
-    """The table rows that were read, ascending, each with its place in [N, K] ([N] for text); n_rows where none was."""
-    offsets: Tensor | int = 0
-    if of_audio:
-        ids, live = tokens[:, :-1], is_audio.unsqueeze(1)
-        vocab = n_rows // ids.shape[1]
-        offsets = torch.arange(ids.shape[1], device=tokens.device, dtype=torch.int32) * vocab
-    else:
-        ids, live, vocab = tokens[:, -1], ~is_audio, n_rows
-    live = live & (ids >= 0) & (ids < vocab)
-    keys = torch.where(live, ids.to(torch.int32) + offsets, n_rows).flatten()
-    # Stable: a run's occurrences are in the order of their rows, whatever the sort does inside.
-    return torch.sort(keys, stable=True)
-
-
-def _launch_backward(grad: Tensor, keys: Tensor, order: Tensor, n_rows: int, out: Tensor, place: Tensor | None) -> None:
-    """Add up the gradient of one table into ``out``. No shape depends on the data: surplus programs leave at once."""
-    count, (rows, width) = keys.numel(), grad.shape
-    if not count:
-        return
-    if count >= 2**31 - _CHUNK:
-        raise ValueError(f"frame_embed: {count} embeddings in one backward pass; at most 2**31 - {_CHUNK - 1}")
-    grad = grad.contiguous()
-    cuts = (count - 1) // _CHUNK
-    pieces = min(count, n_rows) + cuts  # at most; what was not embedded sorts last and may be left out
-    begins = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[1:], keys[:-1], out=begins[1:])
-    begins[::_CHUNK] = True
-    # The p-th beginning is where the count of beginnings reaches p.
-    wanted = torch.arange(1, pieces + 2, device=keys.device, dtype=torch.int32)
-    starts = torch.searchsorted(begins.cumsum(0, dtype=torch.int32), wanted, out_int32=True)
-    partial = torch.empty((2 * (cuts + 1), width), dtype=torch.float32, device=grad.device)
-    block_d, blocks, num_warps = _columns(width, _BACKWARD["block_d"])
-    compact = place is not None
-    meta = {"D": width, "CHUNK": _CHUNK, "BLOCK_D": block_d, "COMPACT": compact}
-    options = {"num_warps": num_warps, "num_stages": 1}
-    place = keys if place is None else place
-    with torch.cuda.device_of(grad):
-        _sum_kernel[(pieces, blocks)](
-            grad,
-            keys,
-            order,
-            starts,
-            place,
-            partial,
-            out,
-            count,
-            n_rows,
-            PER_ROW=count // rows,
-            ROUND=_BACKWARD["round"],
-            **meta,
-            **options,
-        )
-        if cuts:
-            _join_kernel[(cuts, blocks)](keys, place, partial, out, count, n_rows, **meta, **options)
+    size = shape[0] * shape[1] * dtype.itemsize
+    if device.type != "cpu" or size < 2**22:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)  # one fault for 2 MiB: whoever reads the gradient meets each page once
+        except OSError:  # a kernel without them
+            pass
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -318,65 +93,129 @@ def _launch_backward(grad: Tensor, keys: Tensor, order: Tensor, n_rows: int, out
 
 @torch.library.custom_op("csm_kernels::frame_embed", mutates_args=())
 def _frame_embed(
-    tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor, sparse: bool = False
-) -> Tensor:
-    return _launch_forward(tokens, is_audio, text_table, audio_table)
+    tokens: Tensor,
+    is_audio: Tensor,
+    frames: Tensor,
+    text_table: Tensor,
+    audio_table: Tensor,
+    sparse: bool = False,
+    use_triton: bool = True,
+) -> tuple[Tensor, Tensor]:
+    forward = kernels.launch_forward if use_triton else _cpu_forward
+    rows = forward(tokens, is_audio, text_table, audio_table)
+    codes = tokens.index_select(0, frames)[:, :-2]
+    return rows, F.embedding(_keys(codes, audio_table.shape[0] // (tokens.shape[1] - 1)), audio_table)
 
 
 @_frame_embed.register_fake
-def _(tokens, is_audio, text_table, audio_table, sparse=False):
-    return audio_table.new_empty((tokens.shape[0], audio_table.shape[1]))
+def _(tokens, is_audio, frames, text_table, audio_table, sparse=False, use_triton=True):
+    width = audio_table.shape[1]
+    codes = audio_table.new_empty((frames.shape[0], tokens.shape[1] - 2, width))
+    return audio_table.new_empty((tokens.shape[0], width)), codes
+
+
+def _sorted_keys(
+    tokens: Tensor, is_audio: Tensor, frames: Tensor, of_audio: bool, n_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The table rows that were read, ascending, n_rows where none was; and which gradient each gets: that of a row,
+    or, counted on from there, that of one of ``frames``' codes. Both int32."""
+    rows, num_codebooks = tokens.shape[0], tokens.shape[1] - 1
+    vocab = n_rows // num_codebooks if of_audio else n_rows
+    ids = tokens[:, :-1] if of_audio else tokens[:, -1:]
+    live = is_audio.unsqueeze(1) == of_audio
+
+    def numbered(ids: Tensor, live: Tensor | bool) -> Tensor:
+        return torch.where((ids >= 0) & (ids < vocab) & live, _keys(ids.to(torch.int32), vocab), n_rows).flatten()
+
+    keys = numbered(ids, live)
+    of_rows = keys.numel()
+    if of_audio:
+        keys = torch.cat([keys, numbered(tokens.index_select(0, frames)[:, :-2], True)])
+    # Stable: a run's occurrences are in the order of their rows, whatever the sort does inside.
+    keys, order = torch.sort(keys, stable=True)
+    order = order.to(torch.int32)
+    if not of_audio:
+        return keys, order
+    return keys, torch.where(order < of_rows, order // num_codebooks, order - (of_rows - rows))
 
 
 @torch.library.custom_op("csm_kernels::frame_embed_table_gradient", mutates_args=())
 def _table_gradient(
-    grad: Tensor, tokens: Tensor, is_audio: Tensor, of_audio: bool, n_rows: int, dtype: torch.dtype
+    grad: Tensor,
+    grad_codes: Tensor,
+    tokens: Tensor,
+    is_audio: Tensor,
+    frames: Tensor,
+    of_audio: bool,
+    n_rows: int,
+    dtype: torch.dtype,
+    use_triton: bool = True,
 ) -> Tensor:
     """Gradient of the audio table, or else of the text table."""
-    out = torch.zeros((n_rows, grad.shape[1]), dtype=dtype, device=grad.device)
-    _launch_backward(grad, *_sorted_keys(tokens, is_audio, of_audio, n_rows), n_rows, out, None)
+    out = _zeros((n_rows, grad.shape[1]), dtype, grad.device)
+    more = grad_codes.flatten(0, 1) if of_audio and grad_codes.numel() else None
+    keys, source = _sorted_keys(tokens, is_audio, frames, of_audio, n_rows)
+    if use_triton:
+        kernels.launch_backward(grad, more, keys, source, n_rows, out, None)
+    else:
+        _cpu_backward(grad, more, keys, source, n_rows, out)
     return out
 
 
 @_table_gradient.register_fake
-def _(grad, tokens, is_audio, of_audio, n_rows, dtype):
+def _(grad, grad_codes, tokens, is_audio, frames, of_audio, n_rows, dtype, use_triton=True):
     return grad.new_empty((n_rows, grad.shape[1]), dtype=dtype)
 
 
 def _sparse_table_gradient(
-    grad: Tensor, tokens: Tensor, is_audio: Tensor, of_audio: bool, n_rows: int, dtype: torch.dtype
+    grad: Tensor,
+    grad_codes: Tensor,
+    tokens: Tensor,
+    is_audio: Tensor,
+    frames: Tensor,
+    of_audio: bool,
+    n_rows: int,
+    dtype: torch.dtype,
+    use_triton: bool,
 ) -> Tensor:
     """The same with only the touched rows, ascending. How many there are is a shape, so the host waits for it."""
-    keys, order = _sorted_keys(tokens, is_audio, of_audio, n_rows)
-    touched = torch.unique_consecutive(keys).long()
-    touched = touched[touched < n_rows]
+    more = grad_codes.flatten(0, 1) if of_audio and grad_codes.numel() else None
+    keys, source = _sorted_keys(tokens, is_audio, frames, of_audio, n_rows)
+    touched = torch.unique_consecutive(keys)
+    touched = touched[touched < n_rows].long()
     place = torch.empty(n_rows, dtype=torch.int32, device=grad.device)
     place[touched] = torch.arange(touched.numel(), dtype=torch.int32, device=grad.device)
     values = torch.empty((touched.numel(), grad.shape[1]), dtype=dtype, device=grad.device)
-    _launch_backward(grad, keys, order, n_rows, values, place)
+    if use_triton:
+        kernels.launch_backward(grad, more, keys, source, n_rows, values, place)
+    else:
+        live = keys < n_rows  # a prefix
+        _cpu_backward(grad, more, place[keys[live].long()], source[live], touched.numel(), values)
     size = (n_rows, grad.shape[1])
     return torch.sparse_coo_tensor(touched.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False)
 
 
 def _setup_context(ctx, inputs, output):
-    tokens, is_audio, text_table, audio_table, ctx.sparse = inputs
-    ctx.save_for_backward(tokens, is_audio)
+    tokens, is_audio, frames, text_table, audio_table, ctx.sparse, ctx.use_triton = inputs
+    ctx.save_for_backward(tokens, is_audio, frames)
     ctx.text = (False, text_table.shape[0], text_table.dtype)
     ctx.audio = (True, audio_table.shape[0], audio_table.dtype)
 
 
-def _backward(ctx, grad):
-    tokens, is_audio = ctx.saved_tensors
+def _backward(ctx, grad, grad_codes):
     gradient = _sparse_table_gradient if ctx.sparse else _table_gradient
-    text = gradient(grad, tokens, is_audio, *ctx.text) if ctx.needs_input_grad[2] else None
-    audio = gradient(grad, tokens, is_audio, *ctx.audio) if ctx.needs_input_grad[3] else None
-    return None, None, text, audio, None
+    text = audio = None
+    if ctx.needs_input_grad[3]:
+        text = gradient(grad, grad_codes, *ctx.saved_tensors, *ctx.text, ctx.use_triton)
+    if ctx.needs_input_grad[4]:
+        audio = gradient(grad, grad_codes, *ctx.saved_tensors, *ctx.audio, ctx.use_triton)
+    return None, None, None, text, audio, None, None
 
 
 _frame_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- public function ----------------------------------------------------------------------------------------------
+# --- public functions ---------------------------------------------------------------------------------------------
 
 
 def frame_embed(
@@ -400,20 +239,48 @@ def frame_embed(
         audio_table: [K * V, D].
         impl: ``"triton"``: the kernels, for bfloat16, float16 and float32 on CUDA; ``"torch"``: PyTorch's own
             operators; ``"auto"``: the kernels where they run.
-        sparse: give the tables' gradients as sparse tensors of the touched rows. The kernels' are coalesced, and the
-            host waits for the number of rows.
+        sparse: give the tables' gradients as sparse tensors of the touched rows. The kernels' and the CPU's are
+            coalesced, and the host waits for the number of rows.
 
     Returns:
         [N, D] in the audio table's dtype; float32 accumulation where the tables are narrower. Gradients are
-        deterministic with the kernels.
+        deterministic with the kernels and on a CPU.
+    """
+    frames = torch.empty(0, dtype=torch.int32, device=tokens.device)
+    return frame_embed_with_codes(tokens, is_audio, frames, text_table, audio_table, impl, sparse)[0]
+
+
+def frame_embed_with_codes(
+    tokens: Tensor,
+    is_audio: Tensor,
+    frames: Tensor,
+    text_table: Tensor,
+    audio_table: Tensor,
+    impl: str = "auto",
+    sparse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``frame_embed``, and the embeddings of some rows' codes one by one, as the depth decoder reads them.
+
+    Both use the audio table; together they give it one gradient, where two of its size would be filled and added.
+
+    Args:
+        frames: [M] int32 or int64, rows of ``tokens`` that are audio.
+        The others as in ``frame_embed``.
+
+    Returns:
+        [N, D] as ``frame_embed``'s, and [M, K - 1, D]: ``audio_table[tokens[frames, k] + k * V]`` for k < K - 1.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
     if impl == "auto":
-        known = text_table.dtype in _TRITON_DTYPES and audio_table.dtype in _TRITON_DTYPES
-        impl = "triton" if triton is not None and audio_table.is_cuda and known else "torch"
-    if impl == "torch":
-        return _reference(tokens, is_audio, text_table, audio_table, sparse)
-    if triton is None:
+        known = text_table.dtype in kernels.DTYPES and audio_table.dtype in kernels.DTYPES
+        impl = "triton" if kernels.triton is not None and audio_table.is_cuda and known else "torch"
+    if impl == "torch" and not _is_cpu(tokens):
+        return _reference(tokens, is_audio, frames, text_table, audio_table, sparse)
+    if impl == "triton" and kernels.triton is None:
         raise ImportError("frame_embed: impl='triton' needs the package triton")
-    return _frame_embed(tokens, is_audio, text_table, audio_table, sparse)
+    return _frame_embed(tokens, is_audio, frames, text_table, audio_table, sparse, impl == "triton")
+
+
+def _is_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"

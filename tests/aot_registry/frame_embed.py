@@ -1,6 +1,6 @@
 """frame_embed's kernels at csm-1b's shapes: K = 32, V = 2051, D = 2048, int32 tokens."""
 
-from csm_kernels import frame_embed as op
+from csm_kernels import frame_embed_kernels as op
 from kernel_cases import AotCase
 
 CODEBOOKS, WIDTH = 32, 2048
@@ -27,16 +27,16 @@ def cases(dtype: str, arch: int) -> list[AotCase]:
     )
     backward = []
     block_d, _, num_warps = op._columns(WIDTH, op._BACKWARD["block_d"])
-    # The text table has one key per row; a sparse gradient looks up where a row lies.
-    for name, per_row, compact in [("audio", CODEBOOKS, False), ("text", 1, False), ("sparse audio", CODEBOOKS, True)]:
+    # With the depth decoder's codes there are two gradients; a sparse gradient looks up where a row lies.
+    for name, two, compact in [("audio", True, False), ("text", False, False), ("sparse audio", True, True)]:
         runs = {"p_keys": "*i32", "p_place": "*i32", "p_partial": "*fp32", "p_out": table, "M": "i32", "n_rows": "i32"}
         meta = {"D": WIDTH, "CHUNK": op._CHUNK, "BLOCK_D": block_d, "COMPACT": compact}
         backward.append(
             AotCase(
                 f"frame_embed backward, sum, {name}",
                 op._sum_kernel,
-                runs | {"p_grad": table, "p_order": "*i64", "p_starts": "*i32"},
-                meta | {"PER_ROW": per_row, "ROUND": op._BACKWARD["round"]},
+                runs | {"p_grad": table, "p_more": table, "p_source": "*i32", "p_starts": "*i32", "n_first": "i32"},
+                meta | {"TWO": two, "ROUND": op._BACKWARD["round"]},
                 num_warps=num_warps,
                 num_stages=1,
             )
