@@ -26,27 +26,39 @@ COLUMNS = 64
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
+# Logits in the wide dtype exist for this many bytes at a time, few enough for a second-level cache. On a CPU they take
+# the time: in one piece of 64 MiB this pass is several times as long as the matrix products around it.
+PIECE_BYTES = 2**20
+
+
 def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of one chunk, and its gradient.
 
     Args:
-        logits: [c, m, V] in the compute dtype; may be overwritten.
+        logits: [c, m, V] contiguous, in the compute dtype; overwritten by the gradient where that is wanted.
         targets: [c, m] int64, each in [0, V).
         weights: [c, m] in the wide dtype.
 
     Returns:
-        losses [c, m] in the wide dtype, and d(sum of losses)/d logits [c, m, V] in the compute dtype (empty where it
-        is not wanted).
+        losses [c, m] in the wide dtype, and d(sum of losses)/d logits [c, m, V] in the compute dtype (the logits where
+        it is not wanted).
     """
-    wide = logits.to(weights.dtype)
-    lse = wide.logsumexp(-1, keepdim=True)
-    index = targets.unsqueeze(-1)
-    losses = (lse - wide.gather(-1, index)).squeeze(-1) * weights
-    if not wants_grad:
-        return losses, logits.new_empty(0)
-    grad = wide.sub_(lse).exp_()
-    grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))
-    return losses, grad.mul_(weights.unsqueeze(-1)).to(logits.dtype)
+    flat, vocab = logits.view(-1, logits.shape[-1]), logits.shape[-1]
+    targets, row_weights = targets.reshape(-1, 1), weights.reshape(-1, 1)
+    losses = torch.empty_like(row_weights)
+    rows = max(1, PIECE_BYTES // (vocab * weights.element_size()))
+    for first in range(0, len(flat), rows):
+        some = slice(first, first + rows)
+        target, weight = targets[some], row_weights[some]
+        piece = flat[some].to(weights.dtype)
+        picked, highest = piece.gather(-1, target), piece.amax(-1, keepdim=True)
+        p = piece.softmax(-1)
+        # log sum exp from the largest probability, 1 / sum exp(x - highest), which is at least 1 / V.
+        losses[some] = (highest - p.amax(-1, keepdim=True).log() - picked) * weight
+        if wants_grad:
+            p.scatter_add_(-1, target, torch.full_like(target, -1, dtype=p.dtype))
+            torch.mul(p, weight, out=flat[some])
+    return losses.view(weights.shape), logits
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -126,13 +138,20 @@ def launch_shape(columns: int) -> tuple[int, int]:
     return block, min(8, max(1, block // 512))
 
 
-def _chunks(rows: int, heads: int, width: int, columns: int, element: int, budget: int) -> tuple[int, int]:
+def _chunks(rows: int, heads: int, row_bytes: int, head_bytes: int, total_bytes: int, budget: int) -> tuple[int, int]:
     """(rows, heads) of a chunk: whole heads first, so that a head's weight gradient is finished within one chunk and
-    needs no accumulator; with more rows than fit, one head at a time beside its float32 accumulator."""
-    row_bytes = columns * element
-    if rows * row_bytes <= budget:
-        return max(1, rows), max(1, min(heads, budget // max(1, rows * row_bytes)))
-    left = max(budget - width * columns * 4, budget // 4)
+    needs no accumulator; with more rows than fit, one head at a time beside its accumulator.
+
+    Args:
+        row_bytes: a row of one head's logits.
+        head_bytes: what a head needs beside them: its padded copy, and its padded gradient.
+        total_bytes: the accumulator of one head's weight gradient.
+        budget: of them all. One row of one head always fits.
+    """
+    per_head = rows * row_bytes + head_bytes
+    if per_head <= budget:
+        return max(1, rows), max(1, min(heads, budget // max(1, per_head)))
+    left = max(budget - total_bytes - head_bytes, budget // 4)
     return max(1, min(rows, left // row_bytes)), 1
 
 
@@ -162,8 +181,10 @@ def _linear_cross_entropy(
     targets = targets.masked_fill(targets == IGNORE, 0)
 
     columns = -(-vocab // COLUMNS) * COLUMNS if use_triton else vocab
-    element = hidden.element_size() if use_triton else torch.finfo(wide).bits // 8
-    rows_per_chunk, heads_per_chunk = _chunks(rows, heads, width, columns, element, byte_budget)
+    element = hidden.element_size()
+    head_bytes = width * columns * element * (1 + wants_weight) if columns != vocab else 0
+    total_bytes = width * columns * torch.finfo(wide).bits // 8 if wants_weight else 0
+    rows_per_chunk, heads_per_chunk = _chunks(rows, heads, columns * element, head_bytes, total_bytes, byte_budget)
     for first_head in range(0, heads, heads_per_chunk):
         some_heads = slice(first_head, min(heads, first_head + heads_per_chunk))
         w = weight[some_heads]
@@ -182,12 +203,23 @@ def _linear_cross_entropy(
             per_head[some_heads] += losses.sum(-1)
             if wants_hidden:
                 grad_hidden[some, some_heads] = torch.bmm(grad, w.transpose(1, 2)).transpose(0, 1)
-            if wants_weight:
+            if wants_weight and rows_per_chunk == rows and columns == vocab:
+                _product_(grad_weight[some_heads], h, grad)
+            elif wants_weight:
                 part = torch.bmm(h.transpose(1, 2), grad)
                 total = part if total is None else total.add_(part)
         if wants_weight and total is not None:
             grad_weight[some_heads] = total[..., :vocab]
     return per_head.sum(), per_head, grad_hidden, grad_weight
+
+
+def _product_(out: Tensor, h: Tensor, grad: Tensor) -> None:
+    """out = h^T grad, written along rows: the weight of a linear layer comes as a transposed view, and into such a one
+    PyTorch's bf16 product on a CPU is hundreds of times slower."""
+    if out.stride(-1) == 1:
+        torch.bmm(h.transpose(1, 2), grad, out=out)
+    else:
+        torch.bmm(grad.transpose(1, 2), h, out=out.transpose(1, 2))
 
 
 @_linear_cross_entropy.register_fake
@@ -202,16 +234,30 @@ def _(hidden, weight, targets, weights, byte_budget, wants_hidden, wants_weight,
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or there would be zeros of the size of the weight for an output nobody uses
     ctx.wants = inputs[5], inputs[6]
     ctx.save_for_backward(output[2], output[3])
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 8
+    saved = ctx.saved_tensors
+    # Nobody sees the saved gradients again unless the graph is kept, so they are scaled where they lie: a second
+    # tensor of the size of the weights is memory, and on a CPU time too.
+    traced = any(type(grad) is not Tensor for grad in saved)
+    scale = Tensor.mul if traced or _graph_is_kept() else Tensor.mul_
     scaled = [
-        grad * grad_loss.to(grad.dtype) if wanted else None
-        for grad, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+        scale(grad, grad_loss.to(grad.dtype)) if wanted else None for grad, wanted in zip(saved, ctx.wants, strict=True)
     ]
     return *scaled, None, None, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass runs with ``retain_graph``; True where PyTorch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tell is None else tell()
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

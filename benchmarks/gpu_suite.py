@@ -1,0 +1,293 @@
+"""Everything that only a GPU can show, in one command of at most eight minutes: tests, training step, kernels.
+
+    PYTHONPATH=.:kernels python -m benchmarks.gpu_suite
+
+The table comes last; the figures behind it go to ``--results`` as gpu_*.jsonl, with device, versions, commit, date and
+configuration in every row. Needs torch and triton; without pytest the tests are left out, without Liger, flash-attn or
+transformers the comparisons with them. The exit status is 1 if a test failed, 2 if there is no GPU.
+
+``--rehearse`` takes the same path on a CPU at tiny sizes. Its figures mean nothing, and go to a temporary directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernel_plot import by_setting, latest, milliseconds, versus
+from benchmarks.record import append, environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESERVE_S = 8.0  # to print the table and leave
+# Part of the minutes that are left when it begins; the last one has the rest.
+SHARES = {"tests": 0.3, "step": 0.35, "kernels": 1.0}
+EMBED_GOAL, HEADS_GOAL, DEPTH_GOAL = 0.8, 0.6, 2.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. ``met`` is None where there is no goal, or nothing to hold against it."""
+
+    check: str
+    figure: str
+    goal: str = ""
+    met: bool | None = None
+    value: float | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def call(command: list[str], seconds: float) -> str:
+    """Run a command from the repository's root, its output passed through. "" if it went well, else what happened."""
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    print(f"$ {' '.join(command)}   (at most {seconds:.0f} s)", flush=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, start_new_session=True
+    )
+    try:
+        status = process.wait(max(1.0, seconds))
+        return f"exit status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all of its children: the compiler's workers hold the GPU and the time too."""
+    for how, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, how)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def rows_after(path: Path, offset: int) -> list[dict[str, Any]]:
+    """Rows that were appended to a results file past ``offset`` bytes; a line that was cut off is left out."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as f:
+        f.seek(offset)
+        whole = [line for line in f.read().split(b"\n")[:-1] if line]
+    return [json.loads(line) for line in whole]
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+# ----------------------------------------------------------------------------------------------------------- parts
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """Counts of ``pytest -m gpu`` on the files that have such tests: the others may want packages that are not here."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"problem": "pytest is not installed", "passed": 0, "failed": 0, "skipped": 0}
+    files = sorted(
+        str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in f.read_text("utf-8")
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        problem = call([*command, *files], seconds)
+        return test_counts(report, problem)
+
+
+def test_counts(report: Path, problem: str) -> dict[str, Any]:
+    """passed, failed (with errors) and skipped of a JUnit report, and the names of what failed."""
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "problem": problem}
+    if not report.exists():
+        return {**counts, "failed": 1, "problem": problem or "pytest wrote no report"}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        counts[kind] += 1
+        if kind == "failed":
+            counts["failures"].append(f"{case.get('classname', '')}::{case.get('name', '')}")
+    if counts["failed"] or problem in ("exit status 1", "exit status 5"):  # said by the counts already
+        counts["problem"] = ""
+    elif problem:
+        counts["failed"] += 1
+    return counts
+
+
+def step_command(args: argparse.Namespace, results: Path) -> list[str]:
+    systems = ["csm_fast", "blog", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
+    command = [sys.executable, "-m", "benchmarks.step", "--results", str(results)]
+    if args.rehearse:
+        command += ["--synthetic", "4", "--device", "cpu", "--shape", "small", "--repeats", "1", "--batches", "4"]
+        return [*command, "--systems", "csm_fast"]
+    return [*command, "--synthetic", "200", "--device", "cuda", "--shape", "csm-1b", "--systems", *systems]
+
+
+def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.kernels", "--dtype", "bf16", "--results", str(results)]
+    command += ["--limit-seconds", f"{max(1.0, seconds):.0f}"]
+    if args.rehearse:
+        command += ["--device", "cpu", "--shape", "small", "--rows", "256", "--fractions", "1/16", "--repeats", "1"]
+        return [*command, "--no-compile"]
+    return [*command, "--device", "cuda", "--shape", "csm-1b", "--rows", "1024", "4096", "16384", "65536"]
+
+
+# ----------------------------------------------------------------------------------------------------------- table
+
+
+def test_lines(counts: dict[str, Any]) -> list[Line]:
+    figure = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+    if counts["problem"]:
+        figure = f"{counts['problem']}; {figure}"
+    ran = counts["passed"] + counts["failed"]
+    met = not counts["failed"] if ran else None
+    first = Line("tests marked gpu", figure, "none fails", met, float(counts["failed"]) if ran else None)
+    failures = counts.get("failures", [])
+    more = [Line(f"and {len(failures) - 8} more", "failed")] if len(failures) > 8 else []
+    return [first, *(Line(name, "failed") for name in failures[:8]), *more]
+
+
+def step_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
+    lines = [
+        Line(f"step: {row['system']}", f"{row['median_s']:.3g} s, {row['rows'] / row['median_s']:,.0f} rows/s")
+        for row in rows
+    ]
+    return [*lines, *([Line("step", problem)] if problem else [])]
+
+
+def kernel_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
+    """The goals first, then every operator against its fastest alternative."""
+    lines = [
+        _share("frame_embed", "forward", "of the copy's rate", "bytes_per_s", "copy_bytes_per_s", EMBED_GOAL, rows),
+        *(
+            _share(
+                op, "forward+backward", "of the matmul's rate", "flops_per_s", "matmul_flops_per_s", HEADS_GOAL, rows
+            )
+            for op in ("lce_audio", "lce_codebook0")
+        ),
+        _depth(rows),
+    ]
+    for some in by_setting(rows).values():
+        for op in dict.fromkeys(row["op"] for row in some):
+            for mode in ("forward", "forward+backward"):
+                pair = versus(some, op, mode)
+                if pair:
+                    ours, best = pair
+                    ratio = best["median_s"] / ours["median_s"]
+                    times = f"{milliseconds(ours['median_s'])} ms, {best['system']} {milliseconds(best['median_s'])}"
+                    lines.append(Line(f"{_at(ours)}, {mode}", f"{ratio:.2f}x: {times}", value=ratio))
+    for row in latest(rows):
+        if row["status"] in ("wrong", "failed"):
+            line = Line(f"{row['op']}, {row['system']}", f"{row['status']}: {row['reason']}")
+            if line not in lines:
+                lines.append(line)
+    return [*lines, *([Line("kernels", problem)] if problem else [])]
+
+
+def _at(row: dict[str, Any]) -> str:
+    fraction = "" if row["fraction"] is None else f", fraction {row['fraction']:g}"
+    return f"{row['op']} {row['rows']:,} rows{fraction}"
+
+
+def _share(op: str, mode: str, what: str, rate: str, ceiling: str, goal: float, rows: list[dict[str, Any]]) -> Line:
+    """csm_fast's rate at its largest point as a share of the ceiling that was measured in the same run."""
+    mine = [
+        row
+        for row in latest(rows)
+        if (row["op"], row["mode"], row["system"], row["status"]) == (op, mode, "csm_fast", "ok")
+    ]
+    wanted = f"at least {goal:.0%}"
+    if not mine:
+        return Line(f"{op}, {mode}", "not measured", wanted)
+    row = max(mine, key=lambda row: (row["rows"], row["fraction"] or 0))
+    share = row[rate] / row[ceiling]
+    return Line(f"{_at(row)}, {mode}", f"{share:.0%} {what}", wanted, share >= goal, share)
+
+
+def _depth(rows: list[dict[str, Any]]) -> Line:
+    """Against the faster of RoPE + SDPA as written and as compiled."""
+    some = [row for row in rows if row["op"] == "depth_attention" and row["system"] in (*RIVALS, "csm_fast")]
+    pair, wanted = versus(some, "depth_attention", "forward+backward"), f"at least {DEPTH_GOAL:g}x"
+    if pair is None:
+        return Line("depth_attention over RoPE + SDPA", "not measured", wanted)
+    ratio = pair[1]["median_s"] / pair[0]["median_s"]
+    return Line(f"{_at(pair[0])}, over {pair[1]['system']}", f"{ratio:.2f}x", wanted, ratio >= DEPTH_GOAL, ratio)
+
+
+RIVALS = ("RoPE + SDPA", "RoPE + SDPA, compiled")
+
+
+def print_table(title: str, lines: list[Line]) -> None:
+    print(f"\n{title}")
+    width = max(len(line.check) for line in lines)
+    figure = max(len(line.figure) for line in lines)
+    print(f"  {'check':{width}}  {'figure':{figure}}  {'goal':14}  met")
+    for line in lines:
+        met = "-" if line.met is None else "yes" if line.met else "NO"
+        print(f"  {line.check:{width}}  {line.figure:{figure}}  {line.goal or '-':14}  {met}")
+
+
+# ------------------------------------------------------------------------------------------------------------- CLI
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; a hard limit")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--rehearse", action="store_true", help="the same on a CPU at tiny sizes; proves no figure")
+    args = parser.parse_args()
+    ends = time.monotonic() + 60 * args.minutes - RESERVE_S
+    import torch
+
+    if not args.rehearse and not torch.cuda.is_available():
+        print("no CUDA device here; --rehearse runs the same path on the CPU")
+        return 2
+    if args.results is None:
+        args.results = Path(tempfile.mkdtemp(prefix="rehearsal-")) if args.rehearse else ROOT / "benchmarks" / "results"
+    results = args.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # where git knows the commit
+    about = {"minutes": args.minutes, "rehearsal": args.rehearse, **environment()}
+    label = "REHEARSAL on a CPU, no figure here counts" if args.rehearse else "GPU suite"
+    print(f"{label}: {about['device']}, torch {about['torch']}, {args.minutes:g} minutes", flush=True)
+
+    def seconds(part: str) -> float:
+        return SHARES[part] * (ends - time.monotonic())
+
+    counts = run_tests(seconds("tests"))
+    append(results / "gpu_tests.jsonl", {"benchmark": "gpu_tests", **counts, **about})
+
+    step_file, kernels_file = results / "gpu_step.jsonl", results / "gpu_kernels.jsonl"
+    before = size(step_file)
+    problem = call(step_command(args, step_file), seconds("step"))
+    lines = [*test_lines(counts), *step_lines(rows_after(step_file, before), problem)]
+
+    before, limit = size(kernels_file), seconds("kernels")
+    # It stops by itself between two points; a few seconds more are for the point it is at.
+    problem = call(kernels_command(args, kernels_file, 0.9 * limit), limit)
+    lines += kernel_lines(rows_after(kernels_file, before), problem)
+    if args.rehearse:  # tiny sizes on another device neither meet a goal nor miss it
+        lines = [replace(line, met=None) for line in lines]
+    for line in lines:
+        append(results / "gpu_summary.jsonl", {"benchmark": "gpu_suite", **asdict(line), **about})
+    print(f"\nrows: {results}/gpu_*.jsonl")
+    print_table(f"{label}: {about['device']}, torch {about['torch']}, commit {about['commit'] or '?'}", lines)
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
