@@ -15,6 +15,7 @@ csm_fast (the others follow their own code).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ from csm_fast import CSM, CSMConfig
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
+from csm_fast.optim import TableGradients
 from csm_fast.packing import pack_padded
 from csm_fast.token_store import TokenStore, open_split
 
@@ -79,17 +81,21 @@ def buckets(store: Subset, size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def over(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor]) -> Run:
-    """One pass: forward and backward of each batch, gradients dropped in between."""
+def over(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], tables: Any = None) -> Run:
+    """One pass: forward and backward of each batch, gradients dropped in between. ``tables``: csm_fast's trainer keeps
+    the gradients of the embedding tables and clears them; that is part of the time."""
 
     def run() -> list[float]:
         losses = []
         for i, batch in enumerate(batches):
             torch.manual_seed(i)
-            value = loss(batch)
-            value.backward()
+            with tables or contextlib.nullcontext():
+                value = loss(batch)
+                value.backward()
             losses.append(float(value.detach()))
             model.zero_grad(set_to_none=True)
+            if tables:
+                tables.clear(whole=False)
         return losses
 
     return run
@@ -148,9 +154,9 @@ def main() -> int:
     print(f"{len(chosen)} recordings, {rows:,} rows, {torch.get_num_threads()} threads, {args.repeats} repetitions")
 
     def ours_on(packs: list[Any]) -> Run:
-        return over(ours, packs, lambda pack: packed_loss(ours, pack, 0.5, 0.5)[0])
+        return over(ours, packs, lambda pack: packed_loss(ours, pack, 0.5, 0.5)[0], TableGradients(ours))
 
-    packer = Packer(subset, DataSection(batch_rows=2048, pack_rows=2048), LossSection())
+    packer = Packer(subset, DataSection(batch_rows=2048, pack_rows=2048), LossSection(), pad="cpu")
     free = [p for i in range(packer.steps_in_epoch(0)) for p in packer.step(0, i).packs]
     systems: dict[str, Run] = {}
     for size in args.batches:

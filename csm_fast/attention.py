@@ -103,15 +103,5 @@ def _rope_table(spec: RopeSpec, length: int, dtype: torch.dtype, device: torch.d
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x[2i], x[2i+1]), Sesame's and Meta's convention.
-
-    Args:
-        x: [..., H, d].
-        cos, sin: broadcastable to [..., 1, d / 2], in the table's dtype; the rotation is done in that dtype.
-
-    Returns:
-        Same shape and dtype as ``x``.
-    """
-    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+    """Rotate the pairs of [..., H, d]; ``cos`` and ``sin`` are broadcastable to [..., 1, d / 2]."""
+    return ops.rotate_pairs(x, cos, sin)

@@ -84,11 +84,11 @@ class Packer:
         store: a ``TokenStore`` (or anything with its ``turn_lengths`` and ``conversation``).
         data: batch size and budgets.
         loss: amortization and EOS weight.
-        pad: pad packs to the ladder of ``padded_rows`` (for CUDA); exact sizes otherwise.
+        pad: the device type to whose ladder of sizes packs are padded (``padded_rows``); exact sizes without one.
         limit: most rows of a document: the model's context.
     """
 
-    def __init__(self, store: Any, data: DataSection, loss: LossSection, *, pad: bool = False, limit=MAX_POSITIONS):
+    def __init__(self, store: Any, data: DataSection, loss: LossSection, *, pad: str = "", limit=MAX_POSITIONS):
         self.store, self.data, self.loss, self.pad = store, data, loss, pad
         self.limit = min(limit, data.pack_rows)
         text, frames, speakers, conversation = store.turn_lengths()
@@ -241,7 +241,7 @@ class Packer:
     def _pack(self, parts: list[_Part], total: float, picked_total: float) -> Pack:
         lengths = [p.document.rows for p in parts]
         rows = sum(lengths)
-        size = padded_rows(rows, self.data.pack_rows) if self.pad else rows
+        size = padded_rows(rows, self.data.pack_rows, self.pad)
         if size > rows:
             lengths.append(size - rows)
         tokens = np.zeros((size, self.store.num_codebooks + 1), dtype=np.int32)

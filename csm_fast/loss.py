@@ -48,10 +48,13 @@ def _predictors(model: Any, pack: Pack, x: Tensor) -> Tensor:
 def _embed(model: Any, pack: Pack, vocab: int) -> tuple[Tensor, Tensor | None]:
     """The backbone's input [T, D] and, where the depth decoder reads codes one by one, theirs [M, K - 1, D]."""
     tables = model.text_embeddings.weight, model.audio_embeddings.weight
-    if projects_table(pack.decoder_index.numel(), vocab):
-        return ops.frame_embed(pack.tokens, pack.is_audio, *tables), None
+    into = getattr(model, "row_gradients", (None, None))
     frames = pack.target_rows.index_select(0, pack.decoder_index)
-    return ops.frame_embed_with_codes(pack.tokens, pack.is_audio, frames, *tables)
+    by_table = projects_table(len(frames), vocab)
+    x, embedded = ops.frame_embed_with_codes(
+        pack.tokens, pack.is_audio, frames[:0] if by_table else frames, *tables, into=into
+    )
+    return x, None if by_table else embedded
 
 
 def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Tensor]:

@@ -158,8 +158,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
-    wide = x.to(wide_dtype(x.dtype))
-    return F.rms_norm(wide, (x.shape[-1],), eps=norm.eps).to(x.dtype) * norm.scale
+    return ops.rms_norm(x, norm.scale, norm.eps)
 
 
 def run_layer(layer: Any, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

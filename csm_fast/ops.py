@@ -14,12 +14,15 @@ import torch
 from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
+from csm_kernels.frame_embed import RowGradient
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
+from csm_kernels.pointwise import rms_norm, rotate_pairs
 from torch import Tensor
 
 __all__ = [
     "IMPLS",
+    "RowGradient",
     "asked",
     "chosen",
     "depth_attention",
@@ -28,6 +31,8 @@ __all__ = [
     "linear_cross_entropy",
     "packed_attention",
     "plan_segments",
+    "rms_norm",
+    "rotate_pairs",
     "using",
     "varlen_backend",
 ]
@@ -85,10 +90,17 @@ def frame_embed_with_codes(
     text_table: Tensor,
     audio_table: Tensor,
     impl: str | None = None,
+    into: tuple[RowGradient | None, RowGradient | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """``frame_embed`` and the codes of some frames one by one, [N, D] and [M, K - 1, D], with one gradient for both."""
-    impl = impl or _impl.get()
-    return _frame_embed.frame_embed_with_codes(tokens, is_audio, frames, text_table, audio_table, impl=impl)
+    """``frame_embed`` and the codes of some frames one by one, [N, D] and [M, K - 1, D], with one gradient for both.
+
+    ``into`` counts where PyTorch's form runs on a CPU.
+    """
+    device, impl = tokens.device.type, impl or _impl.get()
+    if any(rows is not None for rows in into) and device == "cpu" and impl == "auto":
+        impl = "torch"
+    into = into if impl == "torch" and device == "cpu" else (None, None)
+    return _frame_embed.frame_embed_with_codes(tokens, is_audio, frames, text_table, audio_table, impl, into=into)
 
 
 def linear_cross_entropy(

@@ -28,7 +28,7 @@ from .loss import coefficients, packed_loss
 from .machine import memory_gib, resolve_device, resolve_precision
 from .model import CSM, stack_limit, vocabulary
 from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
-from .optim import learning_rate, make_optimizer, warn_without_gradient
+from .optim import TableGradients, learning_rate, make_optimizer, warn_without_gradient
 from .packing import FRAMES
 from .report import summarize
 from .start import check_data, check_position, open_optional_split, position_identity, starting_model
@@ -103,14 +103,14 @@ class Trainer:
         self.model.to(self.device).train()
         self.compiled = compile_layers(self.model, config.model.compile)
         # 4. Optimizer, loss, packs.
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizer, self.tables = make_optimizer(self.model, config.optimizer), TableGradients(self.model)
         if self.resumed:
             ckpt.load_optimizer(self.optimizer, self.resumed)
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         a, b = coefficients(config.loss, vocabulary(self.model)[0])
         self.loss_function = loss_function or partial(packed_loss, a=a, b=b)
         limit = stack_limit(self.model.backbone)
-        self.packer = Packer(self.store, config.data, config.loss, pad=self.device.type == "cuda", limit=limit)
+        self.packer = Packer(self.store, config.data, config.loss, pad=self.device.type, limit=limit)
         self.total_steps = self._count_steps()
         self.validator = None
         if self.val_store is not None:
@@ -208,14 +208,15 @@ class Trainer:
         """One optimizer step. Nothing here asks the device for a value."""
         loss: Any = 0.0
         per_codebook: Any = 0.0
-        for pack in batch.packs:
-            pack = pack.to(self.device)
-            with self.autocast():
-                part, parts = self.loss_function(self.model, pack)
-            if part.requires_grad:  # not where all that this pack would teach is frozen
-                part.backward()
-            loss = loss + part.detach()
-            per_codebook = per_codebook + parts
+        with self.tables:
+            for pack in batch.packs:
+                pack = pack.to(self.device)
+                with self.autocast():
+                    part, parts = self.loss_function(self.model, pack)
+                if part.requires_grad:  # not where all that this pack would teach is frozen
+                    part.backward()
+                loss = loss + part.detach()
+                per_codebook = per_codebook + parts
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.config.optimizer.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.max_grad_norm, norm)
@@ -229,6 +230,7 @@ class Trainer:
         if self.state["step"] == 0:
             warn_without_gradient(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        self.tables.clear(whole=self.device.type == "cpu" and bool(self.bad))
         self.grad_norm, self.lr = norm, lr
         epoch, index = self._next(batch.epoch, batch.index)
         self.state.update(step=self.state["step"] + 1, epoch=epoch, index=index)

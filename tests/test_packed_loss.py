@@ -47,7 +47,7 @@ PRESETS = {
 }
 
 
-def step_loss(model, conversations, data: DataSection, loss: LossSection, pad: bool = False):
+def step_loss(model, conversations, data: DataSection, loss: LossSection, pad: str = ""):
     """Loss and gradients of one optimizer step of all conversations; every pack by itself, as in training."""
     packer = Packer(MemoryStore(conversations), data, loss, pad=pad)
     step = packer.step(0, 0)
@@ -78,7 +78,7 @@ def test_packed_is_one_by_one(fraction, masked, eos_weight):
     want = backward(model, reference)
     for rows in PACK_ROWS:
         data = DataSection(batch_size=len(SPEC), pack_rows=rows, mask_speaker_ids=masked)
-        for pad in (False, True):
+        for pad in ("", "cpu", "cuda"):
             got, step = step_loss(model, conversations, data, loss, pad)
             assert_same(got, want, 1e-10, 1e-10)
         if masked and rows == 36:

@@ -105,7 +105,7 @@ def test_layout_of_a_pack():
     conversation = [(2, 3, 0), (1, 1, 7)]
     store = MemoryStore(random_conversations([conversation]))
     packer = Packer(
-        store, DataSection(mask_speaker_ids=[7]), LossSection(eos_weight=3.0, amortization_fraction=1.0), pad=True
+        store, DataSection(mask_speaker_ids=[7]), LossSection(eos_weight=3.0, amortization_fraction=1.0), pad="cuda"
     )
     (pack,) = packer.step(0, 0).packs
     assert pack.tokens.shape == (64, 7) and pack.rows == 9 and pack.frames == 4

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import short_attention
+from .pointwise import rotate_pairs
 
 try:
     import triton
@@ -29,16 +30,11 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # --- reference ----------------------------------------------------------------------------------------------------
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
-
-
 def _reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention; on a CPU its batched GEMMs,
     which sequences this short do not leave empty."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    q, k = _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
+    q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
     if q.device.type == "cpu" and q.shape[1] <= short_attention.LONGEST:
         return short_attention.short_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -9,6 +9,7 @@ occurrences, found by sorting the keys: on CUDA by the kernels of ``frame_embed_
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,11 @@ def _cpu_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_tab
 _PIECE_BYTES = 2**21  # of sums between two copies: small enough for a second-level cache
 
 
-def _cpu_backward(grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor) -> None:
-    """Add up the gradient of one table into ``out`` [n_rows, D]: a bag per touched row, of the gradients it gets."""
+def _cpu_backward(
+    grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor, add: bool = False
+) -> Tensor:
+    """Add up the gradient of one table, a bag per touched row of the gradients it gets, and write these rows into
+    ``out`` [n_rows, D] or add them to it. Returns which rows."""
     if more is not None:
         grad = torch.cat([grad, more.to(grad.dtype)])
     touched, counts = torch.unique_consecutive(keys, return_counts=True)
@@ -67,7 +71,9 @@ def _cpu_backward(grad: Tensor, more: Tensor | None, keys: Tensor, source: Tenso
         last = min(first + step, live)
         some = source[starts[first] : ends[last - 1]]
         sums = F.embedding_bag(some, grad, starts[first:last] - starts[first], mode="sum")
-        out.index_copy_(0, touched[first:last].long(), sums.to(out.dtype))
+        write = out.index_add_ if add else out.index_copy_
+        write(0, touched[first:last].long(), sums.to(out.dtype))
+    return touched[:live]
 
 
 def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -203,16 +209,72 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_codes):
-    gradient = _sparse_table_gradient if ctx.sparse else _table_gradient
+    gradient: Any = _sparse_table_gradient if ctx.sparse else _table_gradient
     text = audio = None
+    tokens, is_audio, frames = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
-        text = gradient(grad, grad_codes, *ctx.saved_tensors, *ctx.text, ctx.use_triton)
+        text = gradient(grad, grad_codes, tokens, is_audio, frames, *ctx.text, ctx.use_triton)
     if ctx.needs_input_grad[4]:
-        audio = gradient(grad, grad_codes, *ctx.saved_tensors, *ctx.audio, ctx.use_triton)
+        audio = gradient(grad, grad_codes, tokens, is_audio, frames, *ctx.audio, ctx.use_triton)
     return None, None, None, text, audio, None, None
 
 
 _frame_embed.register_autograd(_backward, setup_context=_setup_context)
+
+
+class RowGradient:
+    """A table's gradient that is kept from step to step on a CPU: a backward pass adds to the rows it touches, and
+    clearing it writes zeros into those. Neither costs anything for the rest of the table.
+
+    Where one is given to ``frame_embed_with_codes``, autograd sees no gradient of that table. Whoever trains with it
+    hands ``dense`` to the optimizer as the table's gradient, and calls ``clear`` after the step.
+
+    Attributes:
+        dense: [rows, D], the gradient so far, in the table's dtype.
+    """
+
+    def __init__(self, table: Tensor):
+        self.dense = torch.zeros_like(table, requires_grad=False)
+        self._touched: list[Tensor] = []
+
+    def clear(self, whole: bool = False) -> None:
+        """Zero again: the rows that backward passes touched, or, where others may have written too, all of them."""
+        if whole:
+            self.dense.zero_()
+        else:
+            for rows in self._touched:
+                self.dense.index_fill_(0, rows, 0)
+        self._touched.clear()
+
+    def _add(self, grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor) -> None:
+        touched = _cpu_backward(grad, more, keys, source, len(self.dense), self.dense, add=True)
+        self._touched.append(touched.long())
+
+
+class _IntoRows(torch.autograd.Function):
+    """The CPU's form, with gradients that go straight into a ``RowGradient`` where there is one."""
+
+    @staticmethod
+    def forward(ctx, tokens, is_audio, frames, text_table, audio_table, text_rows, audio_rows):
+        ctx.save_for_backward(tokens, is_audio, frames)
+        ctx.text = (False, text_table.shape[0], text_table.dtype)
+        ctx.audio = (True, audio_table.shape[0], audio_table.dtype)
+        ctx.rows = text_rows, audio_rows
+        return _frame_embed(tokens, is_audio, frames, text_table, audio_table, False, False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tokens, is_audio, frames = ctx.saved_tensors
+        found: list[Tensor | None] = []
+        wanted = zip(ctx.needs_input_grad[3:5], (ctx.text, ctx.audio), ctx.rows, strict=True)
+        for wants, (of_audio, n_rows, dtype), rows in wanted:
+            if wants and rows is not None:
+                grad, codes = grads
+                more = codes.flatten(0, 1) if of_audio and codes.numel() else None
+                rows._add(grad, more, *_sorted_keys(tokens, is_audio, frames, of_audio, n_rows))
+            of_table = tokens, is_audio, frames, of_audio, n_rows, dtype
+            found.append(_table_gradient(*grads, *of_table, False) if wants and rows is None else None)
+        return None, None, None, *found, None, None
 
 
 # --- public functions ---------------------------------------------------------------------------------------------
@@ -258,6 +320,7 @@ def frame_embed_with_codes(
     audio_table: Tensor,
     impl: str = "auto",
     sparse: bool = False,
+    into: tuple[RowGradient | None, RowGradient | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """``frame_embed``, and the embeddings of some rows' codes one by one, as the depth decoder reads them.
 
@@ -265,6 +328,7 @@ def frame_embed_with_codes(
 
     Args:
         frames: [M] int32 or int64, rows of ``tokens`` that are audio.
+        into: what takes the gradients of the text table and of the audio table, on a CPU with ``impl="torch"``.
         The others as in ``frame_embed``.
 
     Returns:
@@ -275,6 +339,10 @@ def frame_embed_with_codes(
     if impl == "auto":
         known = text_table.dtype in kernels.DTYPES and audio_table.dtype in kernels.DTYPES
         impl = "triton" if kernels.triton is not None and audio_table.is_cuda and known else "torch"
+    if any(rows is not None for rows in into):
+        if impl != "torch" or sparse or not _is_cpu(tokens):
+            raise ValueError("frame_embed: a RowGradient is for impl='torch' on a CPU, without sparse gradients")
+        return _IntoRows.apply(tokens, is_audio, frames, text_table, audio_table, *into)
     if impl == "torch" and not _is_cpu(tokens):
         return _reference(tokens, is_audio, frames, text_table, audio_table, sparse)
     if impl == "triton" and kernels.triton is None:

@@ -1,0 +1,116 @@
+"""Gradients of the embedding tables that are kept from step to step: the same numbers as autograd's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from csm_kernels.frame_embed import RowGradient, frame_embed_with_codes
+from model_cases import MICRO, MemoryStore, random_conversations, random_model
+
+from csm_fast import ops
+from csm_fast.config import DataSection, LossSection
+from csm_fast.loader import Packer
+from csm_fast.loss import packed_loss
+from csm_fast.optim import TableGradients
+
+TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
+
+
+def steps(fraction=0.5):
+    """Three optimizer steps of several packs each."""
+    spec = [[(4, 9, 0)], [(3, 5, 1), (2, 7, 0)], [(6, 12, 0)], [(1, 3, 1)], [(5, 20, 0)], [(2, 2, 1)]]
+    store = MemoryStore(random_conversations(spec))
+    packer = Packer(store, DataSection(batch_size=2, pack_rows=30), LossSection(amortization_fraction=fraction))
+    return [packer.step(0, i).packs for i in range(3)]
+
+
+def learn(model, kept: bool, fraction=0.5, extra=None):
+    """Gradients of each step's tables, and the weights after it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    tables = TableGradients(model) if kept else None
+    seen = []
+    for packs in steps(fraction):
+        with tables or torch.enable_grad():
+            for pack in packs:
+                loss, _ = packed_loss(model, pack, 0.5, 0.5)
+                (loss + extra(model) if extra else loss).backward()
+        named = dict(model.named_parameters())
+        seen.append([None if named[n].grad is None else named[n].grad.clone() for n in TABLES])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        if tables:
+            tables.clear(whole=False)
+    return seen, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0], ids=["codes one by one", "the table projected"])
+def test_a_run_with_kept_gradients_is_a_run_without(fraction):
+    (seen, weights), (want, want_weights) = (
+        learn(random_model(MICRO, dtype=torch.float64), kept, fraction) for kept in (True, False)
+    )
+    for step, other in zip(seen, want, strict=True):
+        for got, expected in zip(step, other, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+    for name in weights:
+        torch.testing.assert_close(weights[name], want_weights[name], rtol=1e-10, atol=1e-13)
+
+
+def test_a_table_used_otherwise_too():
+    def norm(model):
+        return 0.01 * sum(w.square().sum() for w in (model.text_embeddings.weight, model.audio_embeddings.weight))
+
+    runs = (learn(random_model(MICRO, dtype=torch.float64), kept, extra=norm) for kept in (True, False))
+    (seen, _), (want, _) = runs
+    for step, other in zip(seen, want, strict=True):
+        for got, expected in zip(step, other, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("frozen", TABLES)
+def test_a_frozen_table_has_no_gradient(frozen):
+    model = random_model(MICRO)
+    model.get_parameter(frozen).requires_grad_(False)
+    seen, _ = learn(model, kept=True)
+    assert all((step[i] is None) == (name == frozen) for step in seen for i, name in enumerate(TABLES))
+
+
+def test_outside_of_the_with_the_model_is_as_it_was():
+    model = random_model(MICRO)
+    tables = TableGradients(model)
+    with tables:
+        assert model.row_gradients == tables.rows
+    assert not hasattr(model, "row_gradients")
+    tables.clear(whole=False)
+    model.zero_grad()
+    packed_loss(model, steps()[0][0], 0.5, 0.5)[0].backward()
+    assert model.text_embeddings.weight.grad is not tables.rows[0].dense
+    assert model.text_embeddings.weight.grad.any() and not tables.rows[0].dense.any()
+
+
+def test_clearing_touched_rows_is_not_enough_after_nan():
+    table = torch.randn(50, 8, requires_grad=True)
+    rows = RowGradient(table)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    is_audio = torch.tensor([False, False])
+    audio = torch.randn(20, 8)
+    out, _ = frame_embed_with_codes(tokens, is_audio, tokens[:0, 0], table, audio, impl="torch", into=(rows, None))
+    out.sum().backward()
+    assert table.grad is None and rows.dense.nonzero()[:, 0].unique().tolist() == [3, 6]
+    rows.dense.mul_(float("nan"))
+    rows.clear()
+    assert rows.dense.isnan().any()
+    rows.clear(whole=True)
+    assert not rows.dense.any()
+
+
+def test_a_row_gradient_is_for_the_cpu_form():
+    table, audio = torch.randn(50, 8, requires_grad=True), torch.randn(20, 8)
+    tokens, is_audio = torch.tensor([[1, 2, 3]]), torch.tensor([False])
+    with pytest.raises(ValueError, match="RowGradient is for impl='torch' on a CPU"):
+        frame_embed_with_codes(
+            tokens, is_audio, tokens[:0, 0], table, audio, impl="triton", into=(RowGradient(table), None)
+        )
+    # The model's own call leaves it aside where the kernels were asked for.
+    with ops.using("torch"):
+        x, _ = ops.frame_embed_with_codes(tokens, is_audio, tokens[:0, 0], table, audio, into=(None, None))
+    assert torch.equal(x, F.embedding(tokens[:, -1], table))
