@@ -31,24 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.kernel_cases import (
-    BOTH,
-    CASES,
-    DECODER_OPS,
-    DTYPES,
-    MODES,
-    SHAPES,
-    Case,
-    Inputs,
-    Point,
-    Results,
-    System,
-    Work,
-    perform,
-)
+from benchmarks.kernel_cases import CASES, DECODER_OPS
+from benchmarks.kernel_device import ceilings, free_memory, peak_memory, timed, wait
 from benchmarks.kernel_plot import draw, print_tables
+from benchmarks.kernel_points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
 from benchmarks.record import append, environment
 from csm_fast.config import CSMConfig
 from csm_fast.machine import resolve_device
@@ -85,95 +72,6 @@ class Run:
             for op in self.ops:
                 for fraction in self.fractions if op in DECODER_OPS else [None]:
                     yield Point(op, rows, fraction, self.config, self.dtype, self.device, self.compile)
-
-
-# --------------------------------------------------------------------------------------------------------- device
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@functools.cache
-def _flush_buffer(device: torch.device) -> Tensor:
-    size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
-    return torch.empty(max(size, 2**27), dtype=torch.uint8, device=device)
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call. On CUDA between two events, after the caches were overwritten, which also hides the time
-    that the host takes to launch the first kernels, as a busy GPU would."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flush_buffer(device).zero_()
-    begin.record()
-    call()
-    end.record()
-    wait(device)
-    return begin.elapsed_time(end) / 1e3
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device, compiled: bool) -> int | None:
-    """Most bytes held during a call beyond what was held before; None for compiled code on a CPU, which allocates
-    unseen."""
-    if device.type == "cuda":
-        wait(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        wait(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if compiled:
-        return None
-    from benchmarks.tracked import Tracked
-
-    try:
-        with Tracked() as tracked:
-            call()
-    except NotImplementedError:  # an operator that cannot be followed; it runs by itself
-        call()
-        return None
-    return tracked.peak
-
-
-def free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    free = float("inf")
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="utf-8")))
-    except OSError:
-        pass  # not Linux, or not this kind of control group
-    return free
-
-
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes/s of a copy (read and written) larger than the caches, and FLOP/s of a large square matrix product."""
-    cuda = device.type == "cuda"
-    size, side = (2**30, 8192) if cuda else (2**28, 2048)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    work: dict[str, tuple[float, Callable[[], Any]]] = {
-        "copy": (2.0 * size, lambda: target.copy_(source)),
-        "matmul": (2.0 * side**3, lambda: a @ b),
-    }
-    rates = {}
-    for name, (amount, call) in work.items():
-        call()
-        rates[name] = amount / statistics.median(timed(call, device) for _ in range(20 if cuda else 5))
-    return rates
 
 
 # ----------------------------------------------------------------------------------------------------------- check

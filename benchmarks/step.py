@@ -3,6 +3,10 @@
     python -m benchmarks.step --data demo/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
     python -m benchmarks.step --synthetic 200 --device cuda --shape csm-1b
 
+Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
+its process up (on a CPU it keeps freed memory), the others in plain PyTorch; a process that runs all of them would lend
+each the heap that the others leave. ``--allocator`` gives everybody the one or the other.
+
 Every system sees the same recordings, weights (random) and, at equal updates, the same frames. Equal updates: batches
 of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
 csm_fast in packs of 2,048 rows, the others in their buckets. The optimizer is left out, and batches are built
@@ -17,13 +21,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ from csm_fast.compile import compile_layers
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
+from csm_fast.machine import keep_freed_memory
 from csm_fast.optim import TableGradients
 from csm_fast.packing import pack_padded
 from csm_fast.token_store import open_split
@@ -129,21 +135,58 @@ def over(model: nn.Module, batches: list[Any], loss: Callable[[Any], Tensor], ta
     return run
 
 
-def race(systems: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each system's pass, interleaved, and its peak of CUDA memory; one pass each beforehand warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    peaks: dict[str, int] = {}
-    for name, run in systems.items():
+class Worker:
+    """A system in a process of its own: its name, its passes by label, and what it answers."""
+
+    def __init__(self, args: argparse.Namespace, system: str):
+        variables = dict(os.environ)
+        if keeps_memory(args, system):
+            variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8192"
+        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--worker", system]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: a system stopped with status {self.process.wait()}; what it said is above")
+        return json.loads(line)
+
+    def run(self, label: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(label + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def keeps_memory(args: argparse.Namespace, system: str) -> bool:
+    return args.allocator == "kept" or (args.allocator == "own" and system == "csm_fast")
+
+
+def work(args: argparse.Namespace) -> None:
+    """The worker's side: say what there is, then time each pass that is asked for."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    about, passes = prepare(args)
+
+    def answer(value: dict[str, Any]) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer({**about, "labels": list(passes)})
+    for line in sys.stdin:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        run()
-        peaks[name] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    for _ in range(repeats):
-        for name, run in systems.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds, peaks
+        started = time.perf_counter()
+        passes[line.strip()]()
+        seconds = time.perf_counter() - started
+        answer({"seconds": seconds, "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0})
 
 
 def on(batch: Any, device: torch.device) -> Any:
@@ -164,35 +207,36 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--systems", nargs="+", default=["csm_fast", "blog", "transformers"])
+    parser.add_argument("--allocator", choices=["own", "kept", "plain"], default="own", help="of a CPU's memory")
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def models_of(args: argparse.Namespace, config: CSMConfig) -> dict[str, Any]:
-    """Each system's model with the same weights, in bf16."""
+def model_of(args: argparse.Namespace, config: CSMConfig) -> Any:
+    """The worker's model, in bf16; every system has the same weights."""
     ours: Any = CSM(config).init_weights(0).to(torch.bfloat16)
-    models: dict[str, Any] = {"csm_fast": ours}
-    if "blog" in args.systems:
-        blog: Any = CSM(config)
-        forward: Any = baselines.blog_forward
-        if args.sesame_csm:
-            sesame = parity.sesame_models(args.sesame_csm)
-            blog = parity.sesame_model(sesame, config)
-            if args.sesame_finetune:
-                forward = parity.finetune_forward(args.sesame_finetune, sesame)
-        blog.to(torch.bfloat16).load_state_dict(ours.state_dict())
-        blog.decoder_loss_weight = 0.5
-        models["blog"] = baselines.bind(blog, forward)
-    if "transformers" in args.systems:
-        models["transformers"] = baselines.transformers_model(config, ours.state_dict())
-    return {name: model.to(args.device) for name, model in models.items()}
+    if args.worker == "transformers":
+        return baselines.transformers_model(config, ours.state_dict()).to(args.device)
+    if args.worker == "csm_fast":
+        return ours.to(args.device)
+    blog: Any = CSM(config)
+    forward: Any = baselines.blog_forward
+    if args.sesame_csm:
+        sesame = parity.sesame_models(args.sesame_csm)
+        blog = parity.sesame_model(sesame, config)
+        if args.sesame_finetune:
+            forward = parity.finetune_forward(args.sesame_finetune, sesame)
+    blog.to(torch.bfloat16).load_state_dict(ours.state_dict())
+    blog.decoder_loss_weight = 0.5
+    return baselines.bind(blog.to(args.device), forward)
 
 
-def main() -> int:
-    # As csm-fast-train does; it serves every system here.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-    args = arguments()
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Run]]:
+    """Facts about the data, and the worker's passes by label."""
     device = torch.device(args.device)
+    if keeps_memory(args, args.worker) and device.type == "cpu":
+        keep_freed_memory()
     config = CSMConfig.small() if args.shape == "small" else CSMConfig.csm_1b()
     store: Any = Synthetic(args.synthetic, config) if args.synthetic else open_split(args.data, "train")
     by_length = np.argsort(store.conversation_rows, kind="stable")
@@ -201,56 +245,78 @@ def main() -> int:
         first = (len(chosen) - args.middle) // 2
         chosen = chosen[first : first + args.middle]
     subset = Subset(store, chosen)
-    models = models_of(args, config)
-    ours = models["csm_fast"]
-    compiled = compile_layers(ours, args.compile)
-    losses: dict[str, Any] = {
-        "blog": lambda model, batch: model(*batch),
-        "transformers": lambda model, batch: baselines.transformers_loss(model, *batch),
-    }
+    model = model_of(args, config)
+    compiled = args.worker == "csm_fast" and compile_layers(model, args.compile)
     rows = int(store.conversation_rows[chosen].sum())
-    print(f"{len(chosen)} recordings, {rows:,} rows, {torch.get_num_threads()} threads, {args.repeats} repetitions")
-
-    def ours_on(packs: list[Any]) -> Run:
-        packs = [pack.to(device) for pack in packs]
-        return over(ours, packs, lambda pack: packed_loss(ours, pack, 0.5, 0.5)[0], TableGradients(ours))
-
-    section = DataSection(batch_rows=2048, pack_rows=2048)
-    packer = Packer(subset, section, LossSection(), pad=device.type)
-    free = [p for i in range(packer.steps_in_epoch(0)) for p in packer.step(0, i).packs]
-    systems: dict[str, Run] = {}
+    about = {"recordings": len(chosen), "rows": rows, "compiled": compiled, "environment": environment()}
+    passes: dict[str, Run] = {}
     for size in args.batches:
         batches = [padded(subset, members) for members in buckets(subset, size)]
-        packs = []
-        for i, batch in enumerate(batches):
-            torch.manual_seed(i)
-            packs.append(pack_padded(*batch, 1 / 16))
-        for name in args.systems:
-            model = models[name]
-            if name == "csm_fast":
-                systems[f"csm_fast, the same {size}"] = ours_on(packs)
-            else:
-                on_device = [on(batch, device) for batch in batches]
-                systems[f"{name}, buckets of {size}"] = over(model, on_device, partial(losses[name], model))
-    systems["csm_fast, packs of 2,048 rows"] = ours_on(free)
-    seconds, peaks = race(systems, args.repeats)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        if args.worker == "csm_fast":
+            packs = []
+            for i, batch in enumerate(batches):
+                torch.manual_seed(i)
+                packs.append(pack_padded(*batch, 1 / 16))
+            passes[f"csm_fast, the same {size}"] = ours_on(model, packs, device)
+        else:
+            loss = {
+                "blog": lambda batch: model(*batch),
+                "transformers": lambda batch: baselines.transformers_loss(model, *batch),
+            }[args.worker]
+            passes[f"{args.worker}, buckets of {size}"] = over(model, [on(batch, device) for batch in batches], loss)
+    if args.worker == "csm_fast":
+        section = DataSection(batch_rows=2048, pack_rows=2048)
+        packer = Packer(subset, section, LossSection(), pad=device.type)
+        packs = [p for i in range(packer.steps_in_epoch(0)) for p in packer.step(0, i).packs]
+        passes[FREE] = ours_on(model, packs, device)
+    return about, passes
+
+
+FREE = "csm_fast, packs of 2,048 rows"
+
+
+def ours_on(model: Any, packs: list[Any], device: torch.device) -> Run:
+    packs = [pack.to(device) for pack in packs]
+    return over(model, packs, lambda pack: packed_loss(model, pack, 0.5, 0.5)[0], TableGradients(model))
+
+
+def main() -> int:
+    args = arguments()
+    if args.worker:
+        work(args)
+        return 0
+    workers = {name: Worker(args, name) for name in args.systems}
+    labels = {label: worker for worker in workers.values() for label in worker.about["labels"]}
+    about = workers[args.systems[0]].about
+    rows, recordings = about["rows"], about["recordings"]
+    print(f"{recordings} recordings, {rows:,} rows, {torch.get_num_threads()} threads, {args.repeats} repetitions")
+    answers: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
+    for repeat in range(args.repeats + 1):
+        for label, worker in labels.items():
+            answer = worker.run(label)
+            if repeat:  # the first pass warms up
+                answers[label].append(answer)
+    for worker in workers.values():
+        worker.close()
+    seconds = {label: [a["seconds"] for a in some] for label, some in answers.items()}
+    medians = {label: statistics.median(values) for label, values in seconds.items()}
     print(f"{'':36} {'median s':>9} {'min':>7} {'max':>7} {'rows/s':>8}  csm_fast is faster by")
-    for name, values in seconds.items():
-        same = next((m for n, m in medians.items() if n == f"csm_fast, the same {name.split()[-1]}"), None)
-        free_time = medians["csm_fast, packs of 2,048 rows"]
+    for label, values in seconds.items():
+        same, free = medians.get(f"csm_fast, the same {label.split()[-1]}"), medians.get(FREE)
         ratio = ""
-        if same is not None and not name.startswith("csm_fast"):
-            ratio = f"{medians[name] / same:.2f} at equal updates, {medians[name] / free_time:.2f} freely packed"
-        spread = f"{medians[name]:9.2f} {min(values):7.2f} {max(values):7.2f}"
-        peak = f"  peak {peaks[name] / 2**30:.2f} GiB" if peaks[name] else ""
-        print(f"{name:36} {spread} {rows / medians[name]:8,.0f}  {ratio}{peak}")
+        if same and free and not label.startswith("csm_fast"):
+            ratio = f"{medians[label] / same:.2f} at equal updates, {medians[label] / free:.2f} freely packed"
+        spread = f"{medians[label]:9.2f} {min(values):7.2f} {max(values):7.2f}"
+        peak = max(a["peak"] for a in answers[label])
+        memory = f"  peak {peak / 2**30:.2f} GiB" if peak else ""
+        print(f"{label:36} {spread} {rows / medians[label]:8,.0f}  {ratio}{memory}")
         if args.results:
-            row = {"benchmark": "step", "system": name, "seconds": values, "median_s": medians[name], "rows": rows}
-            setting = {"recordings": len(chosen), "shape": args.shape, "precision": "bf16 weights"}
-            setting.update(data="synthetic" if args.synthetic else "recordings", compiled=compiled)
-            setting.update(sesame_model=bool(args.sesame_csm), peak_bytes=peaks[name] or None)
-            append(args.results, {**row, **setting, **environment()})
+            system = labels[label].about
+            row = {"benchmark": "step", "system": label, "seconds": values, "median_s": medians[label], "rows": rows}
+            setting = {"recordings": recordings, "shape": args.shape, "precision": "bf16 weights"}
+            setting.update(data="synthetic" if args.synthetic else "recordings", compiled=system["compiled"])
+            setting.update(allocator=args.allocator, sesame_model=bool(args.sesame_csm), peak_bytes=peak or None)
+            append(args.results, {**row, **setting, **system["environment"]})
     return 0
 
 

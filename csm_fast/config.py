@@ -312,6 +312,7 @@ class RunSection:
     tokenizer: str | None = option(None, "text tokenizer: a file, a directory or a hub id")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int | None = option(None, "CPU threads (default: torch's choice); results are reproducible per number")
+    keep_freed_memory: bool = option(True, "CPU, Linux: freed memory serves the next step, not the system")
     resume: bool = option(True, "continue from the newest complete checkpoint in output_dir")
     overfit_one_batch: bool = option(False, "train on the first batch only: the loss must go to nearly nothing")
 

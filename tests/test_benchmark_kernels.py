@@ -10,20 +10,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite, kernel_plot, kernels
-from benchmarks.kernel_cases import (
-    BOTH,
-    CASES,
-    DECODER_OPS,
-    FORWARD,
-    MODES,
-    Point,
-    System,
-    Work,
-    attention_work,
-    embed_work,
-    heads_work,
-    layout,
-)
+from benchmarks.attention_cases import attention_work
+from benchmarks.kernel_cases import CASES, DECODER_OPS, embed_work, heads_work
+from benchmarks.kernel_points import BOTH, FORWARD, MODES, Point, System, Work, layout
 from csm_fast.config import CSMConfig, TransformerConfig
 
 MICRO = CSMConfig(

@@ -234,7 +234,7 @@ class RowGradient:
     """
 
     def __init__(self, table: Tensor):
-        self.dense = torch.zeros_like(table, requires_grad=False)
+        self.dense = _zeros((table.shape[0], table.shape[1]), table.dtype, table.device)
         self._touched: list[Tensor] = []
 
     def clear(self, whole: bool = False) -> None:
