@@ -144,7 +144,7 @@ class Worker:
             variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8192"
         command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--worker", system]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
         )
         self.about = self._answer()
 
