@@ -49,6 +49,7 @@ from csm_fast.packing import pack_padded
 from csm_fast.token_store import open_split
 
 Run = Callable[[], list[float]]
+SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
 
 
 @dataclass
@@ -201,7 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sesame-finetune", type=Path)
     parser.add_argument("--share", type=float, default=1.0, help="share of the recordings, evenly over their lengths")
     parser.add_argument("--middle", type=int, metavar="N", help="only the N recordings of middle length: one batch")
-    parser.add_argument("--shape", choices=["small", "csm-1b"], default="small")
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="csm_fast's layers")
     parser.add_argument("--repeats", type=int, default=5)
@@ -237,7 +238,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Run]]:
     device = torch.device(args.device)
     if keeps_memory(args, args.worker) and device.type == "cpu":
         keep_freed_memory()
-    config = CSMConfig.small() if args.shape == "small" else CSMConfig.csm_1b()
+    config = SHAPES[args.shape]()
     store: Any = Synthetic(args.synthetic, config) if args.synthetic else open_split(args.data, "train")
     by_length = np.argsort(store.conversation_rows, kind="stable")
     chosen = by_length[:: max(1, round(1 / args.share))].tolist()

@@ -1,5 +1,10 @@
 """Gradients of the embedding tables that are kept from step to step: the same numbers as autograd's own."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,3 +119,15 @@ def test_a_row_gradient_is_for_the_cpu_form():
     with ops.using("torch"):
         x, _ = ops.frame_embed_with_codes(tokens, is_audio, tokens[:0, 0], table, audio, into=(None, None))
     assert torch.equal(x, F.embedding(tokens[:, -1], table))
+
+
+def test_keeping_freed_memory_is_told():
+    """In a process of its own: it is for the whole process."""
+    code = "import sys; from csm_fast.machine import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    # Other C libraries than glibc know no such setting.
+    assert done.stdout.strip() == "True" or "glibc" not in platform.libc_ver()[0]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
