@@ -126,9 +126,10 @@ def _train(argv: list[str]) -> int:
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
     if config.run.keep_freed_memory:
-        from .machine import keep_freed_memory
+        from .machine import keep_freed_memory, resolve_device
 
-        keep_freed_memory()
+        if resolve_device(config.run.device).type == "cpu":
+            keep_freed_memory()
     summary = importlib.import_module("csm_fast.train").train(config)
     return 0 if summary["complete"] else INTERRUPTED
 

@@ -205,12 +205,11 @@ class Trainer:
         return summarize(self)
 
     def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Nothing here asks the device for a value."""
+        """One optimizer step. Nothing here asks a GPU for a value."""
         loss: Any = 0.0
         per_codebook: Any = 0.0
         with self.tables:
-            for pack in batch.packs:
-                pack = pack.to(self.device)
+            for pack in (p.to(self.device) for p in batch.packs):
                 with self.autocast():
                     part, parts = self.loss_function(self.model, pack)
                 if part.requires_grad:  # not where all that this pack would teach is frozen
@@ -353,8 +352,8 @@ class Trainer:
             self.store.num_frames * 0.08 / 3600,
             self.store.codec["name"],
         )
-        steps = f"{self.packer.steps_in_epoch(0)} per epoch of {per_step}"
-        log.info("Steps     %s, %d in all, on %s", steps, self.total_steps, self.device)
+        every = self.packer.steps_in_epoch(0)
+        log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, self.total_steps, self.device)
         log.info("Output    %s", self.run_dir)
         log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
         unheard = sorted(set(config.data.mask_speaker_ids) - set(self.packer.turn_speakers.tolist()))
