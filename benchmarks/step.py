@@ -1,6 +1,9 @@
 """Forward and backward of a training epoch: csm_fast against the published forward and transformers, in one run.
 
-    python -m benchmarks.step --data demo/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
+    python -m csm_fast.demo_data corpus --sounds
+    csm-fast pretokenize --train-data corpus/metadata.json --codec offline --output corpus/tokens
+    python -m benchmarks.step --data corpus/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
+
     python -m benchmarks.step --synthetic 200 --device cuda --shape csm-1b
 
 Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
@@ -74,6 +77,23 @@ class Synthetic:
 
     def conversation(self, i: int) -> Any:
         return self.turns[i]
+
+
+class Splits:
+    """The splits of a folder of tokens, one after the other, as a store: a corpus is both."""
+
+    def __init__(self, data: str, names: list[str]):
+        self.stores = [open_split(data, name) for name in names]
+        self.num_codebooks, self.path = self.stores[0].num_codebooks, data
+        self.conversation_rows = np.concatenate([s.conversation_rows for s in self.stores])
+        self.num_conversations = len(self.conversation_rows)
+
+    def conversation(self, i: int) -> Any:
+        for store in self.stores:
+            if i < store.num_conversations:
+                return store.conversation(i)
+            i -= store.num_conversations
+        raise IndexError(i)
 
 
 class Subset:
@@ -197,6 +217,7 @@ def on(batch: Any, device: torch.device) -> Any:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="demo/tokens")
+    parser.add_argument("--splits", nargs="+", choices=["train", "val"], help="of --data; default: all that are there")
     parser.add_argument("--synthetic", type=int, metavar="N", help="N random recordings take the place of --data")
     parser.add_argument("--sesame-csm", type=Path)
     parser.add_argument("--sesame-finetune", type=Path)
@@ -212,6 +233,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def splits(args: argparse.Namespace) -> list[str]:
+    """Those that are asked for; without a wish, all that the folder holds."""
+    return args.splits or [name for name in ("train", "val") if (Path(args.data) / name).is_dir()] or ["train"]
 
 
 def model_of(args: argparse.Namespace, config: CSMConfig) -> Any:
@@ -239,7 +265,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Run]]:
     if keeps_memory(args, args.worker) and device.type == "cpu":
         keep_freed_memory()
     config = SHAPES[args.shape]()
-    store: Any = Synthetic(args.synthetic, config) if args.synthetic else open_split(args.data, "train")
+    store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, splits(args))
     by_length = np.argsort(store.conversation_rows, kind="stable")
     chosen = by_length[:: max(1, round(1 / args.share))].tolist()
     if args.middle:

@@ -1,7 +1,9 @@
 """Real speech for the demo: the English telephone prompts of Debian's asterisk-core-sounds-en, with transcripts.
 
 ``python -m csm_fast.demo_data TARGET`` fetches 24 minutes of one speaker (551 recordings, 8 kHz, CC-BY-SA-3.0) and
-writes TARGET/metadata.json. Nothing is installed and no system state changes.
+writes TARGET/metadata.json. Nothing is installed and no system state changes. ``--sounds`` adds the 17 that are no
+speech, beeps and silence among them, under their descriptions: not to learn from, but the corpus that the benchmarks
+take whole.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ _FETCH = ("-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", 
 _TIME_LIMIT_S = 300
 
 
-def fetch_debian_speech(target_dir: str | os.PathLike[str]) -> Path:
+def fetch_debian_speech(target_dir: str | os.PathLike[str], sounds: bool = False) -> Path:
     """Fetch the recordings into ``target_dir``/recordings and describe them in ``target_dir``/metadata.json.
 
     Does nothing when they are already there. Prints the number of recordings and the hours.
+
+    Args:
+        sounds: also the recordings that are no speech; their text is what the package says of them.
 
     Returns:
         The path of metadata.json: flat rows ``text``, ``path`` (relative), ``speaker`` 0.
@@ -47,7 +52,7 @@ def fetch_debian_speech(target_dir: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryDirectory(prefix="csm_fast_demo_") as scratch:
             unpacked = _download(Path(scratch))
             try:
-                rows = _copy(unpacked, target)
+                rows = _copy(unpacked, target, sounds)
                 # Written last and renamed: an interrupted run leaves no metadata.json and starts over.
                 temporary = target / f"metadata.json.{os.getpid()}.tmp"
                 temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -59,17 +64,21 @@ def fetch_debian_speech(target_dir: str | os.PathLike[str]) -> Path:
     return metadata
 
 
-def parse_transcripts(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def parse_transcripts(lines: Iterable[str], sounds: bool = False) -> Iterator[tuple[str, str]]:
     """(recording's name without extension, what is said) for each line ``name: text`` that is speech.
 
     Left out: comments (``;``), entries that are a sound and not speech (all in brackets), empty ones. Cleaned: notes in
-    brackets and dots that mark an unfinished sentence are removed, ``*`` and ``#`` are spelled as they are spoken.
+    brackets and dots that mark an unfinished sentence are removed, ``*`` and ``#`` are spelled as they are spoken. With
+    ``sounds``, entries all in brackets are kept, without the brackets.
     """
     for line in lines:
         name, colon, text = line.strip().partition(":")
         if not colon or not name or name.startswith(";"):
             continue
-        text = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", " ", text)
+        spoken = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", " ", text)
+        if sounds and not any(character.isalnum() for character in spoken):
+            spoken = re.sub(r"[][()<>]", " ", text)
+        text = spoken
         text = re.sub(r"\s*\.\.\.+\s*", " ", text)
         text = text.replace("*", " star ").replace("#", " pound ")
         text = re.sub(r"\s+([,.!?;:])", r"\1", " ".join(text.split()))
@@ -123,8 +132,8 @@ def _apt(arguments: tuple[str, ...], folder: Path) -> str | None:
     return "nothing was downloaded" if wanted and len(list(folder.glob("*.deb"))) < len(PACKAGES) else None
 
 
-def _copy(unpacked: Path, target: Path) -> list[dict]:
-    """Copy the recordings that have a transcript and are speech; their metadata rows, sorted by name."""
+def _copy(unpacked: Path, target: Path, sounds: bool) -> list[dict]:
+    """Copy the recordings that have a transcript and are speech, or ``sounds`` too; their metadata rows, by name."""
     lists = sorted(unpacked.glob("usr/share/doc/*/core-sounds-en.txt*"))
     sounds = sorted(path for path in unpacked.glob("usr/share/asterisk/sounds/*") if any(path.rglob("*.wav")))
     if not lists or not sounds:
@@ -132,7 +141,7 @@ def _copy(unpacked: Path, target: Path) -> list[dict]:
     content = lists[0].read_bytes()
     text = (gzip.decompress(content) if lists[0].suffix == ".gz" else content).decode("utf-8", "replace")
     rows = []
-    for name, spoken in sorted(dict(parse_transcripts(text.splitlines())).items()):
+    for name, spoken in sorted(dict(parse_transcripts(text.splitlines(), sounds)).items()):
         source = sounds[0] / f"{name}.wav"
         if not source.is_file():
             continue
@@ -161,10 +170,11 @@ def _last_line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m csm_fast.demo_data TARGET")
+    arguments = [a for a in sys.argv[1:] if a != "--sounds"]
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.exit("usage: python -m csm_fast.demo_data TARGET [--sounds]")
     try:
-        fetch_debian_speech(sys.argv[1])
+        fetch_debian_speech(arguments[0], sounds="--sounds" in sys.argv[1:])
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -45,6 +45,16 @@ def test_parse_transcripts():
     assert dict(parse_transcripts(SAMPLE.splitlines())) == EXPECTED
 
 
+def test_sounds_are_named_by_their_descriptions():
+    sounds = dict(parse_transcripts(SAMPLE.splitlines(), sounds=True))
+    assert {n: t for n, t in sounds.items() if n not in EXPECTED} == {
+        "ascending-2tone": "ascending tones",
+        "confbridge-join": "beep ascending",
+        "silence/10": "10 seconds of silence",
+    }
+    assert {n: sounds[n] for n in EXPECTED} == EXPECTED
+
+
 def test_fetch_writes_metadata_once(tmp_path, monkeypatch, capsys):
     from csm_fast.metadata import load_metadata
 
