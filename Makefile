@@ -29,7 +29,7 @@ $(VENV)/.ready: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,qlora]'
 	# Meta's package carries the Llama-3 tokenizer; its other requirements are not needed for that.
 	$(PIP) --no-deps llama-models
 	# moshi pins older versions of torch and others than it needs for Mimi.

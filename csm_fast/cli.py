@@ -17,6 +17,9 @@ COMMANDS = {
     "pretokenize": "recordings with transcripts -> a token store",
     "train": "fine-tune on a token store (also: csm-fast-train)",
     "generate": "speech from a model and a text",
+    "plan": "what fits on which GPU, and how long it takes, before anything is loaded",
+    "merge": "an adapter and its base -> one model",
+    "verify-adapter": "does an adapter still give the loss it was saved with?",
     "doctor": "what is on this machine, what was chosen for it and why",
 }
 
@@ -59,6 +62,9 @@ def _run(command: str, argv: list[str]) -> int:
         "pretokenize": _pretokenize,
         "train": _train,
         "generate": _generate,
+        "plan": _plan,
+        "merge": _merge,
+        "verify-adapter": _verify_adapter,
         "doctor": _doctor,
     }
     try:
@@ -135,10 +141,31 @@ def _train(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> None:
-    from .config import GenerateConfig
+    from .command_config import GenerateConfig
 
     config = _config(GenerateConfig, "csm-fast generate", COMMANDS["generate"], argv)
     importlib.import_module("csm_fast.speak").speak(config)
+
+
+def _plan(argv: list[str]) -> int | None:
+    from .command_config import PlanConfig
+
+    config = _config(PlanConfig, "csm-fast plan", COMMANDS["plan"], argv)
+    return importlib.import_module("csm_fast.plan").plan(config)
+
+
+def _merge(argv: list[str]) -> int | None:
+    from .command_config import MergeConfig
+
+    config = _config(MergeConfig, "csm-fast merge", COMMANDS["merge"], argv)
+    return importlib.import_module("csm_fast.merge").merge(config)
+
+
+def _verify_adapter(argv: list[str]) -> int | None:
+    from .command_config import VerifyAdapterConfig
+
+    config = _config(VerifyAdapterConfig, "csm-fast verify-adapter", COMMANDS["verify-adapter"], argv)
+    return importlib.import_module("csm_fast.merge").verify(config)
 
 
 def _doctor(argv: list[str]) -> None:

@@ -4,9 +4,10 @@ One layer is one graph, and all layers of a stack share it, so compiling takes s
 and frames are symbolic: a pack of another size recompiles nothing. Parameters, their names and ``state_dict`` stay as
 they are; so does whatever runs with a cache (generation), which stays eager.
 
-Worth it on CUDA; on a CPU, where matrix products are nearly all of the time, 3 to 6 %, so it is off there unless asked
-for. Inductor keeps compiled kernels on disk (``TORCHINDUCTOR_CACHE_DIR``, by default a directory of the user's under
-the system's temporary one), so a second run starts two to four times sooner; put it where it lasts.
+Worth it on CUDA. On a CPU, where matrix products are most of the time and the rest is written with few passes, nothing
+is gained (``docs/design-notes.md``), so it is off there unless asked for. Inductor keeps compiled kernels on disk
+(``TORCHINDUCTOR_CACHE_DIR``, by default a directory of the user's under the system's temporary one), so a second run
+starts two to four times sooner; put it where it lasts.
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ def _compiled(backend: str) -> Callable[..., Tensor]:
     options: dict[str, Any] = {name: value for name, value in limits.items() if name in known}
     compiled = torch.compile(run_layer, fullgraph=True, backend=backend, **options)
 
-    def run(layer: Any, _: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+    def run(
+        layer: Any, _: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool = False
+    ) -> Tensor:
         rows = [x]
         if isinstance(attend, PackedAttend):  # the decoder's cos and sin have K rows, always
             rows += [cos, sin, attend.segments.cu_seqlens]
         for tensor in rows:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         # A traceable attention knows no layers: without their index, one graph serves them all.
-        return compiled(layer, 0, x, cos, sin, attend)
+        return compiled(layer, 0, x, cos, sin, attend, recompute_mlp)
 
     return run

@@ -161,14 +161,17 @@ class ModelSection:
     )
     from_scratch: bool = option(False, "start from random weights", alias=("train_from_scratch",))
     freeze: list[str] = option([], "parts that are not trained: " + ", ".join(FREEZABLE), repeat=True)
-    activation_checkpointing: bool = option(
-        False,
-        "recompute each layer in the backward pass: less memory, about a third more time",
+    activation_checkpointing: Literal["off", "selective", "full"] = option(
+        "off",
+        "selective: recompute the MLP of each layer in the backward pass; full: the whole layer. Less memory, a sixth "
+        "or a third more time. Without a value: full",
         alias=("gradient_ckpt",),
+        bare="full",
     )
-    precision: Literal["auto", "bf16", "fp32"] = option(
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
-        "bf16: float32 master weights under bf16 autocast; auto chooses it where the machine has fast bf16",
+        "bf16, fp16: products in that type under autocast, fp16 with loss scaling; auto: bf16 where the machine "
+        "multiplies it fast",
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile for the layers: half a minute at the start, faster steps; auto: on CUDA only"
@@ -257,10 +260,62 @@ class LossSection:
 
 
 @dataclass
+class AdapterSection:
+    """What is trained beside the whole model: adapters, over a base that may be quantised."""
+
+    method: Literal["full", "lora", "dora", "qlora"] = option(
+        "full", "full: the weights themselves; lora, dora: adapters beside them; qlora: LoRA over a 4-bit (NF4) base"
+    )
+    lora_rank: int = option(16, "rank of the adapters")
+    lora_alpha: float | None = option(None, "their scale is alpha / rank (default: twice the rank)")
+    lora_dropout: float = option(0.0, "dropout before the adapters of the two stacks")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank) instead")
+    target_modules: list[str] = option(
+        ["attn"],
+        "what gets adapters: attn (q, k, v, o and the MLP of both stacks, as csm-mlx means it), projection, "
+        "codebook0_head, or names of linear layers such as q_proj, w1, backbone.layers.0.attn.q_proj",
+        repeat=True,
+    )
+    train_embeddings: Literal["off", "rows", "all"] = option(
+        "off",
+        "train the embedding tables beside the adapters: all of them, or only the rows that the data holds. Without a "
+        "value: all",
+        bare="all",
+    )
+    train_heads: bool = option(False, "train codebook0_head and audio_head beside the adapters")
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise InputError(f"--lora-rank {self.lora_rank}", mend="give at least 1")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise InputError(f"--lora-alpha {self.lora_alpha}", mend="give a number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora-dropout {self.lora_dropout}", mend="give a number from 0 to below 1")
+        if not self.target_modules:
+            raise InputError("--target-modules is empty", mend="leave it out for attn")
+
+    @property
+    def alpha(self) -> float:
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass
 class OptimizerSection:
     """AdamW and its schedule. Steps are optimizer steps everywhere."""
 
-    learning_rate: float = option(3e-5, "peak learning rate", alias=("lr",))
+    learning_rate: float | None = option(None, "peak learning rate (default: 3e-5; with adapters 2e-4)", alias=("lr",))
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = option(
+        "adamw",
+        "8bit: moments in 8 bits, by blocks (needs bitsandbytes); paged: moments in host memory when the GPU's is full",
+    )
+    weights: Literal["fp32", "bf16-stochastic", "bf16-kahan", "bf16-nearest"] = option(
+        "fp32",
+        "trained weights in float32, or in bf16 with updates rounded stochastically, with their rounding errors kept "
+        "(Kahan), or to nearest, which loses most small updates",
+    )
+    optimizer_in_backward: bool = option(
+        False, "update each weight as soon as its gradient is there, and drop it; needs --max-grad-norm 0"
+    )
     weight_decay: float = option(0.002, "decoupled decay of matrices; norms and embeddings have none", alias=("wd",))
     beta1: float = option(0.9, "AdamW")
     beta2: float = option(0.999, "AdamW")
@@ -279,8 +334,13 @@ class OptimizerSection:
             raise InputError(f"warmup_ratio is {self.warmup_ratio}", mend="give a number from 0 to 1")
         if not 1e-30 <= self.adam_eps < math.inf:  # 0 makes 0/0 of a weight without gradient, such as an unused id's
             raise InputError(f"adam_eps is {self.adam_eps}", mend="give a number above 0, such as 1e-8")
+        if self.optimizer_in_backward and self.max_grad_norm:
+            raise InputError(
+                "--optimizer-in-backward knows no global gradient norm to clip by",
+                mend="add --max-grad-norm 0, or leave --optimizer-in-backward out",
+            )
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}", mend="give a number of at least 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -313,6 +373,12 @@ class RunSection:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int | None = option(None, "CPU threads (default: torch's choice); results are reproducible per number")
     keep_freed_memory: bool = option(True, "CPU, Linux: freed memory serves the next step, not the system")
+    memory: Literal["check", "auto", "off"] = option(
+        "check",
+        "check: refuse, before loading weights, what cannot fit; auto: choose --activation-checkpointing so that it "
+        "fits; off: neither",
+    )
+    memory_limit: str | None = option(None, "of the device, such as 12GB (default: what it has)")
     resume: bool = option(True, "continue from the newest complete checkpoint in output_dir")
     overfit_one_batch: bool = option(False, "train on the first batch only: the loss must go to nearly nothing")
 
@@ -340,40 +406,6 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     loss: LossSection = field(default_factory=LossSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     run: RunSection = field(default_factory=RunSection)
-
-
-@dataclass
-class GenerateConfig:
-    """``csm-fast generate``."""
-
-    text: str = option("", "what to say")
-    model: str = option("run/best", "hub id, directory or .safetensors", alias=("m",))
-    out: str = option("out.wav", "wav file to write", alias=("o", "output"))
-    speaker: int = option(0, "whose voice; -1: no speaker tag", alias=("s",))
-    context: str | None = option(None, "metadata file whose first conversation comes before the text")
-    max_seconds: float = option(10.0, "longest speech")
-    temperature: float = option(0.9, "0 is greedy", alias=("t",))
-    top_k: int = option(50, "sample among the k most likely codes; 0: all", alias=("topk", "k"))
-    greedy: bool = option(False, "always the most likely code")
-    seed: int = option(0, "of the draws")
-    codec: Literal["auto", "transformers", "moshi", "offline"] = option("auto", "codec the model was trained with")
-    codec_source: str | None = option(None, "hub id or local path of the codec's weights")
-    tokenizer: str | None = option(None, "text tokenizer: a file, a directory or a hub id")
-    speaker_map: str | None = option(None, "file of names and their numbers, for --context")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    threads: int | None = option(None, "CPU threads")
-
-    def __post_init__(self):
-        if not self.text.strip():
-            raise InputError("--text is empty", mend="say what to speak")
-        check_path("out", self.out)
-        check_seconds("max-seconds", self.max_seconds)
-        check_speaker("speaker", self.speaker)
-        check_seed(self.seed)
-        check_threads(self.threads)
-        if self.top_k < 0:
-            raise InputError(f"--top-k {self.top_k}", mend="give at least 1, or 0 for all codes")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature {self.temperature}", mend="give at least 0")

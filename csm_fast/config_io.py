@@ -83,8 +83,9 @@ def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
             return None
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), where, file)
     if origin is Literal:
-        if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hint)):
-            return "on" if value else "off"  # YAML takes the bare words for a boolean
+        if isinstance(value, bool) and "off" in typing.get_args(hint):
+            # YAML takes the bare words for a boolean; a switch of before that now has degrees is on in full.
+            value = next(w for w in ("on", "full", "all") if w in typing.get_args(hint)) if value else "off"
         if value not in typing.get_args(hint):
             raise wrong("one of " + ", ".join(map(str, typing.get_args(hint))))
         return value
@@ -226,6 +227,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             kwargs.update(nargs="+", action="extend", metavar="X")
         elif typing.get_origin(hint) is Literal:
             kwargs["metavar"] = "|".join(typing.get_args(hint))
+            if "bare" in field.metadata:
+                kwargs.update(nargs="?", const=field.metadata["bare"])
         else:
             numeric = {int, float} & {hint, *typing.get_args(hint)}
             kwargs["metavar"] = field.metadata.get("metavar") or ("N" if numeric else "X")
@@ -233,8 +236,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         short = [s for s in hidden if not s.startswith("--")]
         group.add_argument(*short, shown, help=text, **kwargs)
         hidden = [s for s in hidden if s.startswith("--")]
-        if hint is bool:
-            negative = {**kwargs, "action": "store_false"}
+        if hint is bool or "bare" in field.metadata:
+            negative = {"dest": field.name, "default": argparse.SUPPRESS}
+            negative.update({"action": "store_false"} if hint is bool else {"action": "store_const", "const": "off"})
             first = "--no-" + shown.removeprefix("--")
             group.add_argument(first, help="(it is on by default)" if default else argparse.SUPPRESS, **negative)
             if hidden:

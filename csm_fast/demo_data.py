@@ -132,8 +132,8 @@ def _apt(arguments: tuple[str, ...], folder: Path) -> str | None:
     return "nothing was downloaded" if wanted and len(list(folder.glob("*.deb"))) < len(PACKAGES) else None
 
 
-def _copy(unpacked: Path, target: Path, sounds: bool) -> list[dict]:
-    """Copy the recordings that have a transcript and are speech, or ``sounds`` too; their metadata rows, by name."""
+def _copy(unpacked: Path, target: Path, with_sounds: bool) -> list[dict]:
+    """Copy the recordings that have a transcript and are speech, or all; their metadata rows, by name."""
     lists = sorted(unpacked.glob("usr/share/doc/*/core-sounds-en.txt*"))
     sounds = sorted(path for path in unpacked.glob("usr/share/asterisk/sounds/*") if any(path.rglob("*.wav")))
     if not lists or not sounds:
@@ -141,7 +141,7 @@ def _copy(unpacked: Path, target: Path, sounds: bool) -> list[dict]:
     content = lists[0].read_bytes()
     text = (gzip.decompress(content) if lists[0].suffix == ".gz" else content).decode("utf-8", "replace")
     rows = []
-    for name, spoken in sorted(dict(parse_transcripts(text.splitlines(), sounds)).items()):
+    for name, spoken in sorted(dict(parse_transcripts(text.splitlines(), with_sounds)).items()):
         source = sounds[0] / f"{name}.wav"
         if not source.is_file():
             continue

@@ -39,6 +39,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type of the matrix products under a resolved ``precision``."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak device memory; on a CPU the process's peak resident memory."""
     if device.type == "cuda":

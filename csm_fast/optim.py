@@ -34,11 +34,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
+def cast_weights(model: nn.Module, section: OptimizerSection) -> None:
+    """All parameters to bf16 where ``section.weights`` says so."""
+    if section.weights != "fp32":
+        model.to(torch.bfloat16)
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -> torch.optim.AdamW:
     """Fused AdamW. Its ``found_inf`` attribute skips an update on the device, without asking the host."""
     return torch.optim.AdamW(
         parameter_groups(model, section.weight_decay),
-        lr=section.learning_rate,
+        lr=peak_learning_rate(section),
         betas=(section.beta1, section.beta2),
         eps=section.adam_eps,
         fused=True,
@@ -91,6 +97,13 @@ def warn_without_gradient(optimizer: torch.optim.Optimizer) -> None:
                 log.warning("warning: %s is trainable but got no gradient in the first step", name)
 
 
+def peak_learning_rate(section: OptimizerSection, method: str = "full") -> float:
+    """The given one, or the method's default: adapters start at zero and take larger steps."""
+    if section.learning_rate is not None:
+        return section.learning_rate
+    return 3e-5 if method == "full" else 2e-4
+
+
 def warmup_steps(section: OptimizerSection, total_steps: int) -> int:
     """Warmup in optimizer steps, from steps or a ratio (default 0.05), at most the whole run."""
     if section.warmup_steps is not None:
@@ -105,9 +118,9 @@ def learning_rate(section: OptimizerSection, step: int, total_steps: int) -> flo
     Linear warmup reaches the peak at its last step (its first step is not 0); then linear to 0, a half cosine to 0,
     exponential to a tenth, or constant.
     """
-    warmup = warmup_steps(section, total_steps)
+    warmup, peak = warmup_steps(section, total_steps), peak_learning_rate(section)
     if step < warmup:
-        return section.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
     factor = {
         "linear": 1 - progress,
@@ -115,4 +128,4 @@ def learning_rate(section: OptimizerSection, step: int, total_steps: int) -> flo
         "exponential": 0.1**progress,
         "constant": 1.0,
     }[section.lr_decay]
-    return section.learning_rate * max(0.0, factor)
+    return peak * max(0.0, factor)

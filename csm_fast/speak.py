@@ -10,7 +10,7 @@ import torch
 from .audio import read_audio, write_wav
 from .checkpoint import read_record
 from .codec import load_codec
-from .config import GenerateConfig
+from .command_config import GenerateConfig
 from .convert import load_model
 from .errors import InputError
 from .generate import Generator, Speech, Turn

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoint import read_record
 from .config import NAMED_SHAPES, CSMConfig, TrainConfig
 from .config_io import read_mapping
@@ -39,6 +41,21 @@ def starting_model(config: TrainConfig) -> CSM:
             mend="use --model " + ", ".join(NAMED_SHAPES) + " or a YAML file of a CSMConfig",
         )
     return CSM(shape).init_weights(config.data.seed)
+
+
+def attach_adapters(model: CSM, config: TrainConfig, dtype: torch.dtype, resumed: Path | None) -> None:
+    """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them."""
+    from . import adapter_files, adapters
+
+    if config.optimizer.weights != "fp32":
+        raise InputError(
+            f"--weights {config.optimizer.weights} belongs to --method full; adapters are trained in float32",
+            mend="leave one of them out",
+        )
+    base = f"{config.model.model}, random, seed {config.data.seed}" if config.model.from_scratch else config.model.model
+    adapters.attach(model, config.adapter, compute_dtype=dtype, base=base)
+    if resumed:
+        adapter_files.load_into(model, resumed)
 
 
 def open_optional_split(data: str, split: str) -> TokenStore | None:

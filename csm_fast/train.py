@@ -25,13 +25,27 @@ from .errors import InputError
 from .evaluate import Validator, unigram_entropy
 from .loader import Packer, StepBatch, prefetch
 from .loss import coefficients, packed_loss
-from .machine import memory_gib, resolve_device, resolve_precision
+from .machine import compute_dtype, memory_gib, resolve_device, resolve_precision
 from .model import CSM, stack_limit, vocabulary
 from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
-from .optim import TableGradients, learning_rate, make_optimizer, warn_without_gradient
+from .optim import (
+    TableGradients,
+    cast_weights,
+    learning_rate,
+    make_optimizer,
+    peak_learning_rate,
+    warn_without_gradient,
+)
 from .packing import FRAMES
 from .report import summarize
-from .start import check_data, check_position, open_optional_split, position_identity, starting_model
+from .start import (
+    attach_adapters,
+    check_data,
+    check_position,
+    open_optional_split,
+    position_identity,
+    starting_model,
+)
 from .token_store import open_split
 
 log = logging.getLogger("csm_fast")
@@ -63,6 +77,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model: CSM | None = None, loss_function: LossFunction | None = None):
         self.config = config
+        config.optimizer.learning_rate = peak_learning_rate(config.optimizer, config.adapter.method)
         self.run_dir = Path(config.run.output_dir).expanduser()
         # 1. Machine.
         if config.run.threads:
@@ -86,8 +101,10 @@ class Trainer:
             )
         self.state: dict[str, Any] = {"step": 0, "epoch": 0, "index": 0, "best_val_loss": None, "best_step": None}
         self.resumed = found[-1] if found else None
+        adapts = config.adapter.method != "full"
         if self.resumed:
             self.state = {k: v for k, v in (ckpt.complete(self.resumed) or {}).items() if k not in ("format", "files")}
+        if self.resumed and not adapts:
             self.model = load_model(str(self.resumed))
         else:
             self.model = model if model is not None else starting_model(config)
@@ -97,15 +114,23 @@ class Trainer:
         if self.resumed:
             check_position(self.state.get("data", {}), identity, self.resumed)
         self.state["data"] = identity
+        if adapts:
+            attach_adapters(self.model, config, compute_dtype(self.precision), self.resumed)
+        else:
+            cast_weights(self.model, config.optimizer)
         for part in config.model.freeze:
             getattr(self.model, part).requires_grad_(False)
         self.model.activation_checkpointing = config.model.activation_checkpointing
         self.model.to(self.device).train()
         self.compiled = compile_layers(self.model, config.model.compile)
         # 4. Optimizer, loss, packs.
-        self.optimizer, self.tables = make_optimizer(self.model, config.optimizer), TableGradients(self.model)
+        self.optimizer = make_optimizer(self.model, config.optimizer, config.data.seed)
+        self.tables = TableGradients(self.model)
+        # Losses of fp16 are scaled up, or small gradients would be zero; elsewhere this does nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if self.resumed:
             ckpt.load_optimizer(self.optimizer, self.resumed)
+            self.scaler.load_state_dict(self.state.get("loss_scale") or self.scaler.state_dict())
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         a, b = coefficients(config.loss, vocabulary(self.model)[0])
         self.loss_function = loss_function or partial(packed_loss, a=a, b=b)
@@ -151,9 +176,8 @@ class Trainer:
         return (epoch, index + 1) if index + 1 < self.packer.steps_in_epoch(epoch) else (epoch + 1, 0)
 
     def autocast(self) -> Any:
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        dtype = compute_dtype(self.precision)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
     # --------------------------------------------------------------------------------------------------- the loop
 

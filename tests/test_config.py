@@ -65,7 +65,7 @@ def test_flags_override_yaml_and_the_resolved_file_reads_back(tmp_path):
         ("lr_decay: step", "give one of linear, cosine"),
         ("- 1\n- 2", "holds no mapping"),
         ("a: [1", "is not YAML"),
-        ("optimizer: 3", "section of settings"),
+        ("run: 3", "section of settings"),
         ("loss: csm-mlx\ndecoder_loss_weight: 0.5", "decoder_loss_weight does not belong to the loss csm-mlx"),
         ("first_codebook_weight_multiplier: 2", "does not belong to the loss blog"),
         ("warmup_steps: 3\nwarmup_ratio: 0.1", "both given"),

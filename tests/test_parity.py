@@ -169,11 +169,12 @@ def test_rows_that_are_no_rows_are_refused(case):
         csm_fast.forward(model, tokens, mask)
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.mark.parametrize("choice", ["selective", "full", True])
+def test_activation_checkpointing_changes_nothing(choice):
     model = random_model()
     batch = padded(random_conversations(RAGGED["context turns"]))
     plain = seeded(model, csm_fast.forward, *batch)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = choice
     again = seeded(model, csm_fast.forward, *batch)
     assert plain[0] == again[0]
     assert all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 
 from csm_fast import cli
-from csm_fast.config import GenerateConfig, TrainConfig
+from csm_fast.command_config import GenerateConfig
+from csm_fast.config import TrainConfig
 from csm_fast.config_io import Parser, add_flags, from_flags
 from csm_fast.pretokenize import PretokenizeConfig
 

@@ -207,7 +207,15 @@ def test_only_the_last_turn_is_learned(tmp_path):
     assert train(settings)["complete"]
 
 
-@pytest.mark.parametrize("extra", [{"activation_checkpointing": True}, {"precision": "bf16"}, {"batch_rows": 128}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"precision": "bf16"},
+        {"batch_rows": 128},
+    ],
+)
 def test_other_ways_to_run(tmp_path, extra):
     summary = train(config(tmp_path, **extra))
     assert summary["val_loss_last"] < summary["val_loss_first"]

@@ -1,0 +1,75 @@
+"""Settings of the commands beside training; ``config.py`` says how they become flags."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import check_path, check_seconds, check_seed, check_speaker, check_threads
+from .config import option
+from .errors import InputError
+
+
+@dataclass
+class GenerateConfig:
+    """``csm-fast generate``."""
+
+    text: str = option("", "what to say")
+    model: str = option("run/best", "hub id, directory or .safetensors", alias=("m",))
+    out: str = option("out.wav", "wav file to write", alias=("o", "output"))
+    speaker: int = option(0, "whose voice; -1: no speaker tag", alias=("s",))
+    context: str | None = option(None, "metadata file whose first conversation comes before the text")
+    max_seconds: float = option(10.0, "longest speech")
+    temperature: float = option(0.9, "0 is greedy", alias=("t",))
+    top_k: int = option(50, "sample among the k most likely codes; 0: all", alias=("topk", "k"))
+    greedy: bool = option(False, "always the most likely code")
+    seed: int = option(0, "of the draws")
+    codec: Literal["auto", "transformers", "moshi", "offline"] = option("auto", "codec the model was trained with")
+    codec_source: str | None = option(None, "hub id or local path of the codec's weights")
+    tokenizer: str | None = option(None, "text tokenizer: a file, a directory or a hub id")
+    speaker_map: str | None = option(None, "file of names and their numbers, for --context")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads")
+
+    def __post_init__(self):
+        if not self.text.strip():
+            raise InputError("--text is empty", mend="say what to speak")
+        check_path("out", self.out)
+        check_seconds("max-seconds", self.max_seconds)
+        check_speaker("speaker", self.speaker)
+        check_seed(self.seed)
+        check_threads(self.threads)
+        if self.top_k < 0:
+            raise InputError(f"--top-k {self.top_k}", mend="give at least 1, or 0 for all codes")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature {self.temperature}", mend="give at least 0")
+
+
+@dataclass
+class MergeConfig:
+    """``csm-fast merge``."""
+
+    adapter: str = option("run/best", "its directory: a run's checkpoint, PEFT's or csm-mlx's", alias=("a",))
+    out: str = option("merged", "directory to write the model to", alias=("o", "output"))
+    base: str | None = option(None, "model it was trained on (default: the one it names)", alias=("model", "m"))
+    dtype: Literal["fp32", "bf16"] = option("fp32", "of the merged weights; they are added in float32 in any case")
+
+    def __post_init__(self):
+        check_path("out", self.out)
+
+
+@dataclass
+class VerifyAdapterConfig:
+    """``csm-fast verify-adapter``."""
+
+    adapter: str = option("run/best", "directory of the adapter", alias=("a",))
+    base: str | None = option(None, "model it was trained on (default: the one it names)", alias=("model", "m"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+
+@dataclass
+class PlanConfig:
+    """``csm-fast plan``."""
+
+    gpu: str | None = option(None, "memory such as 12GB, or a card such as rtx-4090 (default: this machine's)")
