@@ -69,7 +69,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_model(model, temporary)
+        save_weights(model, temporary)
         write_record(temporary, record)
         write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer), None)
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -92,6 +92,16 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """The whole model, or what is trained of it where it carries adapters."""
+    if getattr(model, "adapter", None) is None:
+        save_model(model, directory)
+    else:
+        from .adapter_files import save_adapter
+
+        save_adapter(model, directory)
 
 
 def disk_error(error: BaseException, where: Path, what: str) -> InputError:

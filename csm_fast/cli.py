@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, OutOfMemory, is_out_of_memory
 
 COMMANDS = {
     "pretokenize": "recordings with transcripts -> a token store",
@@ -71,12 +71,12 @@ def _run(command: str, argv: list[str]) -> int:
         return handlers[command](argv) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, OutOfMemory) else 2
     except (MemoryError, RuntimeError) as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        if not isinstance(error, MemoryError) and "out of memory" not in line and "allocate memory" not in line:
+        if not is_out_of_memory(error):
             raise
-        mend = "see --help for what makes a run smaller (train: --pack-rows, --activation-checkpointing, --freeze)"
+        line = next(iter(str(error).strip().splitlines()), "")
+        mend = f"csm-fast {command} --help tells what makes it smaller"
         print(f"error: not enough memory ({line[:200]}); {mend}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

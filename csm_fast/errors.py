@@ -40,5 +40,15 @@ class InputError(ValueError):
         return (_rebuild, (self.what, self.file, self.row, self.mend))
 
 
+class OutOfMemory(InputError):
+    """The machine's memory did not suffice. Commands print it as one line and exit with status 1."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is Python's or PyTorch's way to say that memory ran out."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return isinstance(error, MemoryError) or "out of memory" in line or "allocate memory" in line
+
+
 def _rebuild(what, file, row, mend):
     return InputError(what, file=file, row=row, mend=mend)

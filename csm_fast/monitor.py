@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .loader import StepBatch
+from .update import Outcome
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (
@@ -48,11 +48,12 @@ class Window:
         self.rows = self.padded = self.frames = 0
         self.started, self.paused = time.monotonic(), 0.0
 
-    def add(self, step: int, loss: Tensor, per_codebook: Tensor, norm: Tensor, bad: Tensor, batch: StepBatch) -> None:
+    def add(self, step: int, outcome: Outcome, batch: StepBatch) -> None:
+        bad = outcome.bad
         # A skipped step must not poison the means.
-        self.loss += torch.where(bad, 0.0, loss.double())
-        self.per_codebook += torch.where(bad, 0.0, per_codebook.double())
-        self.norm += torch.where(bad, 0.0, norm.double())
+        self.loss += torch.where(bad, 0.0, outcome.loss.double())
+        self.per_codebook += torch.where(bad, 0.0, outcome.per_codebook.double())
+        self.norm += torch.where(bad, 0.0, outcome.grad_norm.double())
         if batch.supervised:
             self.good += ~bad
         self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,30 @@ from .shard_file import old_directory
 from .token_store import TokenStore, check_compatible, open_split
 
 
-def starting_model(config: TrainConfig) -> CSM:
-    """The model that ``config.model`` asks for."""
-    name = config.model.model
+def base_dtypes(config: TrainConfig, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """By parameter, how a run holds what it starts from. A full run: all in float32, or all in bf16. Under adapters:
+    what is trained besides and norm scales in float32, the rest in the compute dtype."""
+    adapter = config.adapter
+    wide = torch.float32 if config.optimizer.weights == "fp32" else torch.bfloat16
+
+    def held(name: str) -> torch.dtype:
+        trained = (adapter.train_heads and name in ("codebook0_head.weight", "audio_head")) or (
+            adapter.train_embeddings != "off" and name.endswith("embeddings.weight")
+        )
+        return wide if adapter.method == "full" or trained or name.endswith(".scale") else dtype
+
+    return held
+
+
+def starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> CSM:
+    """The model that ``config.model`` asks for; ``dtype`` is the run's compute dtype."""
+    name, held = config.model.model, base_dtypes(config, dtype)
     if not config.model.from_scratch:
         if name in NAMED_SHAPES and not Path(name).exists():
             raise InputError(
                 f"--model {name} is a shape, not a trained model", mend="add --from-scratch to start at random"
             )
-        return load_model(name)
+        return load_model(name, dtype=held)
     if name in NAMED_SHAPES:
         shape = NAMED_SHAPES[name]()
     elif name == "sesame/csm-1b":

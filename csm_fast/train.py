@@ -5,41 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from . import checkpoint as ckpt
+from .announce import announce, out_of_memory
 from .code_cache import Lock
 from .compile import compile_layers
 from .config import TrainConfig
 from .config_io import RESOLVED, dump_yaml
 from .console import StepProgress, StopSignals
 from .convert import load_model
-from .errors import InputError
+from .errors import InputError, is_out_of_memory
 from .evaluate import Validator, unigram_entropy
 from .loader import Packer, StepBatch, prefetch
 from .loss import coefficients, packed_loss
 from .machine import compute_dtype, memory_gib, resolve_device, resolve_precision
 from .model import CSM, stack_limit, vocabulary
 from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
-from .optim import (
-    TableGradients,
-    cast_weights,
-    learning_rate,
-    make_optimizer,
-    peak_learning_rate,
-    warn_without_gradient,
-)
+from .optim import cast_weights, peak_learning_rate
 from .packing import FRAMES
 from .report import summarize
+from .run_marker import RunMarker
 from .start import (
     attach_adapters,
+    base_dtypes,
     check_data,
     check_position,
     open_optional_split,
@@ -47,12 +41,11 @@ from .start import (
     starting_model,
 )
 from .token_store import open_split
+from .update import LossFunction, Update
 
 log = logging.getLogger("csm_fast")
 
 MOST_SKIPPED = 10  # updates in a row without a finite loss and gradient, after which a run gives up
-
-LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 def train(config: TrainConfig, *, model: CSM | None = None, loss_function: LossFunction | None = None) -> dict:
@@ -69,7 +62,12 @@ def train(config: TrainConfig, *, model: CSM | None = None, loss_function: LossF
     Raises:
         InputError: anything the user can mend.
     """
-    return Trainer(config, model, loss_function).run()
+    try:
+        return Trainer(config, model, loss_function).run()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, config) from error
 
 
 class Trainer:
@@ -105,9 +103,9 @@ class Trainer:
         if self.resumed:
             self.state = {k: v for k, v in (ckpt.complete(self.resumed) or {}).items() if k not in ("format", "files")}
         if self.resumed and not adapts:
-            self.model = load_model(str(self.resumed))
+            self.model = load_model(str(self.resumed), dtype=base_dtypes(config, compute_dtype(self.precision)))
         else:
-            self.model = model if model is not None else starting_model(config)
+            self.model = model if model is not None else starting_model(config, compute_dtype(self.precision))
         stores = [store for store in (self.store, self.val_store) if store is not None]
         self.record = check_data(self.model, stores, config, self.resumed)
         identity = position_identity(config, self.store)
@@ -124,19 +122,22 @@ class Trainer:
         self.model.to(self.device).train()
         self.compiled = compile_layers(self.model, config.model.compile)
         # 4. Optimizer, loss, packs.
-        self.optimizer = make_optimizer(self.model, config.optimizer, config.data.seed)
-        self.tables = TableGradients(self.model)
-        # Losses of fp16 are scaled up, or small gradients would be zero; elsewhere this does nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        if self.resumed:
-            ckpt.load_optimizer(self.optimizer, self.resumed)
-            self.scaler.load_state_dict(self.state.get("loss_scale") or self.scaler.state_dict())
-        self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        a, b = coefficients(config.loss, vocabulary(self.model)[0])
-        self.loss_function = loss_function or partial(packed_loss, a=a, b=b)
         limit = stack_limit(self.model.backbone)
         self.packer = Packer(self.store, config.data, config.loss, pad=self.device.type, limit=limit)
         self.total_steps = self._count_steps()
+        a, b = coefficients(config.loss, vocabulary(self.model)[0])
+        loss_function = loss_function or partial(packed_loss, a=a, b=b)
+        self.update = Update(
+            self.model,
+            config.optimizer,
+            self.device,
+            self.precision,
+            loss_function,
+            self.total_steps,
+            config.data.seed,
+        )
+        if self.resumed:
+            self.update.load(self.resumed, self.state)
         self.validator = None
         if self.val_store is not None:
             self.validator = Validator(self.val_store, config.data, config.loss, config.run.val_fraction_frames)
@@ -147,6 +148,8 @@ class Trainer:
             self.sampler = Sampler(self.model, config, self.run_dir / "samples", self.store)
         # 5. What accumulates on the device until it is logged.
         self.window = Window(vocabulary(self.model)[0], self.device)
+        self.uniform = (a + b) * math.log(vocabulary(self.model)[1])
+        self.entropy = unigram_entropy(self.store)
         self.stopping: str | None = None
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -175,24 +178,23 @@ class Trainer:
     def _next(self, epoch: int, index: int) -> tuple[int, int]:
         return (epoch, index + 1) if index + 1 < self.packer.steps_in_epoch(epoch) else (epoch + 1, 0)
 
-    def autocast(self) -> Any:
-        dtype = compute_dtype(self.precision)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
-
     # --------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> dict:
         """All remaining steps. Ctrl-C finishes the current one, saves, and says how to continue."""
         lock = Lock(self.run_dir, ".lock", "train", "--output-dir")
+        self.marker = RunMarker(self.run_dir, self.device)
         try:
             return self._run()
         finally:
+            self.marker.remove()
             lock.release()
 
     def _run(self) -> dict:
         run = self.config.run
         self._open_run()
-        self._announce()
+        announce(self)
+        self.marker.beat(self.state["step"])
         if self.state["step"] == 0:
             validation = self._validate()
             if validation:
@@ -202,9 +204,7 @@ class Trainer:
         progress = StepProgress(self.total_steps, self.state["step"])
         with progress, StopSignals(self):
             for batch in batches:
-                loss, per_codebook = self._step(batch)
-                self.window.add(self.state["step"], loss, per_codebook, self.grad_norm, self.bad, batch)
-                step = self.state["step"]
+                step = self._step(batch)
                 finished = step == self.total_steps
                 last = finished or self.stopping is not None
                 metrics = validation = None
@@ -228,36 +228,14 @@ class Trainer:
         batches.close()
         return summarize(self)
 
-    def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Nothing here asks a GPU for a value."""
-        loss: Any = 0.0
-        per_codebook: Any = 0.0
-        with self.tables:
-            for pack in (p.to(self.device) for p in batch.packs):
-                with self.autocast():
-                    part, parts = self.loss_function(self.model, pack)
-                if part.requires_grad:  # not where all that this pack would teach is frozen
-                    part.backward()
-                loss = loss + part.detach()
-                per_codebook = per_codebook + parts
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.config.optimizer.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.max_grad_norm, norm)
-        self.bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        # Fused AdamW leaves parameters, moments and its step count alone where this flag is 1.
-        self.optimizer.found_inf = self.bad.float()  # type: ignore[attr-defined]
-        lr = learning_rate(self.config.optimizer, self.state["step"], self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.state["step"] == 0:
-            warn_without_gradient(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.tables.clear(whole=self.device.type == "cpu" and bool(self.bad))
-        self.grad_norm, self.lr = norm, lr
+    def _step(self, batch: StepBatch) -> int:
+        """One optimizer step; how many there have been then."""
+        outcome = self.update(batch, self.state["step"])
         epoch, index = self._next(batch.epoch, batch.index)
         self.state.update(step=self.state["step"] + 1, epoch=epoch, index=index)
-        return loss, per_codebook
+        self.window.add(self.state["step"], outcome, batch)
+        self.lr = outcome.lr
+        return self.state["step"]
 
     # ------------------------------------------------------------------------------------------------- what is due
 
@@ -269,6 +247,7 @@ class Trainer:
     def _log(self, progress: StepProgress) -> dict[str, Any]:
         """Read the window: the only place where a quiet run waits for the device."""
         metrics = self.window.read()
+        self.marker.beat(self.state["step"])
         self._report_bad_steps(progress)
         progress.status(
             self.state["step"],
@@ -313,7 +292,7 @@ class Trainer:
         if self.validator is None:
             return None
         started = time.monotonic()
-        result = self.validator(self.model, self.device, self.autocast)
+        result = self.validator(self.model, self.device, self.update.autocast)
         self.window.pause(time.monotonic() - started)
         return {
             "val_loss": result["val_loss"],
@@ -338,7 +317,10 @@ class Trainer:
             return
         if best:
             self.state.update(best_val_loss=best["val_loss"], best_step=self.state["step"])
-        ckpt.save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, dump_yaml(self.config), self.record)
+        state = {**self.state, **self.update.state()}
+        ckpt.save_checkpoint(
+            self.run_dir, self.model, self.update.optimizer, state, dump_yaml(self.config), self.record
+        )
         best_step = self.state["best_step"]
         try:
             self._link_best()
@@ -353,40 +335,7 @@ class Trainer:
         if ckpt.complete(self.run_dir / ckpt.directory_name(step)):
             ckpt.link(self.run_dir, "best", ckpt.directory_name(step))
 
-    # --------------------------------------------------------------------------------------------------- the words
-
-    def _announce(self) -> None:
-        config = self.config
-        num_codebooks, vocab = vocabulary(self.model)
-        trained, every = (sum(p.numel() for p in some) for some in (self.parameters, self.model.parameters()))
-        start = f"continuing {self.resumed.name}" if self.resumed else f"from {config.model.model}"
-        if config.model.from_scratch and not self.resumed:
-            start = f"{config.model.model} from random weights"
-        per_step = (
-            f"{config.data.batch_rows:,} rows"
-            if config.data.batch_rows
-            else f"{config.data.batch_size * config.data.gradient_accumulation} conversations"
-        )
-        how = self.precision + ", compiled" * self.compiled
-        log.info("Model     %s: %s of %s parameters trained, %s", start, f"{trained:,}", f"{every:,}", how)
-        log.info(
-            "Data      %s: %s conversations, %.2f h; %s",
-            config.data.data,
-            f"{self.store.num_conversations:,}",
-            self.store.num_frames * 0.08 / 3600,
-            self.store.codec["name"],
-        )
-        every = self.packer.steps_in_epoch(0)
-        log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, self.total_steps, self.device)
-        log.info("Output    %s", self.run_dir)
-        log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
-        unheard = sorted(set(config.data.mask_speaker_ids) - set(self.packer.turn_speakers.tolist()))
-        if unheard:
-            log.warning("warning: --mask-speaker-ids %s: no turn is of that speaker", " ".join(map(str, unheard)))
-        if self.validator is None:
-            log.info("There is no validation split: best follows the last checkpoint.")
-        self.uniform = sum(coefficients(config.loss, num_codebooks)) * math.log(vocab)
-        self.entropy = unigram_entropy(self.store)
+    # --------------------------------------------------------------------------------------------- the run directory
 
     def _record(self, metrics: dict[str, Any] | None, validation: dict[str, Any] | None) -> None:
         """One line of metrics.jsonl, where there is something to say."""
