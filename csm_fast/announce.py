@@ -11,7 +11,7 @@ from . import checkpoint as ckpt
 from .config import TrainConfig
 from .errors import OutOfMemory
 from .model import vocabulary
-from .model_shape import model_config, parameter_shapes
+from .model_shape import parameter_shapes
 
 log = logging.getLogger("csm_fast")
 
@@ -22,7 +22,7 @@ def announce(trainer: Any) -> None:
     _, vocab = vocabulary(trainer.model)
     trained = sum(p.numel() for p in trainer.update.parameters)
     # By shape: a quantised weight holds two values per element, and adapters add their own.
-    every = sum(math.prod(shape) for shape in parameter_shapes(model_config(trainer.model)).values())
+    every = sum(math.prod(shape) for shape in parameter_shapes(trainer.model.config).values())
     start = f"continuing {trainer.resumed.name}" if trainer.resumed else f"from {config.model.model}"
     if config.model.from_scratch and not trainer.resumed:
         start = f"{config.model.model} from random weights"

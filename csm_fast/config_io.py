@@ -240,7 +240,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             negative = {"dest": field.name, "default": argparse.SUPPRESS}
             negative.update({"action": "store_false"} if hint is bool else {"action": "store_const", "const": "off"})
             first = "--no-" + shown.removeprefix("--")
-            group.add_argument(first, help="(it is on by default)" if default else argparse.SUPPRESS, **negative)
+            group.add_argument(
+                first, help="(it is on by default)" if default is True else argparse.SUPPRESS, **negative
+            )
             if hidden:
                 group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)
         if hidden:

@@ -27,6 +27,18 @@ _PREFERRED = (
 )
 
 
+# An adapter's weights, as PEFT and csm-mlx name them.
+PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
+
+
+def is_adapter(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is a directory that holds an adapter, and no model beside it."""
+    path = Path(name_or_path).expanduser()
+    return any((path / name).is_file() for name in (PEFT_WEIGHTS, MLX_WEIGHTS)) and not any(
+        (path / name).is_file() for name in _PREFERRED
+    )
+
+
 def _select(files: Iterable[str], where: str) -> str:
     """The file to start reading from among a directory's."""
     files = set(files)
@@ -133,6 +145,7 @@ def _download(name: str) -> Path:
 
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
 
 @dataclasses.dataclass

@@ -69,7 +69,7 @@ def attach_adapters(model: CSM, config: TrainConfig, dtype: torch.dtype, resumed
             mend="leave one of them out",
         )
     base = f"{config.model.model}, random, seed {config.data.seed}" if config.model.from_scratch else config.model.model
-    adapters.attach(model, config.adapter, compute_dtype=dtype, base=base)
+    adapters.attach(model, config.adapter, compute_dtype=dtype, base=base, seed=config.data.seed)
     if resumed:
         adapter_files.load_into(model, resumed)
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint as ckpt
-from . import optim
 from .config import OptimizerSection
 from .loader import StepBatch
 from .machine import compute_dtype
-from .optim import TableGradients, learning_rate, make_optimizer, warn_without_gradient
+from .optim import TableGradients, in_backward, learning_rate, make_optimizer, warn_without_gradient
+from .packing import draw
 
+DROPOUT = 4  # purpose of a draw
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
@@ -47,7 +48,7 @@ class Update:
         precision: "bf16", "fp16" or "fp32".
         loss_function: (model, pack) -> (loss, per-codebook [K]).
         total_steps: of the schedule.
-        seed: of stochastic rounding.
+        seed: of stochastic rounding and dropout.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Update:
     ):
         self.model, self.section, self.device = model, section, device
         self.dtype, self.loss_function, self.total_steps = compute_dtype(precision), loss_function, total_steps
+        self.seed = seed
         self.optimizer: Any = make_optimizer(model, section, seed)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.tables = TableGradients(model)
@@ -86,9 +88,11 @@ class Update:
         lr = learning_rate(self.section, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Dropout's draws: a function of the seed and the step, so that a run continues as it would have gone on.
+        torch.manual_seed(int(draw(self.seed, DROPOUT, step).integers(2**62)))
         loss: Any = 0.0
         per_codebook: Any = 0.0
-        at_once = None
+        at_once: in_backward | None = None
         with self.tables:
             for i, pack in enumerate(batch.packs):
                 with self.autocast():
@@ -98,12 +102,13 @@ class Update:
                 if not part.requires_grad:  # all that this pack would teach is frozen
                     continue
                 if self.section.optimizer_in_backward and i + 1 == len(batch.packs):
-                    at_once = optim.in_backward(self.optimizer, ~torch.isfinite(loss))
+                    at_once = in_backward(self.optimizer, ~torch.isfinite(loss))
                 with at_once or nullcontext():
                     self.scaler.scale(part).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = at_once.norm() if at_once else nn.utils.get_total_norm(gradients)
         if self.section.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.section.max_grad_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
@@ -111,7 +116,7 @@ class Update:
         self.optimizer.found_inf = bad.float()
         self.optimizer.step()
         if step == 0:
-            warn_without_gradient(self.optimizer)
+            warn_without_gradient(self.optimizer, at_once.updated if at_once else ())
         self.optimizer.zero_grad(set_to_none=True)
         self.tables.clear(whole=self.device.type == "cpu" and bool(bad))
         if self.scaler.is_enabled():
