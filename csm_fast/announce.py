@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint as ckpt
+from . import memory
 from .config import TrainConfig
 from .errors import OutOfMemory
 from .model import vocabulary
@@ -51,7 +52,7 @@ def announce(trainer: Any) -> None:
             "killed for memory: %s",
             trainer.marker.left["step"],
             trainer.marker.left["memory_gib"],
-            advice(config),
+            memory.advice(config),
         )
     log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
     unheard = sorted(set(config.data.mask_speaker_ids) - set(trainer.packer.turn_speakers.tolist()))
@@ -79,16 +80,9 @@ def _method(config: TrainConfig) -> str:
     return "; ".join(parts)
 
 
-def advice(config: TrainConfig) -> str:
-    """What makes the run smaller, the smallest change first."""
-    from . import memory
-
-    return memory.advice(config)
-
-
 def out_of_memory(error: BaseException, config: TrainConfig) -> OutOfMemory:
     """The line for it: what ran out, what is left, and the smallest change that helps."""
     reason = next(iter(str(error).strip().splitlines()), "")[:160]
     found = ckpt.checkpoints(Path(config.run.output_dir).expanduser())
     left = f"{found[-1].name} is intact and the same command continues from it" if found else "nothing was saved yet"
-    return OutOfMemory(f"not enough memory ({reason}); {left}", mend=advice(config))
+    return OutOfMemory(f"not enough memory ({reason}); {left}", mend=memory.advice(config))

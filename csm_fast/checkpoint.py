@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .adamw import AdamW
 from .convert import save_model
 from .errors import InputError
 from .model_files import write_tensors
+from .packing import Pack
 from .shard_file import replace_directory
 
 log = logging.getLogger("csm_fast")
@@ -53,6 +55,7 @@ def save_checkpoint(
     state: dict[str, Any],
     config_yaml: str,
     record: dict[str, Any],
+    probe: Pack | None = None,
 ) -> Path:
     """Write ``run_dir/step-N`` for ``state["step"]`` and point ``last`` at it.
 
@@ -60,6 +63,7 @@ def save_checkpoint(
         state: JSON-able position of the run; its "step" names the directory.
         config_yaml: the resolved configuration.
         record: the codec and tokenizer the model was trained with, kept beside its configuration.
+        probe: with adapters, real data on the model's device, of which a part goes with them (``probe.py``).
 
     Raises:
         InputError: the disk is full or not writable. Earlier checkpoints are untouched.
@@ -69,7 +73,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_weights(model, temporary)
+        save_weights(model, temporary, probe)
         write_record(temporary, record)
         write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer), None)
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -94,14 +98,17 @@ def save_checkpoint(
     return final
 
 
-def save_weights(model: nn.Module, directory: Path) -> None:
-    """The whole model, or what is trained of it where it carries adapters."""
+def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
+    """The whole model; where it carries adapters, what is trained of it."""
     if getattr(model, "adapter", None) is None:
         save_model(model, directory)
-    else:
-        from .adapter_files import save_adapter
+        return
+    from .adapter_files import save_adapter
+    from .probe import save_probe
 
-        save_adapter(model, directory)
+    save_adapter(model, directory)
+    if probe is not None and probe.target_rows.numel():
+        save_probe(model, probe, directory)
 
 
 def disk_error(error: BaseException, where: Path, what: str) -> InputError:
@@ -145,7 +152,7 @@ def link(run_dir: Path, name: str, target: str) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state under ``<state>/<parameter name>``, in an order that a resumed run's does not differ in."""
+    """The optimizer's state under ``<state>/<parameter name>``, in an order that a resumed run's does not differ in."""
     tensors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -155,7 +162,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Restore what ``optimizer_tensors`` saved; every tensor must find its parameter and shape."""
+    """Restore what ``optimizer_tensors`` saved; every tensor must find its parameter, dtype and shape."""
     file = checkpoint / "optimizer.safetensors"
     wanted: dict[str, torch.Tensor] = {}
     for group in optimizer.param_groups:
@@ -181,12 +188,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         )
     for name, state in seen.items():
         parameter = wanted[name]
+        form = _state_form(optimizer, parameter)
+        if {kind: value.dtype for kind, value in state.items()} != {kind: dtype for kind, (_, dtype) in form.items()}:
+            raise InputError(
+                f"the state of {name} is that of another optimizer",
+                file=file,
+                mend="use the same --optimizer and --weights, or a new run",
+            )
         for kind, value in state.items():
-            if kind != "step" and value.shape != parameter.shape:
+            if tuple(value.shape) != form[kind][0]:
                 raise InputError(f"{kind} of {name} has another shape than the model", file=file)
             # Fused AdamW keeps its step count on the parameter's device, beside the moments.
             state[kind] = value.to(parameter.device)
+        if isinstance(optimizer, AdamW):  # its own tensors, which may lie in paged memory
+            fresh = optimizer.initial_state(parameter)
+            state = {kind: fresh[kind].copy_(value) for kind, value in state.items()}
         optimizer.state[parameter] = state
+
+
+def _state_form(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a parameter's state."""
+    if isinstance(optimizer, AdamW):
+        return optimizer.state_form(parameter)
+    moment = tuple(parameter.shape), parameter.dtype
+    return {"step": ((), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
 
 
 def complete(checkpoint: Path) -> dict[str, Any] | None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from . import memory
 from .checkpoint import read_record
 from .config import NAMED_SHAPES, CSMConfig, TrainConfig
 from .config_io import read_mapping
 from .convert import load_model
 from .errors import InputError
 from .model import CSM, vocabulary
+from .model_files import read_json
+from .model_shape import config_from_json
 from .shard_file import old_directory
 from .token_store import TokenStore, check_compatible, open_split
 
@@ -45,23 +50,63 @@ def starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> C
                 f"--model {name} is a shape, not a trained model", mend="add --from-scratch to start at random"
             )
         return load_model(name, dtype=held)
+    return CSM(scratch_shape(name)).init_weights(config.data.seed)
+
+
+def scratch_shape(name: str) -> CSMConfig:
+    """The shape that ``--from-scratch --model name`` means."""
     if name in NAMED_SHAPES:
-        shape = NAMED_SHAPES[name]()
-    elif name == "sesame/csm-1b":
-        shape = CSMConfig.csm_1b()
-    elif name.endswith((".yaml", ".yml", ".json")):
-        shape = CSMConfig.from_dict(read_mapping(name), file=name)
+        return NAMED_SHAPES[name]()
+    if name == "sesame/csm-1b":
+        return CSMConfig.csm_1b()
+    if name.endswith((".yaml", ".yml", ".json")):
+        return CSMConfig.from_dict(read_mapping(name), file=name)
+    raise InputError(
+        f"--from-scratch needs a shape, {name} is none",
+        mend="use --model " + ", ".join(NAMED_SHAPES) + " or a YAML file of a CSMConfig",
+    )
+
+
+def shape_beforehand(config: TrainConfig, resumed: Path | None) -> CSMConfig | None:
+    """The shape of the model that a run will load, without loading it; None where only the weights tell."""
+    name = config.model.model
+    if resumed is None and config.model.from_scratch:
+        return scratch_shape(name)
+    if resumed is None and name == "sesame/csm-1b":
+        return CSMConfig.csm_1b()
+    path = resumed or Path(name).expanduser()
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return config_from_json(read_json(file), file) if file.is_file() else None
+
+
+def plan_memory(config: TrainConfig, shape: CSMConfig, store: TokenStore, device: torch.device, precision: str) -> None:
+    """Refuse a run that cannot fit into the device's memory, or choose the checkpointing with which it does.
+
+    Raises:
+        InputError: it does not fit; the line says by how much, and the smallest change that mends it.
+    """
+    if config.run.memory == "off":
+        return
+    data, sizes = config.data, np.sort(np.minimum(store.conversation_rows, config.data.pack_rows))
+    step = data.batch_rows or int(sizes[-data.batch_size * data.gradient_accumulation :].sum())
+    load: dict[str, Any] = {
+        "rows": min(data.pack_rows, step),
+        "packs": math.ceil(step / data.pack_rows),
+        "audio_share": store.num_frames / max(1, int(store.conversation_rows.sum())),
+        "precision": precision,
+    }
+    if config.run.memory == "auto":
+        config.model.activation_checkpointing = memory.choose_checkpointing(config, shape, device, **load)  # type: ignore[assignment]
     else:
-        raise InputError(
-            f"--from-scratch needs a shape, {name} is none",
-            mend="use --model " + ", ".join(NAMED_SHAPES) + " or a YAML file of a CSMConfig",
-        )
-    return CSM(shape).init_weights(config.data.seed)
+        memory.check(config, shape, device, **load)
 
 
-def attach_adapters(model: CSM, config: TrainConfig, dtype: torch.dtype, resumed: Path | None) -> None:
+def attach_adapters(
+    model: CSM, config: TrainConfig, dtype: torch.dtype, store: TokenStore, resumed: Path | None
+) -> None:
     """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them."""
     from . import adapter_files, adapters
+    from .embedding_rows import EmbeddingRows, rows_in
 
     if config.optimizer.weights != "fp32":
         raise InputError(
@@ -70,6 +115,8 @@ def attach_adapters(model: CSM, config: TrainConfig, dtype: torch.dtype, resumed
         )
     base = f"{config.model.model}, random, seed {config.data.seed}" if config.model.from_scratch else config.model.model
     adapters.attach(model, config.adapter, compute_dtype=dtype, base=base, seed=config.data.seed)
+    if config.adapter.train_embeddings == "rows":
+        EmbeddingRows(model, *rows_in([store], model))
     if resumed:
         adapter_files.load_into(model, resumed)
 
@@ -137,7 +184,7 @@ def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
     """What the position (epoch, index) of a run refers to: the data and how it is dealt out."""
     data = dataclasses.asdict(config.data)
     shards = json.dumps(store.manifest["shards"], sort_keys=True).encode()
-    identity = {key: data[key] for key in POSITIONAL}
+    identity = {**{key: data[key] for key in POSITIONAL}, "method": config.adapter.method}
     if config.data.batch_rows is not None:
         identity["pack_rows"] = config.data.pack_rows
     return {**identity, "tokens": hashlib.sha256(shards).hexdigest()[:16]}

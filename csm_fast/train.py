@@ -37,7 +37,9 @@ from .start import (
     check_data,
     check_position,
     open_optional_split,
+    plan_memory,
     position_identity,
+    shape_beforehand,
     starting_model,
 )
 from .token_store import open_split
@@ -102,18 +104,19 @@ class Trainer:
         adapts = config.adapter.method != "full"
         if self.resumed:
             self.state = {k: v for k, v in (ckpt.complete(self.resumed) or {}).items() if k not in ("format", "files")}
+            check_position(self.state.get("data", {}), position_identity(config, self.store), self.resumed)
+        shape = model.config if model is not None else shape_beforehand(config, self.resumed)
+        if shape is not None:
+            plan_memory(config, shape, self.store, self.device, self.precision)
         if self.resumed and not adapts:
             self.model = load_model(str(self.resumed), dtype=base_dtypes(config, compute_dtype(self.precision)))
         else:
             self.model = model if model is not None else starting_model(config, compute_dtype(self.precision))
         stores = [store for store in (self.store, self.val_store) if store is not None]
         self.record = check_data(self.model, stores, config, self.resumed)
-        identity = position_identity(config, self.store)
-        if self.resumed:
-            check_position(self.state.get("data", {}), identity, self.resumed)
-        self.state["data"] = identity
+        self.state["data"] = position_identity(config, self.store)
         if adapts:
-            attach_adapters(self.model, config, compute_dtype(self.precision), self.resumed)
+            attach_adapters(self.model, config, compute_dtype(self.precision), self.store, self.resumed)
         else:
             cast_weights(self.model, config.optimizer)
         for part in config.model.freeze:
@@ -317,10 +320,15 @@ class Trainer:
             return
         if best:
             self.state.update(best_val_loss=best["val_loss"], best_step=self.state["step"])
-        state = {**self.state, **self.update.state()}
-        ckpt.save_checkpoint(
-            self.run_dir, self.model, self.update.optimizer, state, dump_yaml(self.config), self.record
+        state, settings = {**self.state, **self.update.state()}, dump_yaml(self.config)
+        probe = None if self.config.adapter.method == "full" else self.packer.step(0, 0).packs[0].to(self.device)
+        saved = ckpt.save_checkpoint(
+            self.run_dir, self.model, self.update.optimizer, state, settings, self.record, probe
         )
+        if last:
+            sizes = {path.name: path.stat().st_size for path in saved.glob("*.safetensors")}
+            parts = ", ".join(f"{size / 1e6:,.1f} MB {name}" for name, size in sorted(sizes.items()))
+            progress.write(f"saved {saved.name}: {parts}")
         best_step = self.state["best_step"]
         try:
             self._link_best()

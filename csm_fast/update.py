@@ -105,6 +105,9 @@ class Update:
                     at_once = in_backward(self.optimizer, ~torch.isfinite(loss))
                 with at_once or nullcontext():
                     self.scaler.scale(part).backward()
+        rows = getattr(self.model, "embedding_rows", None)
+        if rows is not None:
+            rows.pull()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -115,6 +118,8 @@ class Update:
         # The optimizers leave parameters, moments and their step count alone where this flag is 1.
         self.optimizer.found_inf = bad.float()
         self.optimizer.step()
+        if rows is not None:
+            rows.push()
         if step == 0:
             warn_without_gradient(self.optimizer, at_once.updated if at_once else ())
         self.optimizer.zero_grad(set_to_none=True)

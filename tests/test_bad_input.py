@@ -455,7 +455,13 @@ def test_no_memory(tmp_path, refused, monkeypatch, words):
         raise RuntimeError(words)
 
     monkeypatch.setattr("csm_fast.train.packed_loss", loss)
-    refused(train(prepare(tmp_path)), "not enough memory (", words.splitlines()[0], "smaller", "--pack-rows")
+    refused(
+        train(prepare(tmp_path)),
+        "not enough memory (",
+        words.splitlines()[0],
+        "smallest change",
+        "--activation-checkpointing",
+    )
 
 
 def test_model_names(tmp_path, refused):
