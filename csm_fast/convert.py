@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import NAMED_SHAPES, CSMConfig
 from .errors import InputError
 from .model import CSM
-from .model_files import Entry, locate, read_entries, read_json, shards, write_tensors
+from .model_files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
 from .model_shape import config_from_json, model_config, parameter_shapes, sesame_config, transformers_config
 from .shard_file import write_bytes, writing_to
 
@@ -33,7 +33,7 @@ __all__ = [
     "transformers_to_sesame",
 ]
 
-_LAYER = {  # transformers and csm-mlx -> Sesame, within a layer
+LAYER = {  # transformers and csm-mlx -> Sesame, within a layer
     "self_attn.q_proj.weight": "attn.q_proj.weight",
     "self_attn.k_proj.weight": "attn.k_proj.weight",
     "self_attn.v_proj.weight": "attn.v_proj.weight",
@@ -82,13 +82,13 @@ def sesame_name(name: str, style: str) -> str | None:
         return name
     if match := re.fullmatch(r"(.+)\.layers\.(\d+)\.(.+)", name):
         stack, index, leaf = match.groups()
-        if stack in _STACKS and leaf in _LAYER:
-            return f"{_STACKS[stack]}.layers.{index}.{_LAYER[leaf]}"
+        if stack in _STACKS and leaf in LAYER:
+            return f"{_STACKS[stack]}.layers.{index}.{LAYER[leaf]}"
         return name
     return (_CSM_MLX if style == "csm-mlx" else _TRANSFORMERS | _TRANSFORMERS_DRAFT).get(name, name)
 
 
-def _rotated_heads(name: str, config: CSMConfig) -> int | None:
+def rotated_heads(name: str, config: CSMConfig) -> int | None:
     """Heads of a query or key projection (Sesame's name), whose rows depend on the rotary convention; else None."""
     stack = config.backbone if name.startswith("backbone.") else config.decoder
     if name.endswith(".attn.q_proj.weight"):
@@ -132,7 +132,7 @@ def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> di
     top: dict[str, list[str]] = {}
     for theirs, ours in _TRANSFORMERS.items():
         top.setdefault(ours, []).append(theirs)
-    layer = {ours: theirs for theirs, ours in _LAYER.items()}
+    layer = {ours: theirs for theirs, ours in LAYER.items()}
     prefix = {"backbone": "backbone_model", "decoder": "depth_decoder.model"}
     result = {}
     for name, tensor in state.items():
@@ -140,7 +140,7 @@ def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> di
             continue
         if match := re.fullmatch(r"(backbone|decoder)\.layers\.(\d+)\.(.+)", name):
             stack, index, leaf = match.groups()
-            if heads := _rotated_heads(name, config):
+            if heads := rotated_heads(name, config):
                 tensor = split_rows(tensor, heads)
             result[f"{prefix[stack]}.layers.{index}.{layer[leaf]}"] = tensor
         else:
@@ -195,12 +195,19 @@ class _Plan:
                 mend="some releases of transformers 5 left the backbone's copy random when loading; export the model "
                 "again with a release that ties them",
             )
-        heads = _rotated_heads(name, config) if self.style == "transformers" else None
+        heads = rotated_heads(name, config) if self.style == "transformers" else None
         return interleave_rows(tensor, heads) if heads else tensor
 
 
-def load_model(name_or_path: str | os.PathLike[str], *, device: Any = "cpu", dtype: torch.dtype | None = None) -> CSM:
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: Any = "cpu",
+    dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
+) -> CSM:
     """Load a CSM from a hub id, a directory or a ``.safetensors`` file.
+
+    A directory that holds an adapter gives the model that it names as its base, with the adapter merged in float32.
 
     The weights may be sharded (``*.safetensors.index.json``) and may carry Sesame's, transformers' or csm-mlx' names;
     which of them is read off the names. From the hub only config.json and one set of weights is fetched.
@@ -208,12 +215,21 @@ def load_model(name_or_path: str | os.PathLike[str], *, device: Any = "cpu", dty
     Args:
         name_or_path: such as ``sesame/csm-1b``, ``run/best`` or ``model.safetensors``.
         device: where the parameters go, one at a time.
-        dtype: of the parameters; None means float32, the dtype of master weights.
+        dtype: of the parameters, or a function from a parameter's name (Sesame's) to it; None means float32, the dtype
+            of master weights.
 
     Raises:
         InputError: nothing there, unreadable or truncated files, tensors that are missing, unexpected or of another
             shape, and a hub that does not answer. Nothing is half loaded.
     """
+    if is_adapter(name_or_path):
+        from .merge import load_merged
+
+        model = load_merged(name_or_path)
+        for name, parameter in model.named_parameters():
+            kind = dtype(name) if callable(dtype) else dtype or torch.float32
+            parameter.data = parameter.data.to(device=device, dtype=kind)
+        return model
     file = locate(os.fspath(name_or_path))
     plan = _Plan([entry for part in shards(file) for entry in read_entries(file.with_name(part))], file)
     config = _read_config(file.with_name("config.json"), plan)
@@ -222,7 +238,8 @@ def load_model(name_or_path: str | os.PathLike[str], *, device: Any = "cpu", dty
         model = CSM(config)
     for name in plan.sources:
         # A copy in every case: the file may be replaced while the model lives.
-        tensor = plan.read(name, config).to(device=device, dtype=dtype or torch.float32, copy=True)
+        kind = dtype(name) if callable(dtype) else dtype or torch.float32
+        tensor = plan.read(name, config).to(device=device, dtype=kind, copy=True)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.contiguous()))
     return model

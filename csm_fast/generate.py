@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,6 @@ class Generator:
     def __init__(self, model: Any, tokenizer: Any = None, codec: Any = None):
         self.model, self.tokenizer, self.codec = model, tokenizer, codec
 
-    @torch.inference_mode()
     def generate_codes(
         self,
         turns: Sequence[Turn],
@@ -153,7 +153,7 @@ class Generator:
         Raises:
             InputError: the prompt leaves no room for ``max_frames``.
         """
-        stepper = Stepper(self.model)
+        stepper, adapter = Stepper(self.model), getattr(self.model, "adapter", None)
         tokens, is_audio = prompt_rows(turns, stepper.num_codebooks)
         room = stepper.limit - len(tokens)
         if room < max_frames:
@@ -170,16 +170,19 @@ class Generator:
 
         frames: list[Tensor] = []
         ended = False
+        # Adapters are wider than the weights beside them.
+        device = self.model.text_embeddings.weight.device.type
         try:
-            hidden = stepper.feed(tokens, is_audio)
-            while len(frames) < max_frames:
-                codes = stepper.frame(hidden, choose)
-                if not codes.any():
-                    ended = True
-                    break
-                frames.append(codes.cpu())
-                row = torch.cat([codes, codes.new_zeros(1)]).unsqueeze(0)
-                hidden = stepper.feed(row, torch.ones(1, dtype=torch.bool))
+            with torch.inference_mode(), adapter.autocast(device) if adapter else nullcontext():
+                hidden = stepper.feed(tokens, is_audio)
+                while len(frames) < max_frames:
+                    codes = stepper.frame(hidden, choose)
+                    if not codes.any():
+                        ended = True
+                        break
+                    frames.append(codes.cpu())
+                    row = torch.cat([codes, codes.new_zeros(1)]).unsqueeze(0)
+                    hidden = stepper.feed(row, torch.ones(1, dtype=torch.bool))
         finally:
             self.model.train(was_training)
         empty = np.zeros((0, stepper.num_codebooks), dtype=np.int64)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .adapters import adapted_weight
 from .config import LossSection
 from .model import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
 from .packing import Pack, pack_padded
@@ -93,7 +94,8 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
 
 
 def _linear_weight(head: Any) -> Tensor:
-    return head.weight
+    """The head as one matrix [V, D], its adapter included; an adapter's dropout does not apply here."""
+    return adapted_weight(head)
 
 
 def forward(self: Any, tokens: Tensor, tokens_mask: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import ops
+from .adamw import AdamW, can_page
 from .config import OptimizerSection
 from .errors import InputError
 
@@ -23,8 +26,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     decay: dict = {"params": [], "names": [], "weight_decay": weight_decay}
     plain: dict = {"params": [], "names": [], "weight_decay": 0.0}
+    rows = getattr(model, "embedding_rows", None)  # whose masters stand for the tables
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not (rows and rows.owns(parameter)):
             group = plain if parameter.dim() < 2 or "embeddings" in name else decay
             group["params"].append(parameter)
             group["names"].append(name)
@@ -40,15 +44,91 @@ def cast_weights(model: nn.Module, section: OptimizerSection) -> None:
         model.to(torch.bfloat16)
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -> torch.optim.AdamW:
-    """Fused AdamW. Its ``found_inf`` attribute skips an update on the device, without asking the host."""
-    return torch.optim.AdamW(
-        parameter_groups(model, section.weight_decay),
-        lr=peak_learning_rate(section),
-        betas=(section.beta1, section.beta2),
-        eps=section.adam_eps,
-        fused=True,
-    )
+def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -> torch.optim.Optimizer:
+    """PyTorch's fused AdamW for float32 weights and moments, ``csm_fast.adamw.AdamW`` for all else.
+
+    The ``found_inf`` attribute of both skips an update on the device, without asking the host. ``model`` is on its
+    device, frozen and cast as the run wants it; ``seed`` is that of stochastic rounding.
+
+    Raises:
+        InputError: nothing to train; 8-bit moments without bitsandbytes.
+    """
+    groups = parameter_groups(model, section.weight_decay)
+    lr, betas, eps = peak_learning_rate(section), (section.beta1, section.beta2), section.adam_eps
+    if section.optimizer == "adamw" and section.weights == "fp32":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    rounding = "stochastic" if section.weights == "fp32" else section.weights.removeprefix("bf16-")
+    paged = section.optimizer == "paged-adamw-8bit" and can_page(p for g in groups for p in g["params"])
+    bits: Any = 32 if section.optimizer == "adamw" else 8
+    return AdamW(groups, lr, betas, eps, bits=bits, rounding=rounding, seed=seed, paged=paged)  # type: ignore[arg-type]
+
+
+class in_backward:  # noqa: N801 - reads as the statement that it is used in
+    """Within it, a backward pass updates each parameter as soon as its gradient is complete, and drops the gradient.
+
+    For the last backward pass of an optimizer step; earlier ones accumulate as usual. Clips nothing. What has no
+    gradient in it, or keeps it elsewhere (``TableGradients``), is left for ``optimizer.step()``:
+
+        at_once = in_backward(optimizer, ~torch.isfinite(loss))
+        with at_once:
+            loss.backward()
+        optimizer.found_inf = at_once.bad.float()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Args:
+        optimizer: PyTorch's fused AdamW or ``csm_fast.adamw.AdamW``.
+        bad: [] bool on the device; where it is true, nothing is updated.
+
+    Attributes:
+        bad: [] bool: as given, or a gradient was not finite. Whose gradient came before that one is updated already.
+        updated: the parameters whose gradients came.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, bad: Tensor):
+        self.optimizer, self.bad = optimizer, bad
+        self.updated: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> in_backward:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                hook = partial(self._update, group)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
+        if parameter.grad is None:  # it is kept elsewhere (``TableGradients``)
+            return
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self._norms.append(norm)
+        self.bad = self.bad | ~torch.isfinite(norm)
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = self.bad.float()
+        if isinstance(optimizer, AdamW):
+            optimizer.step_parameter(parameter)
+        else:
+            groups = optimizer.param_groups
+            optimizer.param_groups = [{**group, "params": [parameter]}]
+            try:
+                optimizer.step()
+            finally:
+                optimizer.param_groups = groups
+        parameter.grad = None
+        self.updated.append(parameter)
+
+    def norm(self) -> Tensor:
+        """[] float32, the norm of all gradients: of those that came, and of those that are still there."""
+        left = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = [*self._norms, *(torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in left)]
+        return (
+            torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self.bad, dtype=torch.float32)
+        )
 
 
 class TableGradients:
@@ -89,11 +169,12 @@ class TableGradients:
         self.others_wrote = False
 
 
-def warn_without_gradient(optimizer: torch.optim.Optimizer) -> None:
-    """Name what is trained but was not reached by the backward pass."""
+def warn_without_gradient(optimizer: torch.optim.Optimizer, updated: Iterable[Tensor] = ()) -> None:
+    """Name what is trained but was not reached by the backward pass; ``updated`` had its gradient, and lost it."""
+    reached = {id(parameter) for parameter in updated}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            if parameter.grad is None:
+            if parameter.grad is None and id(parameter) not in reached:
                 log.warning("warning: %s is trainable but got no gradient in the first step", name)
 
 

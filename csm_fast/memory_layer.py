@@ -1,0 +1,345 @@
+"""A layer of a stack in bytes: what it saves for its backward pass, and what it takes while it runs.
+
+The ledger, and the part of ``memory_step.py``'s walk that repeats from layer to layer. It follows ``model.run_layer``
+and the operators that this calls.
+
+Three forms are walked. On a CPU the layers run operation by operation, as PyTorch's autograd saves them; that form is
+measured (``benchmarks/memory_plan.py``). On CUDA without ``torch.compile`` they do the same with other operators; this
+follows from the code. Compiled, a layer keeps what the compiler's partitioner chooses; what it chooses was looked at on
+a CPU (``tests/test_memory.py``), the rest follows from the code. Nothing here was measured on a GPU.
+
+Sizes in the comments: n rows of a stack of width D, with F the width of its MLP, KV that of its keys, H heads; c bytes
+of the type of the matrix products, r bytes of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .config import TransformerConfig
+from .memory_weights import LAYER_LINEARS, SMALLEST_8BIT, Weight
+
+WEIGHTS, COPIES, ADAPTERS, GRADIENTS = "weights", "copies", "adapters", "gradients"
+OPTIMIZER, ACTIVATIONS, WORKSPACE = "optimizer", "activations", "workspace"
+COMPONENTS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, COPIES, ACTIVATIONS, WORKSPACE)
+
+SHORT_SCORES = 2**20  # scores that short_attention holds at once
+GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
+# The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
+KEPT_COPIES = {"off": LAYER_LINEARS, "selective": LAYER_LINEARS[:4], "full": ()}
+OPTIMIZER_CHUNK = 2**22  # elements that an update of bf16 weights widens to float32 at a time
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a step is computed.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        compiled: the layers run under ``torch.compile``.
+        autocast: products are cast from float32; ``compute`` is the bytes of their type.
+        checkpointing: "off", "selective" or "full".
+        dropout: the adapters have one.
+        in_backward: each weight is updated as soon as its gradient is there.
+        moments_8bit: the optimizer's state is in 8 bits.
+        packs: per optimizer step; from the second on, gradients are there from the start.
+    """
+
+    device: str
+    compiled: bool
+    autocast: bool
+    compute: int
+    checkpointing: str
+    dropout: bool = False
+    in_backward: bool = False
+    moments_8bit: bool = False
+    packs: int = 1
+
+
+@dataclass
+class Ledger:
+    """Bytes alive by component, and the most there were at once."""
+
+    now: Counter = field(default_factory=Counter)
+    peak: Counter = field(default_factory=Counter)
+    moment: str = ""
+    phases: dict[str, int] = field(default_factory=dict)
+    phase: str = ""
+
+    def hold(self, component: str, size: float) -> int:
+        """Take ``size`` bytes; returns them, for ``drop``."""
+        self.now[component] += int(size)
+        total = self.now.total()
+        if total > self.peak.total():
+            self.peak, self.moment = Counter(self.now), self.phase
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), total)
+        return int(size)
+
+    def drop(self, component: str, size: float) -> int:
+        self.now[component] -= int(size)
+        return int(size)
+
+    def touch(self, size: float) -> None:
+        """Workspace that is gone at once."""
+        self.drop(WORKSPACE, self.hold(WORKSPACE, size))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A Llama stack at work."""
+
+    name: str
+    config: TransformerConfig
+    rows: int  # n
+    residual: int  # r
+    layers: list[dict[str, Weight]]
+    norm: Weight
+    packed: bool
+    reached: bool  # something before it is trained, so gradients go through it
+
+    @property
+    def active(self) -> bool:
+        return self.reached or any(w.trained or w.rank for layer in self.layers for w in layer.values())
+
+
+class Layers:
+    """What a layer of either stack takes and gives back, forward and backward."""
+
+    def __init__(self, setup: Setup, accumulated: bool):
+        """``accumulated``: gradients are there from earlier packs."""
+        self.setup, self.c, self.accumulated = setup, setup.compute, accumulated
+        self.ledger = Ledger()
+        self.cached: Counter = Counter()  # copies by layer, held until the layer's backward or the end of the forward
+
+    # ------------------------------------------------------------------------------------------------- small parts
+
+    def gradient(self, weight: Weight, cast: bool = True) -> None:
+        """The gradients of a linear layer's tensors are formed. Under autocast a float32 weight's is formed in the
+        compute type first, and both are there for a moment."""
+        ledger, narrow = self.ledger, self.setup.autocast and cast
+        for elements, width in weight.trained_tensors():
+            first = ledger.hold(WORKSPACE, elements * self.c) if narrow and width > self.c else 0
+            if self.accumulated:
+                ledger.touch(elements * width)  # then added to what earlier packs gave
+            elif self.setup.in_backward:
+                ledger.hold(GRADIENTS, elements * width)
+                ledger.touch(self.update_scratch(elements, width))
+                ledger.drop(GRADIENTS, elements * width)
+            else:
+                ledger.hold(GRADIENTS, elements * width)
+            ledger.drop(WORKSPACE, first)
+
+    def update_scratch(self, elements: int, width: int) -> int:
+        """Bytes that the update of a tensor takes while it runs: pieces of weight and gradient widened to float32, of
+        both moments and what becomes of one in 8 bits."""
+        eighth = self.setup.moments_8bit and elements >= SMALLEST_8BIT
+        scratch = (8 * (width < 4) + 9 * eighth) * min(elements, OPTIMIZER_CHUNK)
+        # Inside the backward pass the gradient's norm is taken in float32; on a CPU that widens all of it.
+        norm = 4 * elements if self.setup.in_backward and width < 4 and self.setup.device == "cpu" else 0
+        return max(scratch, norm)
+
+    def is_cast(self, weight: Weight) -> bool:
+        """Whether autocast makes a copy of the weight."""
+        return self.setup.autocast and not weight.quantised and weight.width > self.c
+
+    def copy(self, weight: Weight) -> int:
+        """Bytes of the copies that a linear layer multiplies with. NF4 is unpacked for each product and let go."""
+        size = weight.numel * self.c if self.is_cast(weight) else 0
+        if weight.rank and self.setup.autocast and self.c < 4:
+            size += weight.rank * (weight.inputs + weight.outputs) * self.c
+        return size
+
+    def unpacked(self, weight: Weight) -> int:
+        return weight.numel * self.c if weight.quantised else 0
+
+    def saved_input(self, weight: Weight, rows: int, wide: bool) -> int:
+        """Bytes that a linear layer saves of its input, beside what is shared with others: its own copy where the
+        input is ``wide`` (float32 under autocast). PEFT widens an adapter's input first, so that is always a copy."""
+        size = 0
+        if weight.trained and wide:
+            size += rows * weight.inputs * self.c
+        if weight.rank:
+            own = self.setup.autocast or self.setup.dropout
+            size += rows * weight.inputs * self.c * own + rows * weight.rank * self.c
+            size += rows * weight.inputs * 4 * self.setup.dropout  # its mask
+            # DoRA scales the layer's own product and the adapter's, each by a trained factor.
+            size += 2 * rows * weight.outputs * self.c * weight.dora
+        return size
+
+    def dora_scratch(self, weight: Weight, rows: int) -> int:
+        """Bytes while DoRA scales in float32: both products and their sum, or W + s B A and its parts for the norm."""
+        if not weight.dora or self.setup.compiled:
+            return 0
+        return 4 * max(3 * rows * weight.outputs, 3 * weight.numel)
+
+    # --------------------------------------------------------------------------------------------------- one layer
+
+    def saved(self, stack: Stack, index: int) -> tuple[int, int, int]:
+        """Bytes that a layer saves for its backward pass beside its input: the attention's part, the MLP's, and of
+        that what w2 saves of its input."""
+        return (self._saved_compiled if self.setup.compiled else self._saved)(stack.layers[index], stack)
+
+    def _saved_compiled(self, layer: dict[str, Weight], stack: Stack) -> tuple[int, int, int]:
+        """The partitioner keeps results of matrix products, and what such a product needs in the backward pass; cheap
+        things between them are computed again. (Seen with the backend aot_eager_decomp_partition on a CPU.)"""
+        n, c, config, width = stack.rows, self.c, stack.config, stack.config.embed_dim
+        kv, hidden = config.num_kv_heads * config.head_dim, config.intermediate_dim
+
+        def of(*names: str) -> tuple[bool, int]:
+            """Whether one of them needs its input, and the results of the adapters' A, DoRA's products too."""
+            used = [layer[name] for name in names]
+            needs = any(w.trained or w.rank for w in used)
+            return needs, sum(n * (w.rank + w.outputs * w.dora) * c for w in used)
+
+        needs, ranks = of("q_proj", "k_proj", "v_proj")
+        first = n * width * c * needs + ranks
+        first += n * (2 * width + 2 * kv) * c + 4 * n * (
+            2 + config.num_heads * stack.packed
+        )  # q, k, v, output; lse, 1/rms
+        first += n * width * c + of("output_proj")[1]  # output_proj's result, from which the MLP's input comes again
+        first += n * width * c * (layer["output_proj"].rank > 0)  # the adapter's copy of its input
+        needs, ranks = of("w2")
+        product = n * hidden * c * needs + ranks
+        needs, ranks = of("w1", "w3")
+        return first, n * width * c * needs + ranks + 2 * n * hidden * c + product, product
+
+    def _saved(self, layer: dict[str, Weight], stack: Stack) -> tuple[int, int, int]:
+        n, c, config, width = stack.rows, self.c, stack.config, stack.config.embed_dim
+        kv, hidden = config.num_kv_heads * config.head_dim, config.intermediate_dim
+        # Norm: float32 where its scale or the residual stream is; then every product makes a copy of its own.
+        wide = self.setup.autocast and max(layer["sa_norm"].width, stack.residual) > c
+
+        def of(*names: str) -> int:
+            used = [layer[name] for name in names]
+            shared = not wide and any(w.trained or (w.rank and not self.setup.autocast) for w in used)
+            return sum(self.saved_input(w, n, wide) for w in used) + n * width * c * shared
+
+        first = of("q_proj", "k_proj", "v_proj") + 4 * n
+        # q, k, v (rotated on a CPU, before the rotation for the decoder's kernel), the output; lse of packed attention.
+        first += n * (width + 2 * kv) * c
+        out = layer["output_proj"]
+        needs_out = out.trained or (out.rank and not self.setup.autocast)
+        first += n * width * c * (stack.packed or bool(needs_out)) + 4 * n * config.num_heads * stack.packed
+        first += self.saved_input(out, n, False)
+        if self.setup.device == "cpu" and stack.packed:
+            first += 2 * n * config.head_dim * 4  # cos + i sin of each row, for q and for k
+        second = n * width * stack.residual + 4 * n  # the MLP's input
+        second += of("w1", "w3")
+        second += 3 * n * hidden * c  # w1's result, its silu, w3's
+        w2 = layer["w2"]
+        needs_product = w2.trained or (w2.rank and not self.setup.autocast)
+        product = n * hidden * c * bool(needs_product) + self.saved_input(w2, n, False)
+        # On CUDA the norms run as they are written and save their results before the scale.
+        norms = n * width * stack.residual * (self.setup.device == "cuda")
+        return first + norms, second + norms + product, product
+
+    def layer_copies(self, stack: Stack, index: int, names: Iterable[str]) -> int:
+        return sum(self.copy(stack.layers[index][name]) for name in names)
+
+    def forward_layer(self, stack: Stack, index: int) -> None:
+        ledger, setup, config = self.ledger, self.setup, stack.config
+        n, width, hidden, c = stack.rows, config.embed_dim, config.intermediate_dim, self.c
+        kv = config.num_kv_heads * config.head_dim
+        first, second, _ = self.saved(stack, index)
+        if not stack.active:
+            ledger.touch(max(map(self.copy, stack.layers[index].values())))
+        else:
+            # Compiled, each goes after its product unless the backward pass needs it; else autocast keeps them all.
+            names = KEPT_COPIES[setup.checkpointing] if setup.compiled else LAYER_LINEARS
+            self.cached[stack.name, index] = ledger.hold(COPIES, self.layer_copies(stack, index, names))
+        unpacked = max(map(self.unpacked, stack.layers[index].values()))
+        normed = n * width * 4
+        attention = (3 * n * (width + kv) * 4 + self.attention_scratch(stack, False)) * (not setup.compiled)
+        if not stack.active:
+            ledger.touch(max(3 * n * hidden * c, attention) + normed + n * width * stack.residual + unpacked)
+            return
+        # What is saved is there in any case while the layer runs; then checkpointing lets go of it.
+        held = ledger.hold(ACTIVATIONS, first)
+        scaled = max(self.dora_scratch(w, n) for w in stack.layers[index].values())
+        ledger.touch(max(attention, normed + unpacked))
+        held_mlp = ledger.hold(ACTIVATIONS, second)
+        # DoRA scales w3's product while its result and w2's input are not there yet.
+        ledger.touch(max(n * width * stack.residual + unpacked + n * hidden * c, scaled - 2 * n * hidden * c))
+        if setup.checkpointing == "full":
+            ledger.drop(ACTIVATIONS, held + held_mlp)
+        elif setup.checkpointing == "selective":
+            # The MLP's input stays; compiled, it is computed again from the layer's and output_proj's result.
+            keeps = 0 if setup.compiled else n * width * stack.residual
+            ledger.drop(ACTIVATIONS, held_mlp - keeps)
+
+    def attention_scratch(self, stack: Stack, backward: bool) -> int:
+        """Bytes that the attention takes while it runs, roughly: they depend on the segments."""
+        n, config, c = stack.rows, stack.config, self.c
+        width, kv = config.embed_dim, config.num_kv_heads * config.head_dim
+        if self.setup.device == "cuda":
+            if not stack.packed:
+                return n * (width + 2 * kv) * c if backward else 0
+            # flash-attn's: dq in float32, and dk and dv for every query head before they are added up.
+            return n * width * (4 + 3 * c) + 2 * n * kv * c if backward else 0
+        scores = SHORT_SCORES * c * (3 if backward else 1)
+        if not stack.packed:
+            return scores + (n * (width + 2 * kv) * c if backward else 0)
+        if backward:  # grad, q, k, v, out gathered; dq, dk, dv, and joined
+            return int(GROUP_PADDING * n * (3 * width + 2 * kv) * c) + n * (width + 2 * kv) * c * 2 + scores
+        return int(GROUP_PADDING * n * (2 * width + 2 * kv) * c) + scores
+
+    def backward_layer(self, stack: Stack, index: int) -> None:
+        ledger, setup, config = self.ledger, self.setup, stack.config
+        layer, n, c, r = stack.layers[index], stack.rows, self.c, stack.residual
+        width, hidden, kv = config.embed_dim, config.intermediate_dim, config.num_kv_heads * config.head_dim
+        if not stack.active:
+            return
+        first, second, product_saved = self.saved(stack, index)
+        keeps = 0 if setup.compiled else n * width * r
+        if setup.checkpointing == "full":
+            self.cached[stack.name, index] = ledger.hold(COPIES, self.layer_copies(stack, index, LAYER_LINEARS))
+            ledger.hold(ACTIVATIONS, first + second)
+        elif setup.checkpointing == "selective":
+            again = set(LAYER_LINEARS) - set(KEPT_COPIES["selective"])
+            self.cached[stack.name, index] += ledger.hold(COPIES, self.layer_copies(stack, index, again))
+            ledger.hold(ACTIVATIONS, second - keeps)
+
+        def through(name: str) -> None:
+            """A linear layer's backward: its gradients, then its copy goes."""
+            weight = layer[name]
+            unpacked = ledger.hold(WORKSPACE, self.unpacked(weight))
+            if weight.rank and setup.autocast and not setup.compiled:
+                # The way back through PEFT's cast to float32 and autocast's to the compute type.
+                ledger.touch(n * weight.inputs * (4 + c))
+            ledger.touch(self.dora_scratch(weight, n))
+            self.gradient(weight)
+            ledger.drop(WORKSPACE, unpacked)
+            size = ledger.drop(COPIES, min(self.copy(weight), self.cached[stack.name, index]))
+            self.cached[stack.name, index] -= size
+
+        # The MLP. Beside what is saved: the gradient of the product, then those of both its factors.
+        product = ledger.hold(WORKSPACE, n * hidden * c + n * width * c * (r > c))
+        through("w2")
+        ledger.drop(ACTIVATIONS, product_saved)
+        factors = ledger.hold(WORKSPACE, 2 * n * hidden * c)
+        ledger.drop(WORKSPACE, product)
+        ledger.drop(ACTIVATIONS, 2 * n * hidden * c)
+        into = ledger.hold(WORKSPACE, n * width * 4)
+        through("w3")
+        through("w1")
+        ledger.drop(WORKSPACE, factors)
+        ledger.drop(ACTIVATIONS, second - product_saved - 2 * n * hidden * c)
+        self.gradient(layer["mlp_norm"], cast=False)
+        ledger.touch(3 * n * width * 4)
+        ledger.drop(WORKSPACE, into)
+        # The attention. The rotation's way back is in float32.
+        out = ledger.hold(WORKSPACE, n * width * c)
+        through("output_proj")
+        ledger.touch(self.attention_scratch(stack, True))
+        ledger.touch(2 * n * (width + kv) * 4 * (not setup.compiled))
+        ledger.drop(WORKSPACE, out)
+        into = ledger.hold(WORKSPACE, n * (width + 2 * kv) * c + n * width * 4)
+        for name in ("v_proj", "k_proj", "q_proj"):
+            through(name)
+        ledger.drop(ACTIVATIONS, first)
+        ledger.drop(WORKSPACE, into)
+        self.gradient(layer["sa_norm"], cast=False)
+        ledger.touch(4 * n * width * 4)
+        ledger.drop(COPIES, self.cached.pop((stack.name, index), 0))

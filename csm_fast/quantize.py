@@ -1,0 +1,127 @@
+"""NF4 with double quantisation for the linear layers of both stacks, by bitsandbytes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+INSTALL = "pip install -e '.[qlora]'"
+STACKS = ("backbone", "decoder")
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Import bitsandbytes, or what imports it (PEFT), without downloads, foreign code and warnings.
+
+    Where the package ``kernels`` is installed, bitsandbytes fetches a kernel from the hub and runs it while it is
+    being imported; where it is not, it logs a warning about that at every import.
+    """
+
+    def unrelated(record: logging.LogRecord) -> bool:
+        return "gemm_4bit_forward" not in record.getMessage()
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    hidden = "kernels" not in sys.modules and "bitsandbytes" not in sys.modules
+    logger.addFilter(unrelated)
+    if hidden:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if importlib.util.find_spec("bitsandbytes") is not None:
+                importlib.import_module("bitsandbytes")
+            yield
+    finally:
+        if hidden:
+            sys.modules.pop("kernels", None)
+        logger.removeFilter(unrelated)
+
+
+def load_bitsandbytes() -> Any:
+    """The module ``bitsandbytes``.
+
+    Raises:
+        InputError: not installed, or it does not load on this machine.
+    """
+    try:
+        with quiet_import():
+            return importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"4-bit weights need bitsandbytes ({error})", mend=INSTALL) from None
+
+
+@functools.cache
+def _nf4_linear() -> type:
+    """The class of quantised layers; made on first use, as bitsandbytes is imported no sooner."""
+    bnb = load_bitsandbytes()
+
+    class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[name-defined]
+        """bitsandbytes' 4-bit layer, with a forward of its own for two reasons.
+
+        On CPUs with AVX512-BF16, bitsandbytes repacks the weight in place at the first forward in eval mode without
+        gradients. The packed product has no derivative, so every gradient after one validation pass would lack the
+        part that flows through it, in silence. Nothing is ever packed here.
+
+        And bitsandbytes returns the input's dtype; under autocast this layer returns autocast's, as ``nn.Linear``.
+        """
+
+        def forward(self, x: Tensor) -> Tensor:
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
+            return bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
+
+    return NF4Linear
+
+
+def quantize_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """The NF4 copy of a layer without bias (blocks of 64, their scales in 8 bits by blocks of 256).
+
+    Args:
+        linear: weight [out, in], of any float dtype, on any device.
+        dtype: float32, bfloat16 or float16: the weight is rounded to it first, and products are computed in it.
+    """
+    if linear.bias is not None:
+        raise ValueError("layers of CSM have no bias")
+    bnb = load_bitsandbytes()
+    device, weight = linear.weight.device, linear.weight.data.to(dtype)
+    with torch.device("meta"):
+        quantized = _nf4_linear()(1, 1, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+    quantized.out_features, quantized.in_features = weight.shape
+    quantized.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=quantized)
+    quantized.weight = quantized.weight.to(device)  # quantises
+    quantized.train(linear.training)
+    return quantized
+
+
+def quantize_stacks(model: Any, dtype: torch.dtype) -> None:
+    """Replace every linear layer of backbone and decoder by its NF4 form, in place, one at a time."""
+    for stack in (getattr(model, name) for name in STACKS):
+        layers = [(name, module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
+        while layers:
+            name, module = layers.pop()
+            parent, _, leaf = name.rpartition(".")
+            setattr(stack.get_submodule(parent), leaf, quantize_linear(module, dtype))
+            del module
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether ``layer`` holds 4-bit weights."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """The weight [out, in] of a linear layer: itself, or what its 4 bits stand for, in the dtype of its products."""
+    if not is_quantized(layer):
+        return layer.weight
+    return load_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
