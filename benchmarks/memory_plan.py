@@ -154,6 +154,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
         "predicted": said.peak,
         "measured_step": tracked.peak + pack_bytes,
         "predicted_step": said.peak - said.before,
+        "predicted_before": said.before,
         "moment": said.moment,
         "components": said.components,
     }

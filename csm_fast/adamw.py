@@ -24,7 +24,7 @@ from .errors import InputError
 
 log = logging.getLogger("csm_fast")
 
-CHUNK = 1 << 22  # elements updated at once: at most 96 MiB of scratch, 24 bytes each
+CHUNK = 1 << 22  # elements updated at once: at most 80 MiB of scratch, 19 bytes each
 BLOCK = 256  # elements that share a scale; bitsandbytes' choice for optimizers
 FEWEST = 4096  # elements below which moments stay in float32, as in bitsandbytes: norms need it and cost nothing
 FEWEST_PAGED = 100_000  # elements below which paging costs more than it saves, as in bitsandbytes

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from . import adapters
 from .adapter_formats import (
-    CONFIG,
     TRAINED,
     SavedAdapter,
     read_adapter,
@@ -37,7 +36,7 @@ from .convert import load_model
 from .embedding_rows import EmbeddingRows
 from .errors import InputError
 from .model import CSM
-from .model_files import MLX_WEIGHTS, PEFT_WEIGHTS, read_json
+from .model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_json
 from .model_shape import config_from_json, model_config, sesame_config
 from .shard_file import write_bytes, writing_to
 
@@ -95,7 +94,7 @@ def _targets(model: Any) -> list[str]:
 
 def adapter_size(directory: str | os.PathLike[str]) -> dict[str, int]:
     """Bytes of each file of an adapter, by name; other files of the directory do not count."""
-    names = (PEFT_WEIGHTS, MLX_WEIGHTS, TRAINED, CONFIG, "config.json")
+    names = (PEFT_WEIGHTS, MLX_WEIGHTS, TRAINED, ADAPTER_CONFIG, "config.json")
     paths = (Path(directory).expanduser() / name for name in names)
     return {path.name: path.stat().st_size for path in paths if path.is_file()}
 
@@ -250,12 +249,14 @@ def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tup
         InputError: the adapter names no base, it cannot be loaded, or it is another one.
     """
     path = Path(directory).expanduser()
-    if not (path / CONFIG).is_file():
-        raise InputError("holds no adapter", file=path, mend=f"give a directory with {PEFT_WEIGHTS} and {CONFIG}")
-    config = read_json(path / CONFIG)
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise InputError(
+            "holds no adapter", file=path, mend=f"give a directory with {PEFT_WEIGHTS} and {ADAPTER_CONFIG}"
+        )
+    config = read_json(path / ADAPTER_CONFIG)
     name = base or str(config.get("base_model_name_or_path") or "")
     if not name:
-        raise InputError("does not name its base", file=path / CONFIG, mend="give it with --base")
+        raise InputError("does not name its base", file=path / ADAPTER_CONFIG, mend="give it with --base")
     seed = re.fullmatch(r".*, random, seed (\d+)", name)
     if seed and (shape := adapter_shape(path)):
         model = CSM(shape).init_weights(int(seed[1]))

@@ -27,11 +27,11 @@ from . import __version__
 from .config import AdapterSection, CSMConfig
 from .convert import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
 from .errors import InputError
-from .model_files import MLX_WEIGHTS, PEFT_WEIGHTS, Entry, read_entries, read_json, write_tensors
+from .model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, Entry, read_entries, read_json, write_tensors
 from .model_shape import parameter_shapes
 from .shard_file import write_bytes, writing_to
 
-CONFIG, TRAINED = "adapter_config.json", "trained.safetensors"
+TRAINED = "trained.safetensors"
 WHOLE = ("codebook0_head.weight", "audio_head", "text_embeddings.weight", "audio_embeddings.weight")
 PARTS = ("lora_A", "lora_B", "magnitude")  # PEFT's keys of a module, with the suffixes below
 _PEFT_SUFFIX = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
@@ -84,7 +84,9 @@ def read_adapter(directory: str | os.PathLike[str], shape: CSMConfig) -> SavedAd
     elif (path / MLX_WEIGHTS).is_file():
         saved = _read_mlx(path, shape)
     else:
-        raise InputError("holds no adapter", file=path, mend=f"give a directory with {PEFT_WEIGHTS} and {CONFIG}")
+        raise InputError(
+            "holds no adapter", file=path, mend=f"give a directory with {PEFT_WEIGHTS} and {ADAPTER_CONFIG}"
+        )
     _check_shapes(saved, shape)
     return saved
 
@@ -135,7 +137,7 @@ def _module(name: str, style: str, shape: CSMConfig, where: Path) -> str | None:
 
 
 def _read_peft(path: Path, shape: CSMConfig) -> SavedAdapter:
-    config = read_json(path / CONFIG)
+    config = read_json(path / ADAPTER_CONFIG)
     ours = ((config.get("auto_mapping") or {}).get("csm_fast")) or {}
     _refuse_unknown(config, path)
     entries = {e.name.removeprefix(_PEFT_PREFIX): e for e in read_entries(path / PEFT_WEIGHTS)}
@@ -173,7 +175,9 @@ def _read_peft(path: Path, shape: CSMConfig) -> SavedAdapter:
         )
         dtype = _DTYPES[ours["compute_dtype"]] if "compute_dtype" in ours else None
     except (KeyError, TypeError) as error:
-        raise InputError(f"lacks or misuses {error}", file=path / CONFIG, mend="copy or download it again") from None
+        raise InputError(
+            f"lacks or misuses {error}", file=path / ADAPTER_CONFIG, mend="copy or download it again"
+        ) from None
     base = str(config.get("base_model_name_or_path") or "")
     return SavedAdapter(section, modules, whole, base, ours.get("base_hash"), dtype, path)
 
@@ -206,7 +210,7 @@ def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
     }
     for what, found in odd.items():
         if found:
-            raise InputError(f"has {what}", file=path / CONFIG, mend="give a LoRA or DoRA of linear layers")
+            raise InputError(f"has {what}", file=path / ADAPTER_CONFIG, mend="give a LoRA or DoRA of linear layers")
 
 
 def write_peft(saved: SavedAdapter, directory: Path, targets: list[str] | None = None) -> None:
@@ -259,7 +263,7 @@ def _write(directory: Path, weights: str, tensors: Mapping[str, Tensor], config:
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / weights, tensors, None)
-        write_bytes(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_bytes(directory / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def write_transformers(saved: SavedAdapter, shape: CSMConfig, directory: Path) -> None:
@@ -298,10 +302,12 @@ def write_transformers(saved: SavedAdapter, shape: CSMConfig, directory: Path) -
 
 
 def _read_mlx(path: Path, shape: CSMConfig) -> SavedAdapter:
-    config = read_json(path / CONFIG)
+    config = read_json(path / ADAPTER_CONFIG)
     kind, given = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
     if kind not in ("lora", "dora"):
-        raise InputError(f"fine_tune_type is {kind}", file=path / CONFIG, mend="give an adapter, or load the model")
+        raise InputError(
+            f"fine_tune_type is {kind}", file=path / ADAPTER_CONFIG, mend="give an adapter, or load the model"
+        )
     known = _shapes(shape)
     modules: dict[str, dict[str, Tensor]] = {}
     for entry in read_entries(path / MLX_WEIGHTS):
@@ -325,7 +331,7 @@ def _read_mlx(path: Path, shape: CSMConfig) -> SavedAdapter:
             target_modules=sorted(modules),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"lora_parameters lacks or misuses {error}", file=path / CONFIG) from None
+        raise InputError(f"lora_parameters lacks or misuses {error}", file=path / ADAPTER_CONFIG) from None
     return SavedAdapter(section, modules, where=path)
 
 

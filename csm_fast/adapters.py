@@ -152,6 +152,8 @@ def _inject(peft: Any, model: Any, section: AdapterSection, targets: tuple[str, 
         if ours is not None:
             model.config = ours
     del model.peft_config  # it says less than Attached
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == set(targets), f"PEFT chose other layers: {sorted(adapted ^ set(targets))[:3]}"
 
 
 @functools.cache

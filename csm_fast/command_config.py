@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from .config import option
+from .config import (
+    AdapterSection,
+    DataSection,
+    LossSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    option,
+)
 from .errors import InputError
 
 
@@ -69,7 +77,48 @@ class VerifyAdapterConfig:
 
 
 @dataclass
+class PlanModelSection(ModelSection):
+    """``ModelSection`` with the choices that a plan makes where they are not given."""
+
+    model: str = option(
+        "csm-1b", "a shape (csm-1b, small, tiny), a model's directory or its config.json, or a YAML file of a CSMConfig"
+    )
+    activation_checkpointing: Literal["auto", "off", "selective", "full"] = option(  # type: ignore[assignment]
+        "auto", "auto: the fastest with which the pack fits", alias=("gradient_ckpt",), bare="full"
+    )
+
+
+@dataclass
+class PlanDataSection(DataSection):
+    data: str | None = option(  # type: ignore[assignment]
+        None, "directory written by csm-fast pretokenize: hours for an epoch, its share of audio rows"
+    )
+    pack_rows: int | None = option(  # type: ignore[assignment]
+        None, "rows of a pack (default: 4096, or the most that fit)", alias=("rows",)
+    )
+
+    def __post_init__(self):
+        if self.pack_rows is not None and self.pack_rows < 1:
+            raise InputError(f"--pack-rows {self.pack_rows}", mend="give at least 1")
+        if self.data is not None:
+            check_path("data", self.data)
+
+
+@dataclass
+class PlanAdapterSection(AdapterSection):
+    method: Literal["all", "full", "lora", "dora", "qlora"] = option(  # type: ignore[assignment]
+        "all", "one method, or all of them"
+    )
+
+
+@dataclass
 class PlanConfig:
-    """``csm-fast plan``."""
+    """``csm-fast plan``: its own settings, and those of a training run, so that a recipe can be planned as it is."""
 
     gpu: str | None = option(None, "memory such as 12GB, or a card such as rtx-4090 (default: this machine's)")
+    model: PlanModelSection = field(default_factory=PlanModelSection)
+    data: PlanDataSection = field(default_factory=PlanDataSection)
+    loss: LossSection = field(default_factory=LossSection)
+    adapter: PlanAdapterSection = field(default_factory=PlanAdapterSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection)

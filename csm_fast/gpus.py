@@ -107,8 +107,7 @@ def find_gpu(text: str) -> GPU:
     if starts:
         raise InputError(f"--gpu {text} may be {' or '.join(starts)}", mend="name one of them")
     near = difflib.get_close_matches(wanted, [_key(name) for name in GPUS], 1, 0.5)
-    name = next((n for n in GPUS if near and _key(n) == near[0]), None)
-    mend = f"did you mean {name}? " if name else ""
+    mend = "".join(f"did you mean {name}? " for name in GPUS if near and _key(name) == near[0])
     raise InputError(
         f"--gpu {text}: no such card is known",
         mend=mend + "write its memory, such as 12GB, or one of " + ", ".join(GPUS),
@@ -123,5 +122,6 @@ def _key(name: str) -> str:
 
 def known_gpu(device_name: str) -> GPU | None:
     """The card that a driver's name such as "NVIDIA GeForce RTX 4090" or "NVIDIA A100-SXM4-80GB" means, if known."""
-    wanted = _key(re.sub(r"(?i)laptop gpu|sxm\d?|pcie|-|hbm\d?e?", " ", device_name))
-    return next((gpu for name, gpu in GPUS.items() if _key(name) == wanted), None)
+    plain = re.sub(r"(?i)laptop gpu|sxm\d?|pcie|-|hbm\d?e?", " ", device_name)
+    wanted = {_key(plain), _key(re.sub(r"(?i)\d+ ?gb", "", plain))}
+    return next((gpu for name, gpu in GPUS.items() if _key(name) in wanted), None)

@@ -21,7 +21,6 @@ from .errors import InputError
 from .memory_layer import COMPONENTS, Setup
 from .memory_step import Load, Walk
 from .memory_weights import optimizer_state, weights
-from .packing import padded_rows
 
 GIB = 2**30
 # What a run takes beside its tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and
@@ -347,6 +346,8 @@ def choose_checkpointing(
 
 def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
     """Rows as the device will see them, padded to the next size of its ladder."""
+    from .packing import padded_rows
+
     most = config.data.pack_rows
     return padded_rows(min(rows or most, most), most, str(device).split(":")[0])
 

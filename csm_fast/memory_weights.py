@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .adapters import ATTN, SYNONYMS
 from .config import AdapterSection, CSMConfig, OptimizerSection, TransformerConfig
 
 # bitsandbytes' NF4 with double quantisation: 4 bits a weight; per block of 64 one absmax in 8 bits, and per 256 of
@@ -16,7 +15,10 @@ from .config import AdapterSection, CSMConfig, OptimizerSection, TransformerConf
 NF4_BLOCK, NF4_SCALES_BLOCK, NF4_CODES_BYTES = 64, 256, 4 * (16 + 256 + 1)
 # 8-bit moments: one byte each, and a float32 absmax per block. Smaller tensors keep float32 moments.
 MOMENT_BLOCK, SMALLEST_8BIT = 256, 4096
-LAYER_LINEARS = ATTN
+# The linear layers of a layer, and other tools' names for them, as in ``adapters``. That imports PyTorch, which takes
+# longer than a plan.
+LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
+SYNONYMS = {"o_proj": "output_proj", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # Rows of the text table that a corpus uses, where only such rows are trained: an assumption on the safe side for speech
 # of one language. Of the audio table it is every row.
 TEXT_ROWS = 16_384

@@ -141,8 +141,8 @@ def verify(config: VerifyAdapterConfig) -> None:
     log.info("Base      %s", saved.base)
     log.info("Adapter   %s", describe(saved))
     log.info("Probe     %d rows, loss %.6f when it was saved (%s)", probe.pack.rows, probe.loss, probe.name)
-    load_adapters(model.to(device), config.adapter, compute_dtype=probe.dtype)
-    _check(probe, "loaded", probe.loss_of(model, device), probe.allowed)
+    load_adapters(model, config.adapter, compute_dtype=probe.dtype)  # quantised on the CPU, as in training
+    _check(probe, "loaded", probe.loss_of(model.to(device), device), probe.allowed)
     del model  # one at a time
     model, saved = load_base(config.adapter, config.base)
     _merge_and_check(model.to(device), saved, probe, device)

@@ -27,16 +27,16 @@ _PREFERRED = (
 )
 
 
-# An adapter's weights, as PEFT and csm-mlx name them.
+# An adapter's files, as PEFT and csm-mlx name them.
 PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def is_adapter(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this is a directory that holds an adapter, and no model beside it."""
+    """Whether this is a directory that holds an adapter and its configuration, and no model beside them."""
     path = Path(name_or_path).expanduser()
-    return any((path / name).is_file() for name in (PEFT_WEIGHTS, MLX_WEIGHTS)) and not any(
-        (path / name).is_file() for name in _PREFERRED
-    )
+    held = {name for name in (PEFT_WEIGHTS, MLX_WEIGHTS, ADAPTER_CONFIG, *_PREFERRED) if (path / name).is_file()}
+    return ADAPTER_CONFIG in held and not held.isdisjoint((PEFT_WEIGHTS, MLX_WEIGHTS)) and held.isdisjoint(_PREFERRED)
 
 
 def _select(files: Iterable[str], where: str) -> str:

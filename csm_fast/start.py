@@ -15,7 +15,7 @@ import torch
 
 from . import memory
 from .checkpoint import read_record
-from .config import NAMED_SHAPES, CSMConfig, TrainConfig
+from .config import NAMED_SHAPES, CSMConfig, OptimizerSection, TrainConfig
 from .config_io import read_mapping
 from .convert import load_model
 from .errors import InputError
@@ -24,6 +24,25 @@ from .model_files import read_json
 from .model_shape import config_from_json
 from .shard_file import old_directory
 from .token_store import TokenStore, check_compatible, open_split
+
+
+def check_precision(precision: str, section: OptimizerSection) -> None:
+    """Refuse what fp16 cannot do.
+
+    Raises:
+        InputError: fp16 with bf16 weights, or with updates before all gradients are there to tell an overflow.
+    """
+    if precision != "fp16":
+        return
+    if section.weights != "fp32":
+        raise InputError(
+            f"--precision fp16 computes in fp16, --weights {section.weights} are bf16", mend="leave one of them out"
+        )
+    if section.optimizer_in_backward:
+        raise InputError(
+            "--optimizer-in-backward cannot take back an update when a later gradient overflows in fp16",
+            mend="use --precision bf16 or fp32, or leave it out",
+        )
 
 
 def base_dtypes(config: TrainConfig, dtype: torch.dtype) -> Callable[[str], torch.dtype]:

@@ -36,6 +36,7 @@ from .start import (
     base_dtypes,
     check_data,
     check_position,
+    check_precision,
     open_optional_split,
     plan_memory,
     position_identity,
@@ -84,6 +85,7 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.device = resolve_device(config.run.device)
         self.precision = resolve_precision(config.model.precision, self.device)
+        check_precision(self.precision, config.optimizer)
         # 2. Data.
         self.store = open_split(config.data.data, "train")
         self.val_store = open_optional_split(config.data.data, "val")

@@ -100,6 +100,8 @@ def test_an_adapter_checkpoint_holds_what_was_trained(base, tmp_path):
         ({"target_modules": ["attention"]}, "attention"),
         ({"weights": "bf16-stochastic"}, "belongs to --method full"),
         ({"target_modules": ["audio_head"]}, "--train-heads"),
+        ({"precision": "fp16", "optimizer_in_backward": True, "max_grad_norm": 0}, "--optimizer-in-backward cannot"),
+        ({"precision": "fp16", "weights": "bf16-kahan", "method": "full"}, "leave one of them out"),
     ],
 )
 def test_what_adapters_cannot_do_is_refused(base, tmp_path, extra, words):

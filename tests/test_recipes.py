@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from train_cases import prepare
 
-from csm_fast.config import TrainConfig
+from csm_fast.config import CSMConfig, TrainConfig
 from csm_fast.config_io import build, read_yaml
+from csm_fast.memory import estimate
 from csm_fast.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,3 +36,14 @@ def test_a_recipe_trains(tmp_path, path):
     assert summary["complete"] and summary["steps"] == 2
     assert summary["val_loss_last"] != summary["val_loss_first"]
     assert (tmp_path / "run/last/trainer_state.json").is_file()
+
+
+CARDS = {"gpu-8gb": 8, "gpu-12gb": 12, "gpu-16gb": 16, "gpu-24gb": 24, "gpu-server": 80, "voice": 12, "language": 16}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_recipe_fits_its_card_by_the_plan(name):
+    """csm-1b in whole packs, with the plan's reserve; 7 % of the card less for what its makers keep."""
+    settings = build(TrainConfig, read_yaml(ROOT / "configs" / f"{name}.yaml", TrainConfig))
+    found = estimate(CSMConfig.csm_1b(), settings, rows=settings.data.pack_rows, precision="bf16", packs=2)
+    assert found.needed <= 0.93 * CARDS[name] * 2**30
