@@ -18,6 +18,8 @@ _HOME = {
     "InputError": "errors",
     "TokenStore": "token_store",
     "forward": "loss",
+    "load_adapters": "adapter_files",
+    "linear_to_lora_layers": "adapter_files",
     "load_model": "convert",
     "save_model": "convert",
     "load_codec": "codec",
@@ -27,6 +29,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from .adapter_files import linear_to_lora_layers, load_adapters
     from .codec import load_codec
     from .config import CSMConfig, TrainConfig, TransformerConfig
     from .convert import load_model, save_model

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from csm_fast import cli
-from csm_fast.command_config import GenerateConfig
+from csm_fast.command_config import GenerateConfig, MergeConfig, PlanConfig, VerifyAdapterConfig
 from csm_fast.config import TrainConfig
 from csm_fast.config_io import Parser, add_flags, from_flags
 from csm_fast.pretokenize import PretokenizeConfig
@@ -47,7 +47,14 @@ def test_flags_and_configs_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     name, *argv = command
     kind = "train" if name == "csm-fast-train" else argv.pop(0)
-    cls = {"pretokenize": PretokenizeConfig, "train": TrainConfig, "generate": GenerateConfig}[kind]
+    cls = {
+        "pretokenize": PretokenizeConfig,
+        "train": TrainConfig,
+        "generate": GenerateConfig,
+        "plan": PlanConfig,
+        "merge": MergeConfig,
+        "verify-adapter": VerifyAdapterConfig,
+    }[kind]
     parser = Parser(prog=name, allow_abbrev=False)
     parser.add_argument("--config")
     add_flags(parser, cls)
@@ -99,7 +106,7 @@ def test_the_three_commands_on_ones_own_data(tmp_path, monkeypatch):
 
 
 def test_python_snippets(tmp_path, monkeypatch):
-    """The drop-in and the training from Python, on a micro model."""
+    """The drop-in, training and adapters from Python, on a micro model."""
     import torch
     from train_cases import make_store, write_model
 
@@ -114,9 +121,13 @@ def test_python_snippets(tmp_path, monkeypatch):
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[:, :3, -1], mask[:, 3:, :-1] = True, True
     scope = {"model": CSM(shape).init_weights(0), "tokens": tokens, "tokens_mask": mask}
-    drop_in, training = (block for language, block in BLOCKS if language == "python")
+    adapters, drop_in, training = (block for language, block in BLOCKS if language == "python")
     exec(drop_in, scope)  # noqa: S102 - the README's own text
     assert scope["model"].audio_head.grad is not None
     assert "max_steps = 100" in training
     exec(training.replace("max_steps = 100", "max_steps = 2"), scope)  # noqa: S102
     assert scope["summary"]["complete"] and (tmp_path / "run" / "best").exists()
+    lora = ["--method", "lora", "--model", "run/best", "--data", "tokens", "--max-steps", "1", "--device", "cpu"]
+    assert cli.main(["train", *lora, "--output-dir", "lora"]) == 0
+    exec(adapters.replace("run/best", "lora/best").replace("sesame/csm-1b", "run/best"), scope)  # noqa: S102
+    assert scope["model"].adapter.section.method == "lora"
