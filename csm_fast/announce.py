@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def announce(trainer: Any) -> None:
     )
     every = trainer.packer.steps_in_epoch(0)
     log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, trainer.total_steps, trainer.device)
+    if trainer.compiled:
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache directory")
+        log.info("Compile   layers when they first run, up to a minute; kept in %s for the next run", kept)
     log.info("Output    %s", trainer.run_dir)
     if trainer.marker.left:
         log.warning(

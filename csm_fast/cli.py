@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -131,6 +132,9 @@ def _train(argv: list[str]) -> int:
     from .config import TrainConfig
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
+    # Compiled layers are kept where they outlast a restart of the machine. Read when the first one is compiled.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm_fast" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     if config.run.keep_freed_memory:
         from .machine import keep_freed_memory, resolve_device
 

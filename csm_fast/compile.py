@@ -6,8 +6,8 @@ they are; so does whatever runs with a cache (generation), which stays eager.
 
 Worth it on CUDA. On a CPU, where matrix products are most of the time and the rest is written with few passes, nothing
 is gained (``docs/design-notes.md``), so it is off there unless asked for. Inductor keeps compiled kernels on disk
-(``TORCHINDUCTOR_CACHE_DIR``, by default a directory of the user's under the system's temporary one), so a second run
-starts two to four times sooner; put it where it lasts.
+(``TORCHINDUCTOR_CACHE_DIR``; ``csm-fast-train`` puts it into the user's cache directory), so a second run starts two to
+four times sooner.
 """
 
 from __future__ import annotations

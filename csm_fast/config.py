@@ -170,8 +170,8 @@ class ModelSection:
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
-        "bf16, fp16: products in that type under autocast, fp16 with loss scaling; auto: bf16 where the machine "
-        "multiplies it fast",
+        "bf16, fp16: products in that type under autocast, fp16 with loss scaling; auto: what the machine "
+        "multiplies fast",
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile for the layers: half a minute at the start, faster steps; auto: on CUDA only"

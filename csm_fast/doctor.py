@@ -59,13 +59,13 @@ def examine() -> dict[str, Any]:
 
 def attention(device_type: str, precision: str) -> str:
     """What runs the backbone's packed attention."""
-    import torch
 
     from . import ops
+    from .machine import compute_dtype
 
-    backend = ops.varlen_backend(device_type, torch.bfloat16 if precision == "bf16" else torch.float32)
+    backend = ops.varlen_backend(device_type, compute_dtype(precision))
     if not backend:
-        return "segments grouped by length: the variable-length kernels need CUDA and bf16"
+        return "segments grouped by length: the variable-length kernels need CUDA from sm_80 on, and bf16 or fp16"
     return f"the variable-length kernel of {backend}"
 
 
@@ -104,6 +104,8 @@ def report(found: dict[str, Any]) -> list[str]:
 def _precision_reason(precision: str) -> str:
     if precision == "bf16":
         return "float32 master weights under bf16 autocast, which this machine multiplies fast"
+    if precision == "fp16":
+        return "float32 master weights under fp16 autocast, with loss scaling: this GPU's tensor cores know no bf16"
     return "this machine has no fast bf16"
 
 

@@ -28,11 +28,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """bf16 where the machine multiplies it fast; fp32 otherwise."""
+    """bf16 where the machine multiplies it fast; fp16 on GPUs whose tensor cores know only that; fp32 otherwise."""
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
     if device.type == "cpu":
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return "bf16" if any(getattr(torch.cpu, p, bool)() for p in probes) else "fp32"

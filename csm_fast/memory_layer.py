@@ -25,7 +25,8 @@ WEIGHTS, COPIES, ADAPTERS, GRADIENTS = "weights", "copies", "adapters", "gradien
 OPTIMIZER, ACTIVATIONS, WORKSPACE = "optimizer", "activations", "workspace"
 COMPONENTS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, COPIES, ACTIVATIONS, WORKSPACE)
 
-SHORT_SCORES = 2**20  # scores that short_attention holds at once
+SHORT_SCORES = 2**20  # scores that short_attention holds at once, at most
+SPEECH_ROWS = 200  # of a conversation, where it matters how long they are
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
 KEPT_COPIES = {"off": LAYER_LINEARS, "selective": LAYER_LINEARS[:4], "full": ()}
@@ -97,6 +98,7 @@ class Stack:
     layers: list[dict[str, Weight]]
     norm: Weight
     packed: bool
+    length: int  # of the sequences that are not packed: the depth decoder's
     reached: bool  # something before it is trained, so gradients go through it
 
     @property
@@ -278,7 +280,8 @@ class Layers:
                 return n * (width + 2 * kv) * c if backward else 0
             # flash-attn's: dq in float32, and dk and dv for every query head before they are added up.
             return n * width * (4 + 3 * c) + 2 * n * kv * c if backward else 0
-        scores = SHORT_SCORES * c * (3 if backward else 1)
+        scores = min(SHORT_SCORES, n * config.num_heads * (SPEECH_ROWS if stack.packed else stack.length))
+        scores *= c * (3 if backward else 1)
         if not stack.packed:
             return scores + (n * (width + 2 * kv) * c if backward else 0)
         if backward:  # grad, q, k, v, out gathered; dq, dk, dv, and joined

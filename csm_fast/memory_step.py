@@ -71,7 +71,8 @@ class Walk(Layers):
             layer = {n: self.weights[f"{name}.layers.{i}.{at}.{n}"] for at, names in linears.items() for n in names}
             layer |= {n: self.weights[f"{name}.layers.{i}.{n}"] for n in ("sa_norm", "mlp_norm")}
             layers.append(layer)
-        return Stack(name, config, rows, residual, layers, self.weights[name + ".norm"], name == "backbone", reached)
+        norm, length = self.weights[name + ".norm"], self.shape.num_codebooks
+        return Stack(name, config, rows, residual, layers, norm, name == "backbone", length, reached)
 
     def forward_stack(self, stack: Stack) -> None:
         ledger, n, width = self.ledger, stack.rows, stack.config.embed_dim
@@ -130,7 +131,7 @@ class Walk(Layers):
         logits = min(chunk * each, LOGITS_BUDGET)
         if each > LOGITS_BUDGET:  # one head at a time, beside the sum of its gradient
             logits = LOGITS_BUDGET
-        pieces = 4 * SOFTMAX_PIECE if self.setup.device == "cpu" else 0
+        pieces = 4 * min(SOFTMAX_PIECE, 4 * chunk * rows * vocab) if self.setup.device == "cpu" else 0
         ledger.touch(logits + max(pieces, 2 * hidden * chunk // heads))
         ledger.drop(WORKSPACE, copy + states)
         return kept
@@ -148,7 +149,7 @@ class Walk(Layers):
         else:
             self.ledger.drop(ACTIVATIONS, kept[1])
             self.gradient(head, cast=False)
-        if self.setup.in_backward and head.trained and head.width > self.c:
+        if self.setup.in_backward and not self.accumulated and head.trained and head.width > self.c:
             self.ledger.drop(GRADIENTS, head.numel * head.width)
 
     # ------------------------------------------------------------------------------------------------ the whole step
@@ -165,7 +166,9 @@ class Walk(Layers):
         # int32 tokens and positions, flags; targets and weights in float64.
         ledger.hold(WORKSPACE, rows * (4 * (codebooks + 2) + 1) + 8 * (2 * targets + 2 * frames))
         x = ledger.hold(ACTIVATIONS, rows * width * embedded_width)
-        looked_up = 0 if frames > shape.audio_vocab_size else frames * (codebooks - 1)
+        # With more look-ups than rows of the table, the decoder reads a projection of the whole (model.projects_table).
+        by_table = (codebooks - 1) * shape.audio_vocab_size if frames > shape.audio_vocab_size else 0
+        looked_up = 0 if by_table else frames * (codebooks - 1)
         codes = ledger.hold(WORKSPACE, looked_up * width * embedded_width)
         ledger.touch(rows * width * embedded_width + rows * codebooks * 16)
 
@@ -180,14 +183,14 @@ class Walk(Layers):
         self.cached["projection", 0] = ledger.hold(COPIES, self.copy(projection))
         projects = projection.trained or projection.rank
         cast = self.setup.autocast and embedded_width > c
-        saved = frames * width * c + looked_up * width * c * cast
+        saved = frames * width * c + (looked_up + by_table) * width * c * cast
         saved += looked_up * projection.rank * c
         saved = ledger.hold(ACTIVATIONS, saved * bool(projects))
         positions = frames * codebooks
         depth_residual = c
         below = bool(body.active or projects or self.audio.learns)
         ledger.hold(ACTIVATIONS, positions * depth * depth_residual)
-        ledger.touch(positions * depth * c)
+        ledger.touch((positions + by_table) * depth * c)
         depths = self.stack("decoder", decoder, positions, depth_residual, below)
         self.forward_stack(depths)
         states = ledger.hold(WORKSPACE, positions * depth * max(c, depths.norm.width))
@@ -209,6 +212,12 @@ class Walk(Layers):
         self.backward_stack(depths)
         ledger.phase = "backward: projection"
         ledger.drop(ACTIVATIONS, positions * depth * depth_residual)
+        again = 0
+        if by_table:
+            grad = ledger.hold(WORKSPACE, by_table * (depth + width * self.audio.learns) * c)
+            # The audio table's second gradient: beside the frame embedding's until both are added up.
+            again = ledger.hold(GRADIENTS, self.audio.numel * embedded_width * self.audio.learns)
+            ledger.drop(WORKSPACE, grad)
         self.gradient(projection)
         ledger.drop(COPIES, self.cached.pop(("projection", 0)))
         ledger.drop(ACTIVATIONS, saved)
@@ -217,6 +226,7 @@ class Walk(Layers):
         ledger.drop(ACTIVATIONS, kept0[0])
         self.backward_stack(body)
         self.embeddings_backward(x, codes)
+        ledger.drop(GRADIENTS, again)
         self.update()
         return ledger
 

@@ -2,7 +2,7 @@
 
 An adapter is merged in float32 onto the full-precision base, also where it was trained over a 4-bit one. The merged
 model then lacks the quantisation error that the adapter has learned beside, and its loss differs by about as much as
-quantisation changes the plain base's: by 0.15 to 2 times of that in 17 runs at small shapes. That is told and bounded,
+quantisation changes the plain base's: by 0.15 to 2 times of that in 20 runs at small shapes. That is told and bounded,
 by ``ALLOWED_4BIT`` times of it, or by ``FLOOR_4BIT`` of the loss where quantisation happens to change next to nothing.
 
 A saved adapter carries a probe: a few hundred rows of real data, and the loss that the model gave on them.

@@ -60,12 +60,17 @@ class Probe:
 def _loss(model: Any, pack: Pack, dtype: torch.dtype) -> float:
     narrow = dtype in (torch.bfloat16, torch.float16)
     was_training = model.training
+    # As whoever loads the adapter runs it; and compiling these few forwards would take longer than they do.
+    compiled = [(stack, stack.__dict__.pop("run_layer", None)) for stack in (model.backbone, model.decoder)]
     model.eval()
     try:
         with torch.autocast(pack.tokens.device.type, dtype) if narrow else nullcontext():
             return float(packed_loss(model, pack, 0.5, 0.5)[0])
     finally:
         model.train(was_training)
+        for stack, run in compiled:
+            if run is not None:
+                stack.run_layer = run
 
 
 def probe_pack(pack: Pack) -> Pack:

@@ -205,11 +205,16 @@ class Trainer:
             if validation:
                 log.info("%s", validation_line(0, validation))
             self._record(None, validation)
+        first = self.state["step"]
         batches = prefetch(self._steps())
         progress = StepProgress(self.total_steps, self.state["step"])
         with progress, StopSignals(self):
             for batch in batches:
+                started = time.monotonic()
                 step = self._step(batch)
+                if self.compiled and step == first + 1:
+                    float(self.window.loss)  # waits for the device
+                    progress.write(f"first step {time.monotonic() - started:.1f} s, compilation included")
                 finished = step == self.total_steps
                 last = finished or self.stopping is not None
                 metrics = validation = None

@@ -230,6 +230,7 @@ def test_csm_mlx_files_there_and_back(kind, tmp_path):
     assert torch.equal(loss_of(fresh), loss_of(model))
 
 
+@torch.no_grad()
 def test_csm_mlx_files_mean_what_csm_mlx_means(tmp_path):
     """y + scale (x a) b, over names of csm-mlx, from a file that holds the frozen base as well."""
     model = attached(target_modules=["q_proj", "w2", "projection"], lora_alpha=6.0)

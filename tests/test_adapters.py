@@ -135,6 +135,7 @@ def test_loss_and_gradients_are_those_of_the_adapted_weights(method, rslora):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
+@torch.no_grad()
 def test_the_head_as_a_matrix_is_the_head_as_a_layer(method):
     """The loss reads a matrix, evaluation and generation call the layer."""
     x = torch.randn(5, MICRO.backbone.embed_dim)

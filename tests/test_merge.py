@@ -14,6 +14,7 @@ from csm_fast import CSM, adapters, cli, load_model, loss, merge, probe, save_mo
 from csm_fast.adapter_files import save_adapter
 from csm_fast.checkpoint import read_record, write_record
 from csm_fast.command_config import MergeConfig, VerifyAdapterConfig
+from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, DataSection, LossSection
 from csm_fast.embedding_rows import EmbeddingRows
 from csm_fast.errors import InputError
@@ -112,6 +113,7 @@ def test_verify_and_merge(kind, dtype, base, tmp_path, told):
     assert load_file(tmp_path / "merged/model.safetensors").keys() == dict(CSM(MICRO).named_parameters()).keys()
 
 
+@torch.no_grad()
 def test_a_4_bit_adapter_is_merged_onto_the_full_weights(base, tmp_path):
     model = adapter_on(base, tmp_path / "adapter", "qlora")
     merged, plain = load_model(tmp_path / "adapter"), load_model(base)
@@ -221,11 +223,16 @@ def test_a_long_conversation_is_taken_whole():
 
 
 def test_saving_a_probe_disturbs_nothing(tmp_path):
+    torch._dynamo.reset()
     model = attached(lora_dropout=0.5).train()
     pack, state = make_pack(), torch.get_rng_state()
     values = [probe.save_probe(model, pack, tmp_path) for _ in range(2)]
     assert values[0] == values[1] == probe.read_probe(tmp_path).loss == probe.read_probe(tmp_path).loss_of(model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
+    compile_layers(model, "on", backend="eager")
+    assert probe.save_probe(model, pack, tmp_path) == values[0]
+    assert not torch._dynamo.utils.counters["frames"]
+    assert hasattr(model.backbone, "run_layer") and hasattr(model.decoder, "run_layer")
     quantised = attached("qlora")
     want = loss_of(quantised).detach()
     probe.save_probe(quantised, pack, tmp_path)

@@ -252,6 +252,8 @@ def varlen_backend(device_type: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _varlen_library() -> str:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return ""  # both are built for Ampere and later
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
 
