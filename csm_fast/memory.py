@@ -250,8 +250,9 @@ def _flags(settings: dict[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
-def _savings(config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """What can be changed to save memory, the smallest change first; each includes those before it."""
+def _savings(config: TrainConfig, precision: str | None = None) -> Iterator[dict[str, Any]]:
+    """What can be changed to save memory, the smallest change first; each includes those before it. Not bf16 weights
+    where products are in fp16."""
     yield {}
     section = config.optimizer
     settings: dict[str, Any] = {}
@@ -259,7 +260,7 @@ def _savings(config: TrainConfig) -> Iterator[dict[str, Any]]:
         if section.optimizer == "adamw":
             settings = {**settings, "optimizer": "adamw-8bit"}
             yield settings
-        if section.weights in ("fp32", "bf16-kahan"):
+        if section.weights in ("fp32", "bf16-kahan") and "fp16" not in (config.model.precision, precision):
             settings = {**settings, "weights": "bf16-stochastic"}
             yield settings
     if config.adapter.method != "qlora":
@@ -280,7 +281,7 @@ def smallest_change(
     Tried in this order: checkpointing selective, full, smaller packs, 8-bit moments, bf16 weights, qlora; each with
     those before it. None where nothing fits.
     """
-    for savings in _savings(config):
+    for savings in _savings(config, load.get("precision")):
         for choice in _tighter(config):
             settings = {**savings}
             if choice != config.model.activation_checkpointing:
@@ -288,10 +289,12 @@ def smallest_change(
             found = estimate(shape, changed(config, **settings), rows=rows, **load)
             if found.needed <= available:
                 return settings, found
-        fewer = largest_rows(shape, changed(config, **settings), available, most=rows, **load)
+        # What was one pack becomes several, and the gradients of the first wait for the others.
+        several = {**load, "packs": max(2, load.get("packs", 1))}
+        fewer = largest_rows(shape, changed(config, **settings), available, most=rows, **several)
         if fewer >= FEWEST_ROWS:
             settings["pack_rows"] = fewer
-            return settings, estimate(shape, changed(config, **settings), rows=fewer, **load)
+            return settings, estimate(shape, changed(config, **settings), rows=fewer, **several)
     return None
 
 

@@ -153,6 +153,10 @@ def variants(config: PlanConfig, gpu: GPU) -> Iterator[tuple[str, dict[str, Any]
     """The ways to train that were asked about: by name, and their settings."""
     method, section = config.adapter.method, config.optimizer
     given = (section.optimizer, section.weights) != ("adamw", "fp32")
+    if gpu.fp16_only and section.weights != "fp32":
+        raise InputError(
+            f"{gpu.name} multiplies no bf16, --weights {section.weights} are bf16", mend="leave --weights out"
+        )
     for name, settings in VARIANTS.items():
         kind = settings["method"]
         if method not in ("all", kind):
@@ -208,6 +212,8 @@ def planned(
 
         load["precision"] = resolve_precision(precision, resolve_device("cpu"))
     rows = config.data.pack_rows or PACK_ROWS
+    if config.data.batch_rows is not None:
+        load["packs"] = -(-config.data.batch_rows // rows)
     choices = memory.CHECKPOINTING if asked == "auto" else (asked,)
     for choice in choices:
         settings = {**settings, "activation_checkpointing": choice, "pack_rows": rows}

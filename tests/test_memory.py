@@ -226,11 +226,19 @@ def test_the_smallest_change_comes_first():
         if not seen or seen[-1] != set(settings_):
             seen.append(set(settings_))
         # Taken, it is let through.
-        memory.check(memory.changed(config(limit), **settings_), ONE, "cuda")
+        packs = 2 if "pack_rows" in settings_ else 1
+        memory.check(memory.changed(config(limit), **settings_), ONE, "cuda", packs=packs)
     wanted = [set(), {"activation_checkpointing"}, {"activation_checkpointing", "pack_rows"}, {"optimizer"}]
     assert [kind for kind in wanted if kind in seen] == [kind for kind in seen if kind in wanted]
     assert {"activation_checkpointing"} in seen and any("weights" in s for s in seen) and "method" in seen[-1]
     assert memory.smallest_change(config(1), ONE, GIB, rows=4096, device="cuda") is None
+
+
+def test_fp16_is_not_told_to_use_bf16_weights():
+    for more in ({"precision": "fp16"}, {}):
+        load = {} if more else {"precision": "fp16"}
+        found = memory.smallest_change(config(9, **more), ONE, 9 * GIB, rows=4096, device="cuda", **load)
+        assert found is not None and found[0]["method"] == "qlora" and "weights" not in found[0]
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would():

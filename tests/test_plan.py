@@ -159,6 +159,13 @@ def test_an_optimizer_that_was_asked_for_is_the_one_planned(capsys):
     assert "--weights bf16-kahan" in lines[-1] and "--optimizer adamw-8bit" in lines[-1]
 
 
+def test_a_card_without_bf16_is_planned_in_fp16(capsys):
+    lines = printed(capsys, "--gpu", "t4")
+    assert "full bf16 8-bit" not in table(lines, "weight") and "--precision fp16" in lines[-1]
+    with pytest.raises(InputError, match="multiplies no bf16"):
+        plan.plan(build(PlanConfig, {"gpu": "t4", "weights": "bf16-kahan"}))
+
+
 def test_data_tell_hours_and_the_share_of_audio(capsys, tmp_path):
     make_store(tmp_path / "tokens", conversations=40)
     lines = printed(capsys, "--gpu", "rtx-4090", "--data", str(tmp_path / "tokens"))
