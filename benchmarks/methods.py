@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora"},
     "qlora": {"method": "qlora"},
 }
-RATES = {"full": 3e-4, "lora": 2e-3, "dora": 2e-3, "qlora": 2e-3}
+RATES = {"full": 5e-5, "lora": 5e-4, "dora": 5e-4, "qlora": 5e-4}
 
 
 def config(args: argparse.Namespace, output: Path, **settings: Any) -> TrainConfig:
@@ -95,7 +95,7 @@ def score(model: Any, settings: TrainConfig) -> float:
 
 def one(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """A method's figures."""
-    rate = RATES.get(METHODS[name].get("method", "full"), 3e-4)
+    rate = RATES.get(METHODS[name].get("method", "full"), 5e-5)
     whole, halves = args.workdir / name / "whole", args.workdir / name / "halves"
     shutil.rmtree(args.workdir / name, ignore_errors=True)
     started = time.monotonic()

@@ -63,6 +63,9 @@ def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -
     return AdamW(groups, lr, betas, eps, bits=bits, rounding=rounding, seed=seed, paged=paged)  # type: ignore[arg-type]
 
 
+_NORM_PIECE = 2**22  # values
+
+
 class in_backward:  # noqa: N801 - reads as the statement that it is used in
     """Within it, a backward pass updates each parameter as soon as its gradient is complete, and drops the gradient.
 
@@ -105,7 +108,9 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
     def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
         if parameter.grad is None:  # it is kept elsewhere (``TableGradients``)
             return
-        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        # In pieces: a CPU widens a bf16 tensor as a whole for this, twice the gradient that is to be dropped.
+        pieces = parameter.grad.flatten().split(_NORM_PIECE)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in pieces]))
         self._norms.append(norm)
         self.bad = self.bad | ~torch.isfinite(norm)
         optimizer: Any = self.optimizer
