@@ -50,8 +50,9 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     """Two optimizer steps of ``args.rows`` rows through the trainer, checkpoint and all."""
     import numpy as np
 
-    from csm_fast.config import TrainConfig
+    from csm_fast.config import CSMConfig, TrainConfig
     from csm_fast.config_io import build
+    from csm_fast.memory import estimate
     from csm_fast.monitor import read_metrics
     from csm_fast.token_store import TokenStoreWriter, TurnTokens
     from csm_fast.train import train as run
@@ -81,6 +82,8 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
         },
     )
     shutil.rmtree(workdir / "run", ignore_errors=True)
+    share = (frames + 1) / (frames + 1 + text)
+    planned = estimate(CSMConfig.csm_1b(), config, rows=args.rows, audio_share=share, device="cpu")
     started = time.monotonic()
     run(config)
     rows = read_metrics(workdir / "run" / args.stage / "metrics.jsonl")
@@ -89,6 +92,8 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
         "losses": [r["train_loss"] for r in rows],
         "rows_per_s": [r["rows_per_s"] for r in rows],
         "whole_s": time.monotonic() - started,
+        "planned_gib": planned.peak / 2**30,
+        "planned_with_reserve_gib": planned.needed / 2**30,
     }
 
 

@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": "dora"},
     "qlora": {"method": "qlora"},
 }
-RATES = {"full": 5e-5, "lora": 5e-4, "dora": 5e-4, "qlora": 5e-4}
+RATES = {"full": 2e-4, "lora": 2e-3, "dora": 2e-3, "qlora": 2e-3}
 
 
 def config(args: argparse.Namespace, output: Path, **settings: Any) -> TrainConfig:
@@ -50,6 +50,8 @@ def config(args: argparse.Namespace, output: Path, **settings: Any) -> TrainConf
         "data": args.data,
         "output_dir": str(output),
         "device": "cpu",
+        "batch_size": 16,
+        "warmup_ratio": 0.3,
         "amortization_fraction": 0.125,
         "val_every": 0,
         "save_every": 0,
@@ -95,7 +97,7 @@ def score(model: Any, settings: TrainConfig) -> float:
 
 def one(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """A method's figures."""
-    rate = RATES.get(METHODS[name].get("method", "full"), 5e-5)
+    rate = RATES[METHODS[name].get("method", "full")]
     whole, halves = args.workdir / name / "whole", args.workdir / name / "halves"
     shutil.rmtree(args.workdir / name, ignore_errors=True)
     started = time.monotonic()
@@ -126,8 +128,8 @@ def main() -> int:
     parser.add_argument("--data", default="demo/tokens")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--shape", default="small")
-    parser.add_argument("--base-steps", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--base-steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--results", type=Path)

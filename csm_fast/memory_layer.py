@@ -137,10 +137,7 @@ class Layers:
         """Bytes that the update of a tensor takes while it runs: pieces of weight and gradient widened to float32, of
         both moments and what becomes of one in 8 bits."""
         eighth = self.setup.moments_8bit and elements >= SMALLEST_8BIT
-        scratch = (8 * (width < 4) + 9 * eighth) * min(elements, OPTIMIZER_CHUNK)
-        # Inside the backward pass the gradient's norm is taken in float32; on a CPU that widens all of it.
-        norm = 4 * elements if self.setup.in_backward and width < 4 and self.setup.device == "cpu" else 0
-        return max(scratch, norm)
+        return (8 * (width < 4) + 9 * eighth) * min(elements, OPTIMIZER_CHUNK)
 
     def is_cast(self, weight: Weight) -> bool:
         """Whether autocast makes a copy of the weight."""
