@@ -47,7 +47,9 @@ class OutOfMemory(InputError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is Python's or PyTorch's way to say that memory ran out."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return isinstance(error, MemoryError) or "out of memory" in line or "allocate memory" in line
+    # The last is oneDNN's, PyTorch's library of CPU kernels.
+    said = ("out of memory", "allocate memory", "could not create a primitive")
+    return isinstance(error, MemoryError) or any(words in line for words in said)
 
 
 def _rebuild(what, file, row, mend):

@@ -448,7 +448,12 @@ def test_shapes(tmp_path, refused, case):
 
 
 @pytest.mark.parametrize(
-    "words", ["CUDA out of memory. Tried to allocate 2 GiB.\nMore", "can't allocate memory: 9 bytes"]
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB.\nMore",
+        "can't allocate memory: 9 bytes",
+        "could not create a primitive",
+    ],
 )
 def test_no_memory(tmp_path, refused, monkeypatch, words):
     def loss(*args, **options):
