@@ -356,7 +356,8 @@ def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
 
 
 def advice(config: TrainConfig, shape: CSMConfig | None = None) -> str:
-    """What to change after memory ran out in earnest, the smallest change first, as flags.
+    """What to change after memory ran out in earnest, the smallest change first, as flags: those with which a run can
+    be continued, then those that need a new one.
 
     ``shape``: with it, each change says what the step would then take, on the run's kind of device.
     """
@@ -366,6 +367,8 @@ def advice(config: TrainConfig, shape: CSMConfig | None = None) -> str:
     if config.data.pack_rows > FEWEST_ROWS:
         fewer = max(FEWEST_ROWS, 2 ** math.floor(math.log2(config.data.pack_rows - 1)))
         tried.append({"pack_rows": fewer})
+    # Packs are part of the order where they make up a step.
+    continues = len(tried) - (config.data.pack_rows > FEWEST_ROWS and config.data.batch_rows is not None)
     tried += [savings for savings in _savings(config) if savings]
     if not tried:
         return "use a device with more memory; csm-fast plan shows where it goes"
@@ -377,4 +380,6 @@ def advice(config: TrainConfig, shape: CSMConfig | None = None) -> str:
         found = estimate(shape, with_last, rows=with_last.data.pack_rows, device=kind)
         return f"{_flags(settings)} (about {found.needed / GIB:.1f} GiB)"
 
-    return "try, the smallest change first: " + ", then ".join(map(said, tried))
+    same, new = (", then ".join(map(said, some)) for some in (tried[:continues], tried[continues:]))
+    parts = ([f"with the same --output-dir {same}"] if same else []) + ([f"in a new run {new}"] if new else [])
+    return "try, the smallest change first: " + "; ".join(parts)

@@ -53,7 +53,7 @@ def base_dtypes(config: TrainConfig, dtype: torch.dtype) -> Callable[[str], torc
 
     def held(name: str) -> torch.dtype:
         trained = (adapter.train_heads and name in ("codebook0_head.weight", "audio_head")) or (
-            adapter.train_embeddings != "off" and name.endswith("embeddings.weight")
+            adapter.train_embeddings == "all" and name.endswith("embeddings.weight")
         )
         return wide if adapter.method == "full" or trained or name.endswith(".scale") else dtype
 
@@ -111,7 +111,8 @@ def plan_memory(config: TrainConfig, shape: CSMConfig, store: TokenStore, device
     load: dict[str, Any] = {
         "rows": min(data.pack_rows, step),
         "packs": math.ceil(step / data.pack_rows),
-        "audio_share": store.num_frames / max(1, int(store.conversation_rows.sum())),
+        # The row that ends each turn is supervised, too.
+        "audio_share": (store.num_frames + store.num_turns) / max(1, int(store.conversation_rows.sum())),
         "precision": precision,
     }
     if config.run.memory == "auto":

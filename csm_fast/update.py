@@ -19,6 +19,7 @@ from .optim import TableGradients, in_backward, learning_rate, make_optimizer, w
 from .packing import draw
 
 DROPOUT = 4  # purpose of a draw
+MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
@@ -69,6 +70,7 @@ class Update:
         self.tables = TableGradients(model)
         # Losses of fp16 are scaled up, or small gradients would be zero; elsewhere this does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.overflows = torch.zeros((), dtype=torch.long, device=device)
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Continue from what ``checkpoint.save_checkpoint`` and ``state`` wrote."""
@@ -126,6 +128,8 @@ class Update:
         self.tables.clear(whole=self.device.type == "cpu" and bool(bad))
         if self.scaler.is_enabled():
             self.scaler.update()
-            # A gradient that overflows is how the scale is found, and no news.
-            bad, norm = ~torch.isfinite(loss), norm.nan_to_num(0.0, 0.0, 0.0)
+            # A gradient that overflows is how the scale is found, and no news; one that always does is no overflow.
+            self.overflows = torch.where(bad, self.overflows + 1, 0)
+            bad = ~torch.isfinite(loss) | (self.overflows > MOST_OVERFLOWS)
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)
         return Outcome(loss, per_codebook, norm, bad, lr)

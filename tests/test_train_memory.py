@@ -31,7 +31,10 @@ def test_running_out_leaves_the_last_checkpoint_and_says_what_to_try(tmp_path, m
         train(settings)
     line = str(caught.value)
     assert "\n" not in line and "Tried to allocate 2.00 GiB" in line
-    assert "step-000004 is intact" in line and "--activation-checkpointing selective" in line
+    assert "step-000004 is intact" in line
+    continued, new = line.split("in a new run")
+    assert "with the same --output-dir --activation-checkpointing selective" in continued
+    assert "--optimizer adamw-8bit" in new and "--optimizer" not in continued
     monkeypatch.undo()
     settings.model.activation_checkpointing = "selective"
     summary = train(settings)
