@@ -1,6 +1,7 @@
 """``torch.compile`` for the layers of both stacks: what lies between the large operators becomes a few kernels.
 
-One layer is one graph, and all layers of a stack share it, so compiling takes seconds and not minutes. Rows, segments
+One layer is one graph, and all layers of a stack share it (the backbone's last has one more, for the rows that
+predict), so compiling takes seconds and not minutes. Rows, segments
 and frames are symbolic: a pack of another size recompiles nothing. Parameters, their names and ``state_dict`` stay as
 they are; so does whatever runs with a cache (generation), which stays eager.
 
@@ -59,14 +60,21 @@ def _compiled(backend: str) -> Callable[..., Tensor]:
     compiled = torch.compile(run_layer, fullgraph=True, backend=backend, **options)
 
     def run(
-        layer: Any, _: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool = False
+        layer: Any,
+        _: int,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Any,
+        recompute_mlp: bool = False,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        rows = [x]
+        dynamic = [x] if rows is None else [x, rows]
         if isinstance(attend, PackedAttend):  # the decoder's cos and sin have K rows, always
-            rows += [cos, sin, attend.segments.cu_seqlens]
-        for tensor in rows:
+            dynamic += [cos, sin, attend.segments.cu_seqlens]
+        for tensor in dynamic:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        # A traceable attention knows no layers: without their index, one graph serves them all.
-        return compiled(layer, 0, x, cos, sin, attend, recompute_mlp)
+        # A traceable attention knows no layers: without their index, one graph serves them all but the last one's rows.
+        return compiled(layer, 0, x, cos, sin, attend, recompute_mlp, rows)
 
     return run

@@ -42,8 +42,9 @@ def predictor_states(model: Any, pack: Pack) -> Tensor:
 
 
 def _predictors(model: Any, pack: Pack, x: Tensor) -> Tensor:
-    hidden = run_backbone(model, x, pack.positions, pack.segments)
-    return hidden.index_select(0, pack.target_rows - 1)
+    if not pack.target_rows.numel():
+        return run_backbone(model, x, pack.positions, pack.segments)[:0]
+    return run_backbone(model, x, pack.positions, pack.segments, pack.target_rows - 1)
 
 
 def _embed(model: Any, pack: Pack, vocab: int) -> tuple[Tensor, Tensor | None]:
@@ -80,17 +81,16 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
     targets = pack.tokens.index_select(0, pack.target_rows)[:, :-1].long()
     head = _linear_weight(model.codebook0_head)
     ce0, per_codebook0 = ops.linear_cross_entropy(
-        hidden.unsqueeze(1), head.t().unsqueeze(0), targets[:, :1], pack.target_weights.unsqueeze(1)
+        hidden.unsqueeze(1), head.t().unsqueeze(0), targets[:, :1], pack.target_weights.unsqueeze(1), scale=a
     )
     if not pack.decoder_index.numel():
-        return a * ce0, torch.cat([per_codebook0, per_codebook0.new_zeros(num_codebooks - 1)])
+        return ce0, torch.cat([per_codebook0, per_codebook0.new_zeros(num_codebooks - 1)])
     codes = targets.index_select(0, pack.decoder_index)
     states = run_decoder(model, hidden.index_select(0, pack.decoder_index), codes, vocab, embedded)
     ced, per_codebook = ops.linear_cross_entropy(
-        states, model.audio_head, codes[:, 1:], pack.decoder_weights.unsqueeze(1)
+        states, model.audio_head, codes[:, 1:], pack.decoder_weights.unsqueeze(1), scale=b / (num_codebooks - 1)
     )
-    loss = a * ce0 + b / (num_codebooks - 1) * ced
-    return loss, torch.cat([per_codebook0, per_codebook])
+    return ce0 + ced, torch.cat([per_codebook0, per_codebook])
 
 
 def _linear_weight(head: Any) -> Tensor:

@@ -3,8 +3,8 @@
 The ledger, and the part of ``memory_step.py``'s walk that repeats from layer to layer. It follows ``model.run_layer``
 and the operators that this calls.
 
-Three forms are walked. On a CPU the layers run operation by operation, as PyTorch's autograd saves them; that form is
-measured (``benchmarks/memory_plan.py``). On CUDA without ``torch.compile`` they do the same with other operators; this
+Four forms are walked. On a CPU plain layers are one node each (``layer_cpu.py``), those with adapters run operation by
+operation, as PyTorch's autograd saves them; both are measured (``benchmarks/memory_plan.py``). On CUDA without ``torch.compile`` they do the same with other operators; this
 follows from the code. Compiled, a layer keeps what the compiler's partitioner chooses; what it chooses was looked at on
 a CPU (``tests/test_memory.py``), the rest follows from the code. Nothing here was measured on a GPU.
 
@@ -100,6 +100,11 @@ class Stack:
     packed: bool
     length: int  # of the sequences that are not packed: the depth decoder's
     reached: bool  # something before it is trained, so gradients go through it
+    wanted: int  # rows whose states are used; the last layer's output projection and MLP run on them alone
+
+    def after(self, index: int) -> int:
+        """Rows behind the attention of a layer."""
+        return self.wanted if index == len(self.layers) - 1 else self.rows
 
     @property
     def active(self) -> bool:
@@ -178,61 +183,75 @@ class Layers:
     def saved(self, stack: Stack, index: int) -> tuple[int, int, int]:
         """Bytes that a layer saves for its backward pass beside its input: the attention's part, the MLP's, and of
         that what w2 saves of its input."""
-        return (self._saved_compiled if self.setup.compiled else self._saved)(stack.layers[index], stack)
+        form = self._saved_compiled if self.setup.compiled else self._saved_fused if self.fused(stack) else self._saved
+        return form(stack.layers[index], stack, stack.after(index))
 
-    def _saved_compiled(self, layer: dict[str, Weight], stack: Stack) -> tuple[int, int, int]:
+    def fused(self, stack: Stack) -> bool:
+        """Whether ``layer_cpu.py`` serves."""
+        plain = not any(w.rank or w.quantised for layer in stack.layers for w in layer.values())
+        return self.setup.device == "cpu" and not self.setup.compiled and plain
+
+    def _saved_fused(self, _: dict[str, Weight], stack: Stack, m: int) -> tuple[int, int, int]:
+        """Folded q, k and v, the attention's output, and w1's and w3's results; of the norms the factors."""
+        n, c, config, width = stack.rows, self.c, stack.config, stack.config.embed_dim
+        folded = n * (width + 2 * config.num_kv_heads * config.head_dim) * c
+        first = int(folded * (GROUP_PADDING if stack.packed else 1)) + m * width * c + 4 * n
+        return first, m * (width * stack.residual + 4) + 2 * m * config.intermediate_dim * c, 0
+
+    def _saved_compiled(self, layer: dict[str, Weight], stack: Stack, m: int) -> tuple[int, int, int]:
         """The partitioner keeps results of matrix products, and what such a product needs in the backward pass; cheap
         things between them are computed again. (Seen with the backend aot_eager_decomp_partition on a CPU.)"""
         n, c, config, width = stack.rows, self.c, stack.config, stack.config.embed_dim
         kv, hidden = config.num_kv_heads * config.head_dim, config.intermediate_dim
 
-        def of(*names: str) -> tuple[bool, int]:
+        def of(*names: str, n: int = m) -> tuple[bool, int]:
             """Whether one of them needs its input, and the results of the adapters' A, DoRA's products too."""
             used = [layer[name] for name in names]
             needs = any(w.trained or w.rank for w in used)
             return needs, sum(n * (w.rank + w.outputs * w.dora) * c for w in used)
 
-        needs, ranks = of("q_proj", "k_proj", "v_proj")
+        needs, ranks = of("q_proj", "k_proj", "v_proj", n=n)
         first = n * width * c * needs + ranks
         first += n * (2 * width + 2 * kv) * c + 4 * n * (
             2 + config.num_heads * stack.packed
         )  # q, k, v, output; lse, 1/rms
-        first += n * width * c + of("output_proj")[1]  # output_proj's result, from which the MLP's input comes again
-        first += n * width * c * (layer["output_proj"].rank > 0)  # the adapter's copy of its input
+        first += m * width * c + of("output_proj")[1]  # output_proj's result, from which the MLP's input comes again
+        first += m * width * c * (layer["output_proj"].rank > 0 or m < n)  # the adapter's copy of its input
         needs, ranks = of("w2")
-        product = n * hidden * c * needs + ranks
+        product = m * hidden * c * needs + ranks
         needs, ranks = of("w1", "w3")
-        return first, n * width * c * needs + ranks + 2 * n * hidden * c + product, product
+        return first, m * width * c * needs + ranks + 2 * m * hidden * c + product, product
 
-    def _saved(self, layer: dict[str, Weight], stack: Stack) -> tuple[int, int, int]:
+    def _saved(self, layer: dict[str, Weight], stack: Stack, m: int) -> tuple[int, int, int]:
         n, c, config, width = stack.rows, self.c, stack.config, stack.config.embed_dim
         kv, hidden = config.num_kv_heads * config.head_dim, config.intermediate_dim
         # Norm: float32 where its scale or the residual stream is; then every product makes a copy of its own.
         wide = self.setup.autocast and max(layer["sa_norm"].width, stack.residual) > c
 
-        def of(*names: str) -> int:
+        def of(*names: str, n: int = m) -> int:
             used = [layer[name] for name in names]
             shared = not wide and any(w.trained or (w.rank and not self.setup.autocast) for w in used)
             return sum(self.saved_input(w, n, wide) for w in used) + n * width * c * shared
 
-        first = of("q_proj", "k_proj", "v_proj") + 4 * n
+        first = of("q_proj", "k_proj", "v_proj", n=n) + 4 * n
         # q, k, v (rotated on a CPU, before the rotation for the decoder's kernel), the output; lse of packed attention.
         first += n * (width + 2 * kv) * c
         out = layer["output_proj"]
         needs_out = out.trained or (out.rank and not self.setup.autocast)
         first += n * width * c * (stack.packed or bool(needs_out)) + 4 * n * config.num_heads * stack.packed
-        first += self.saved_input(out, n, False)
+        first += m * width * c * (m < n and bool(needs_out))
+        first += self.saved_input(out, m, False)
         if self.setup.device == "cpu" and stack.packed:
             first += 2 * n * config.head_dim * 4  # cos + i sin of each row, for q and for k
-        second = n * width * stack.residual + 4 * n  # the MLP's input
+        second = m * width * stack.residual + 4 * m  # the MLP's input
         second += of("w1", "w3")
-        second += 3 * n * hidden * c  # w1's result, its silu, w3's
+        second += 3 * m * hidden * c  # w1's result, its silu, w3's
         w2 = layer["w2"]
         needs_product = w2.trained or (w2.rank and not self.setup.autocast)
-        product = n * hidden * c * bool(needs_product) + self.saved_input(w2, n, False)
+        product = m * hidden * c * bool(needs_product) + self.saved_input(w2, m, False)
         # On CUDA the norms run as they are written and save their results before the scale.
-        norms = n * width * stack.residual * (self.setup.device == "cuda")
-        return first + norms, second + norms + product, product
+        norms = width * stack.residual * (self.setup.device == "cuda")
+        return first + n * norms, second + m * norms + product, product
 
     def layer_copies(self, stack: Stack, index: int, names: Iterable[str]) -> int:
         return sum(self.copy(stack.layers[index][name]) for name in names)
@@ -240,32 +259,41 @@ class Layers:
     def forward_layer(self, stack: Stack, index: int) -> None:
         ledger, setup, config = self.ledger, self.setup, stack.config
         n, width, hidden, c = stack.rows, config.embed_dim, config.intermediate_dim, self.c
-        kv = config.num_kv_heads * config.head_dim
+        kv, m, fused = config.num_kv_heads * config.head_dim, stack.after(index), self.fused(stack)
         first, second, _ = self.saved(stack, index)
         if not stack.active:
             ledger.touch(max(map(self.copy, stack.layers[index].values())))
         else:
             # Compiled, each goes after its product unless the backward pass needs it; else autocast keeps them all.
             names = KEPT_COPIES[setup.checkpointing] if setup.compiled else LAYER_LINEARS
+            if fused and setup.checkpointing == "full":  # made without autocast's cache, which keeps to the end
+                ledger.touch(self.layer_copies(stack, index, names))
+                names = ()
             self.cached[stack.name, index] = ledger.hold(COPIES, self.layer_copies(stack, index, names))
         unpacked = max(map(self.unpacked, stack.layers[index].values()))
         normed = n * width * 4
         attention = (3 * n * (width + kv) * 4 + self.attention_scratch(stack, False)) * (not setup.compiled)
         if not stack.active:
-            ledger.touch(max(3 * n * hidden * c, attention) + normed + n * width * stack.residual + unpacked)
+            if fused:  # a node's results are there until it ends
+                results = first + second + m * (hidden + width) * c + m * width * stack.residual
+                ledger.touch(max(attention, results) + self.layer_copies(stack, index, LAYER_LINEARS))
+                return
+            ledger.touch(max(3 * m * hidden * c, attention) + normed + n * width * stack.residual + unpacked)
             return
         # What is saved is there in any case while the layer runs; then checkpointing lets go of it.
         held = ledger.hold(ACTIVATIONS, first)
         scaled = max(self.dora_scratch(w, n) for w in stack.layers[index].values())
         ledger.touch(max(attention, normed + unpacked))
         held_mlp = ledger.hold(ACTIVATIONS, second)
+        if fused:  # silu and the normed rows
+            ledger.touch(m * hidden * c + m * width * c)
         # DoRA scales w3's product while its result and w2's input are not there yet.
-        ledger.touch(max(n * width * stack.residual + unpacked + n * hidden * c, scaled - 2 * n * hidden * c))
+        ledger.touch(max(m * width * stack.residual + unpacked + m * hidden * c, scaled - 2 * m * hidden * c))
         if setup.checkpointing == "full":
             ledger.drop(ACTIVATIONS, held + held_mlp)
         elif setup.checkpointing == "selective":
             # The MLP's input stays; compiled, it is computed again from the layer's and output_proj's result.
-            keeps = 0 if setup.compiled else n * width * stack.residual
+            keeps = 0 if setup.compiled else m * width * stack.residual
             ledger.drop(ACTIVATIONS, held_mlp - keeps)
 
     def attention_scratch(self, stack: Stack, backward: bool) -> int:
@@ -277,10 +305,14 @@ class Layers:
                 return n * (width + 2 * kv) * c if backward else 0
             # flash-attn's: dq in float32, and dk and dv for every query head before they are added up.
             return n * width * (4 + 3 * c) + 2 * n * kv * c if backward else 0
-        scores = min(SHORT_SCORES, n * config.num_heads * (SPEECH_ROWS if stack.packed else stack.length))
-        scores *= c * (3 if backward else 1)
+        # Segments of a length come together, perhaps half of a pack's rows.
+        scores = min(SHORT_SCORES, n * config.num_heads * (SPEECH_ROWS // 2 if stack.packed else stack.length))
+        # Bytes of one: p, dp and ds, or in bf16 the softmax in float32.
+        scores *= 12 if backward or c < 4 else 8
         if not stack.packed:
             return scores + (n * (width + 2 * kv) * c if backward else 0)
+        if backward and self.fused(stack):  # grad gathered; dq, dk, dv
+            return int(GROUP_PADDING * n * (2 * width + 2 * kv) * c) + scores
         if backward:  # grad, q, k, v, out gathered; dq, dk, dv, and joined
             return int(GROUP_PADDING * n * (3 * width + 2 * kv) * c) + n * (width + 2 * kv) * c * 2 + scores
         return int(GROUP_PADDING * n * (2 * width + 2 * kv) * c) + scores
@@ -289,10 +321,11 @@ class Layers:
         ledger, setup, config = self.ledger, self.setup, stack.config
         layer, n, c, r = stack.layers[index], stack.rows, self.c, stack.residual
         width, hidden, kv = config.embed_dim, config.intermediate_dim, config.num_kv_heads * config.head_dim
+        m = stack.after(index)
         if not stack.active:
             return
         first, second, product_saved = self.saved(stack, index)
-        keeps = 0 if setup.compiled else n * width * r
+        keeps = 0 if setup.compiled else m * width * r
         if setup.checkpointing == "full":
             self.cached[stack.name, index] = ledger.hold(COPIES, self.layer_copies(stack, index, LAYER_LINEARS))
             ledger.hold(ACTIVATIONS, first + second)
@@ -300,6 +333,12 @@ class Layers:
             again = set(LAYER_LINEARS) - set(KEPT_COPIES["selective"])
             self.cached[stack.name, index] += ledger.hold(COPIES, self.layer_copies(stack, index, again))
             ledger.hold(ACTIVATIONS, second - keeps)
+
+        if self.fused(stack):
+            self._backward_fused(stack, index)
+            gone = 2 * m * hidden * c * (setup.checkpointing == "selective")  # before the attention
+            ledger.drop(ACTIVATIONS, first + second - gone)
+            return
 
         def through(name: str) -> None:
             """A linear layer's backward: its gradients, then its copy goes."""
@@ -315,19 +354,19 @@ class Layers:
             self.cached[stack.name, index] -= size
 
         # The MLP. Beside what is saved: the gradient of the product, then those of both its factors.
-        product = ledger.hold(WORKSPACE, n * hidden * c + n * width * c * (r > c))
+        product = ledger.hold(WORKSPACE, m * hidden * c + m * width * c * (r > c))
         through("w2")
         ledger.drop(ACTIVATIONS, product_saved)
-        factors = ledger.hold(WORKSPACE, 2 * n * hidden * c)
+        factors = ledger.hold(WORKSPACE, 2 * m * hidden * c)
         ledger.drop(WORKSPACE, product)
-        ledger.drop(ACTIVATIONS, 2 * n * hidden * c)
-        into = ledger.hold(WORKSPACE, n * width * 4)
+        ledger.drop(ACTIVATIONS, 2 * m * hidden * c)
+        into = ledger.hold(WORKSPACE, m * width * 4)
         through("w3")
         through("w1")
         ledger.drop(WORKSPACE, factors)
-        ledger.drop(ACTIVATIONS, second - product_saved - 2 * n * hidden * c)
+        ledger.drop(ACTIVATIONS, second - product_saved - 2 * m * hidden * c)
         self.gradient(layer["mlp_norm"], cast=False)
-        ledger.touch(3 * n * width * 4)
+        ledger.touch(3 * m * width * 4)
         ledger.drop(WORKSPACE, into)
         # The attention. The rotation's way back is in float32.
         out = ledger.hold(WORKSPACE, n * width * c)
@@ -342,4 +381,40 @@ class Layers:
         ledger.drop(WORKSPACE, into)
         self.gradient(layer["sa_norm"], cast=False)
         ledger.touch(4 * n * width * 4)
+        ledger.drop(COPIES, self.cached.pop((stack.name, index), 0))
+
+    def _backward_fused(self, stack: Stack, index: int) -> None:
+        """The one node: what is saved stays until its end, and with it the gradients of its weights, in the compute
+        type; then each goes to its weight."""
+        ledger, config, layer, c = self.ledger, stack.config, stack.layers[index], self.c
+        n, m, width, kv = stack.rows, stack.after(index), config.embed_dim, config.num_kv_heads * config.head_dim
+        inner = m * config.intermediate_dim * c
+        rows = ledger.hold(WORKSPACE, m * width * (4 + c) + m * width * c * (stack.residual > c))
+
+        def form(*names: str) -> int:
+            return ledger.hold(WORKSPACE, sum(layer[name].numel * c for name in names if layer[name].trained))
+
+        formed = ledger.hold(WORKSPACE, 2 * inner)  # silu, and its product with w3's result for w2's gradient
+        grads = form("w2")
+        ledger.touch(2 * inner)  # the product's gradient, and those of both factors
+        grads += form("w1", "w3")
+        ledger.drop(WORKSPACE, formed)
+        ledger.drop(ACTIVATIONS, 2 * inner * (self.setup.checkpointing == "selective"))
+        ledger.touch(3 * m * width * 4)
+        ledger.drop(WORKSPACE, rows)
+        rows = ledger.hold(WORKSPACE, n * width * (c + 4))
+        grads += form("output_proj")
+        ledger.touch(self.attention_scratch(stack, True) + n * (width + 2 * kv) * c)
+        grads += form("q_proj", "k_proj", "v_proj")
+        ledger.touch(4 * n * width * 4)
+        ledger.drop(WORKSPACE, rows)
+        for name in ("sa_norm", "q_proj", "k_proj", "v_proj", "output_proj", "mlp_norm", "w1", "w2", "w3"):
+            weight = layer[name]
+            held = weight.numel * c if weight.trained and "norm" not in name else 0
+            if weight.width <= c or "norm" in name:
+                grads -= ledger.drop(WORKSPACE, held)  # it becomes the weight's
+            self.gradient(weight, cast=False)
+            if held and weight.width > c:
+                grads -= ledger.drop(WORKSPACE, held)
+        assert not grads
         ledger.drop(COPIES, self.cached.pop((stack.name, index), 0))

@@ -64,7 +64,9 @@ class Walk(Layers):
 
     # ---------------------------------------------------------------------------------------------- a stack, a head
 
-    def stack(self, name: str, config: TransformerConfig, rows: int, residual: int, reached: bool) -> Stack:
+    def stack(
+        self, name: str, config: TransformerConfig, rows: int, residual: int, reached: bool, wanted: int
+    ) -> Stack:
         linears = {"attn": ("q_proj", "k_proj", "v_proj", "output_proj"), "mlp": ("w1", "w2", "w3")}
         layers = []
         for i in range(config.num_layers):
@@ -72,26 +74,26 @@ class Walk(Layers):
             layer |= {n: self.weights[f"{name}.layers.{i}.{n}"] for n in ("sa_norm", "mlp_norm")}
             layers.append(layer)
         norm, length = self.weights[name + ".norm"], self.shape.num_codebooks
-        return Stack(name, config, rows, residual, layers, norm, name == "backbone", length, reached)
+        return Stack(name, config, rows, residual, layers, norm, name == "backbone", length, reached, wanted)
 
     def forward_stack(self, stack: Stack) -> None:
         ledger, n, width = self.ledger, stack.rows, stack.config.embed_dim
         ledger.phase = f"forward: {stack.name}"
-        stream = n * width * stack.residual
         if stack.packed:  # cosines and sines of each row
             ledger.hold(ACTIVATIONS if self._keeps_angles(stack) else WORKSPACE, n * stack.config.head_dim * 4)
         for index in range(len(stack.layers)):
             self.forward_layer(stack, index)
-            if stack.active:
-                ledger.hold(ACTIVATIONS, stream)  # its result, the next one's input
+            if stack.active:  # its result, the next one's input
+                ledger.hold(ACTIVATIONS, stack.after(index) * width * stack.residual)
         if stack.packed and not self._keeps_angles(stack):
             ledger.drop(WORKSPACE, n * stack.config.head_dim * 4)
-        if self.setup.device == "cuda" and stack.active:
-            ledger.hold(ACTIVATIONS, stream)  # the last norm's, before its scale
-        ledger.touch(n * width * 4 * 2)
+        if self.setup.device == "cuda" and stack.active:  # the last norm's, before its scale
+            ledger.hold(ACTIVATIONS, stack.wanted * width * stack.residual)
+        ledger.touch(stack.wanted * width * 4 * 2)
 
     def _keeps_angles(self, stack: Stack) -> bool:
-        return stack.active and (self.setup.checkpointing == "full" or self.setup.compiled)
+        keeps = self.setup.checkpointing == "full" or self.setup.compiled or self.fused(stack)
+        return stack.active and keeps
 
     def backward_stack(self, stack: Stack) -> None:
         ledger, n, width = self.ledger, stack.rows, stack.config.embed_dim
@@ -100,12 +102,12 @@ class Walk(Layers):
             return
         stream = n * width * stack.residual
         arriving = ledger.hold(WORKSPACE, stream)
-        ledger.touch(4 * n * width * 4)
+        ledger.touch(4 * stack.wanted * width * 4)
         self.gradient(stack.norm, cast=False)
         if self.setup.device == "cuda":
-            ledger.drop(ACTIVATIONS, stream)
+            ledger.drop(ACTIVATIONS, stack.wanted * width * stack.residual)
         for index in reversed(range(len(stack.layers))):
-            ledger.drop(ACTIVATIONS, stream)
+            ledger.drop(ACTIVATIONS, stack.after(index) * width * stack.residual)
             self.backward_layer(stack, index)
         if stack.packed and self._keeps_angles(stack):
             ledger.drop(ACTIVATIONS, n * stack.config.head_dim * 4)
@@ -172,7 +174,7 @@ class Walk(Layers):
         codes = ledger.hold(WORKSPACE, looked_up * width * embedded_width)
         ledger.touch(rows * width * embedded_width + rows * codebooks * 16)
 
-        body = self.stack("backbone", backbone, rows, max(embedded_width, c), tables)
+        body = self.stack("backbone", backbone, rows, max(embedded_width, c), tables, targets)
         self.forward_stack(body)
         hidden = ledger.hold(WORKSPACE, targets * width * max(embedded_width, body.norm.width))
         head0, audio_head = self.weights["codebook0_head"], self.weights["audio_head"]
@@ -191,7 +193,7 @@ class Walk(Layers):
         below = bool(body.active or projects or self.audio.learns)
         ledger.hold(ACTIVATIONS, positions * depth * depth_residual)
         ledger.touch((positions + by_table) * depth * c)
-        depths = self.stack("decoder", decoder, positions, depth_residual, below)
+        depths = self.stack("decoder", decoder, positions, depth_residual, below, positions)
         self.forward_stack(depths)
         states = ledger.hold(WORKSPACE, positions * depth * max(c, depths.norm.width))
         kept = self.loss(audio_head, frames, depths.active)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
+from . import layer_cpu, ops
 from .attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
 from .config import CSMConfig, TransformerConfig
 
@@ -162,19 +162,32 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def run_layer(
-    layer: Any, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute_mlp: bool = False
+    layer: Any,
+    index: int,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+    recompute_mlp: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """One pre-norm Llama layer.
 
     ``x``: [..., D]; ``attend(index, q, k, v, cos, sin)`` rotates and attends [..., heads, head_dim];
-    ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass.
+    ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass; ``rows``: [A], of x [T, D],
+    the rows that are wanted: the others serve as keys and values only.
     """
+    if layer_cpu.serves(layer, x, attend):
+        return layer_cpu.run(layer, x, cos, sin, attend, recompute_mlp, rows)
     attn = layer.attn
     y = rms_norm(layer.sa_norm, x)
     q = attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim))
     k = attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
     v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-    x = x + attn.output_proj(attend(index, q, k, v, cos, sin).flatten(-2))
+    attended = attend(index, q, k, v, cos, sin).flatten(-2)
+    if rows is not None:
+        x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+    x = x + attn.output_proj(attended)
     return x + (checkpoint(_mlp, layer, x, use_reentrant=False) if recompute_mlp else _mlp(layer, x))
 
 
@@ -183,7 +196,15 @@ def _mlp(layer: Any, x: Tensor) -> Tensor:
     return mlp.w2(F.silu(mlp.w1(y)) * mlp.w3(y))
 
 
-def run_stack(stack: Any, x: Tensor, positions: Tensor, length: int, attend: Attend, recompute: str = "off") -> Tensor:
+def run_stack(
+    stack: Any,
+    x: Tensor,
+    positions: Tensor,
+    length: int,
+    attend: Attend,
+    recompute: str = "off",
+    rows: Tensor | None = None,
+) -> Tensor:
     """All layers and the final norm.
 
     Args:
@@ -196,6 +217,8 @@ def run_stack(stack: Any, x: Tensor, positions: Tensor, length: int, attend: Att
             these and tensors that it holds, so a compiled layer may take it in.
         recompute: what runs again in the backward pass so that its activations need not be kept: "off" nothing,
             "selective" the MLP of each layer, 17 of some 23 D per row and half of the time of a layer, "full" all.
+        rows: [A], of x [T, D], those whose states are wanted, [A, D]. The last layer takes the others as keys and
+            values only, so their part of its output projection and MLP is not computed.
     """
     spec = rope_spec(stack.layers[0].attn)
     cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
@@ -203,10 +226,11 @@ def run_stack(stack: Any, x: Tensor, positions: Tensor, length: int, attend: Att
     run = getattr(stack, "run_layer", run_layer) if getattr(attend, "traceable", False) else run_layer
     recompute = recompute if torch.is_grad_enabled() else "off"
     for index, layer in enumerate(stack.layers):
+        some = rows if index == len(stack.layers) - 1 else None
         if recompute == "full":
-            x = checkpoint(run, layer, index, x, cos, sin, attend, use_reentrant=False)
+            x = checkpoint(run, layer, index, x, cos, sin, attend, False, some, use_reentrant=False)
         else:
-            x = run(layer, index, x, cos, sin, attend, recompute == "selective")
+            x = run(layer, index, x, cos, sin, attend, recompute == "selective", some)
     return rms_norm(stack.norm, x)
 
 
@@ -220,11 +244,16 @@ class PackedAttend:
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
 
+    def fold(self, x: Tensor, heads: int, kv_heads: int) -> ops.Fold:
+        """The order of ``x``'s rows in ``ops.llama_layer``."""
+        return ops.plan_segments(self.segments.cu_seqlens).fold(heads, kv_heads)
 
-def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments) -> Tensor:
-    """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D]."""
+
+def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
+    """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D], or those
+    of ``rows`` [A]."""
     length = max(stack_limit(model.backbone), segments.max_seqlen)
-    return run_stack(model.backbone, x, positions, length, PackedAttend(segments), checkpointing(model))
+    return run_stack(model.backbone, x, positions, length, PackedAttend(segments), checkpointing(model), rows)
 
 
 def checkpointing(model: Any) -> str:
@@ -242,6 +271,10 @@ class DepthAttend:
 
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
+
+    def fold(self, x: Tensor, heads: int, kv_heads: int) -> ops.Fold:
+        """The order of ``x``'s rows in ``ops.llama_layer``."""
+        return ops.fold_uniform(x.shape[0], x.shape[1], heads, kv_heads)
 
 
 def projects_table(frames: int, vocab: int) -> bool:

@@ -14,7 +14,10 @@ import torch
 from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
+from csm_kernels.folded_attention import Fold
+from csm_kernels.folded_attention import uniform as fold_uniform
 from csm_kernels.frame_embed import RowGradient
+from csm_kernels.llama_layer import LayerSetup, llama_layer
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
 from csm_kernels.pointwise import rms_norm, rotate_pairs
@@ -22,13 +25,17 @@ from torch import Tensor
 
 __all__ = [
     "IMPLS",
+    "Fold",
+    "LayerSetup",
     "RowGradient",
     "asked",
     "chosen",
     "depth_attention",
+    "fold_uniform",
     "frame_embed",
     "frame_embed_with_codes",
     "linear_cross_entropy",
+    "llama_layer",
     "packed_attention",
     "plan_segments",
     "rms_norm",
@@ -104,7 +111,7 @@ def frame_embed_with_codes(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, impl: str | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, impl: str | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of several heads, honouring autocast: operands are cast as ``F.linear`` would.
 
@@ -116,7 +123,7 @@ def linear_cross_entropy(
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return _linear_cross_entropy.linear_cross_entropy(
-        hidden.to(dtype), weight.to(dtype), targets, weights, impl=impl or _impl.get()
+        hidden.to(dtype), weight.to(dtype), targets, weights, impl=impl or _impl.get(), scale=scale
     )
 
 

@@ -66,6 +66,12 @@ def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -
 _NORM_PIECE = 2**22  # values
 
 
+def _norm(x: Tensor) -> Tensor:
+    """[] float32. In pieces: a CPU widens a bf16 tensor as a whole for this, twice the gradient that is to be dropped."""
+    pieces = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in x.flatten().split(_NORM_PIECE)]
+    return torch.linalg.vector_norm(torch.stack(pieces))
+
+
 class in_backward:  # noqa: N801 - reads as the statement that it is used in
     """Within it, a backward pass updates each parameter as soon as its gradient is complete, and drops the gradient.
 
@@ -108,9 +114,7 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
     def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
         if parameter.grad is None:  # it is kept elsewhere (``TableGradients``)
             return
-        # In pieces: a CPU widens a bf16 tensor as a whole for this, twice the gradient that is to be dropped.
-        pieces = parameter.grad.flatten().split(_NORM_PIECE)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in pieces]))
+        norm = _norm(parameter.grad)
         self._norms.append(norm)
         self.bad = self.bad | ~torch.isfinite(norm)
         optimizer: Any = self.optimizer
@@ -130,7 +134,7 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
     def norm(self) -> Tensor:
         """[] float32, the norm of all gradients: of those that came, and of those that are still there."""
         left = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norms = [*self._norms, *(torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in left)]
+        norms = [*self._norms, *map(_norm, left)]
         return (
             torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self.bad, dtype=torch.float32)
         )

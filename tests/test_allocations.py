@@ -22,9 +22,9 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
+from csm_kernels import folded_attention
 from csm_kernels import frame_embed as frame_embed_module
 from csm_kernels import linear_cross_entropy as linear_cross_entropy_module
-from csm_kernels import short_attention
 from csm_kernels.linear_cross_entropy import COLUMNS, DEFAULT_BYTE_BUDGET, linear_cross_entropy
 from kernel_cases import interpreted
 from model_cases import padded, random_conversations
@@ -165,7 +165,7 @@ def rows_by_rows(model: CSM, pack: Pack) -> Tensor:
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Scores, wide logits and sums of embeddings come in pieces of a size for true widths: of these, one is a pack."""
-    monkeypatch.setattr(short_attention, "SCORES", 2**12)
+    monkeypatch.setattr(folded_attention, "SCORES", 2**12)
     monkeypatch.setattr(frame_embed_module, "_PIECE_BYTES", 2**14)
     monkeypatch.setattr(linear_cross_entropy_module, "PIECE_BYTES", 2**11, raising=False)
 
@@ -189,7 +189,7 @@ def test_every_allocation_is_explained(monkeypatch, tiny_tiles, form, fraction, 
     rule.check(t)
     kinds = {rule.explain(a) for a in t.allocations}
     assert {"gradient", "activation", "logits"} <= kinds, "the step was not watched in full"
-    assert any(a.op.startswith("csm_kernels::linear_cross_entropy > ") for a in t.allocations)
+    assert any(a.op.startswith("csm_kernels::frame_embed > ") for a in t.allocations)
 
 
 @pytest.mark.parametrize(

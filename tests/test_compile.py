@@ -13,6 +13,7 @@ from model_cases import MemoryStore, random_conversations, random_model
 from torch._dynamo.utils import counters
 from train_cases import config
 
+from csm_fast import layer_cpu
 from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, DataSection, LossSection
@@ -61,6 +62,12 @@ def plain_forms(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def written_layers(monkeypatch):
+    """Uncompiled layers run as ``run_layer`` is written, not as ``layer_cpu`` has them with fewer roundings."""
+    monkeypatch.setattr(layer_cpu, "serves", lambda *_: False)
+
+
+@pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
     counters.clear()
@@ -83,8 +90,8 @@ def test_an_epoch_of_ragged_packs_recompiles_nothing(autocast, checkpointing):
         assert torch.equal(loss, want), i
         assert grads.keys() == want_grads.keys()
         assert all(torch.equal(grads[name], want_grads[name]) for name in grads)
-        # One graph for the backbone and one for the decoder, from the first pack to the last.
-        assert counters["stats"]["unique_graphs"] == 2, f"recompiled at pack {i}"
+        # Two graphs for the backbone and one for the decoder, from the first pack to the last.
+        assert counters["stats"]["unique_graphs"] == 3, f"recompiled at pack {i}"
     assert not counters["graph_break"]
 
 
@@ -116,7 +123,7 @@ def test_the_longest_segment_is_symbolic_where_a_kernel_asks_for_it(monkeypatch)
         assert torch.equal(step(compiled, pack)[0], step(eager, pack)[0])
         graphs.append(counters["stats"]["unique_graphs"])
     # PyTorch takes an integer for a constant until it changes.
-    assert graphs[-1] == graphs[2] <= 3 and not counters["graph_break"]
+    assert graphs[-1] == graphs[2] <= 5 and not counters["graph_break"]
 
 
 def test_training_and_validation_need_two_graphs_each_and_a_single_frame_one_more():
@@ -133,7 +140,7 @@ def test_training_and_validation_need_two_graphs_each_and_a_single_frame_one_mor
         assert result == pytest.approx(want, rel=1e-6)
         if epoch == 0:
             first = counters["stats"]["unique_graphs"]
-        assert counters["stats"]["unique_graphs"] == first == 4
+        assert counters["stats"]["unique_graphs"] == first == 6
     (single,) = packs_of(MemoryStore(random_conversations([[(1, 1, 0)]])))
     assert len(single.decoder_index) == 1
     for _ in range(2):
@@ -151,7 +158,7 @@ def test_frozen_parts(frozen):
     for pack in packs_of(ragged_store(6)):
         (loss, grads), (want, want_grads) = (step(m, pack) for m in (compiled, eager))
         assert torch.equal(loss, want) and grads.keys() == want_grads.keys()
-    assert counters["stats"]["unique_graphs"] <= 4
+    assert counters["stats"]["unique_graphs"] <= 6
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
@@ -179,7 +186,7 @@ def test_methods_compile_to_few_graphs_and_no_more(method, checkpointing):
             )
             assert close > 0.995 or not want_grads[name].any(), name
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[-1] <= 4 and not counters["graph_break"]
+    assert graphs[0] == graphs[-1] <= 6 and not counters["graph_break"]
 
 
 def test_names_and_state_stay_and_off_is_off():
@@ -207,7 +214,7 @@ def test_inductor_computes_the_same_losses_and_recompiles_nothing():
         for name, true in true_grads.items():
             error, eager_error = (float((g[name] - true).norm() / true.norm()) for g in (grads, want_grads))
             assert error <= max(3 * eager_error, 1e-6), name
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
 def test_a_run_with_the_flag_learns_the_same(tmp_path, monkeypatch):

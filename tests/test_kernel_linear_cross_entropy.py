@@ -67,6 +67,23 @@ def test_one_gradient_at_a_time(budget, wanted, heads):
         torch.testing.assert_close(weight.grad, want[1], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [0.25, 0.0])
+def test_a_scale_is_that_of_the_loss_and_not_of_the_sums(scale, upstream, impl):
+    inputs = case(rows=5, heads=3, dtype=torch.float32)
+    (loss, parts), (plain, same) = (linear_cross_entropy(*inputs, impl="torch", scale=s) for s in (scale, 1.0))
+    if impl == "triton":
+        with interpreted() as launches:
+            loss, parts = linear_cross_entropy(*inputs, impl="triton", scale=scale)
+        assert launches["_softmax_cross_entropy_kernel"]
+    got, want = (torch.autograd.grad(x, inputs[:2], torch.tensor(upstream)) for x in (loss, plain))
+    torch.testing.assert_close(parts, same)
+    torch.testing.assert_close(loss, scale * plain)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, scale * w, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_no_rows(heads):
     inputs = case(rows=0, heads=heads)
@@ -182,7 +199,7 @@ def test_ignored_targets_count_nothing():
 @pytest.mark.parametrize("wanted", [(True, True), (False, True), (False, False)])
 def test_opcheck(wanted):
     hidden, weight, targets, weights = case(5, 3, 8, 11, torch.float32)
-    args = (hidden, weight, targets, weights, 200, *wanted, False)
+    args = (hidden, weight, targets, weights, 0.5, 200, *wanted, False)
     torch.library.opcheck(torch.ops.csm_kernels.linear_cross_entropy.default, args)
 
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
+from csm_kernels import folded_attention
 from csm_kernels import packed_attention as module
 from csm_kernels.packed_attention import packed_attention, plan
 from kernel_cases import assert_within_budget, poisoned
@@ -59,16 +60,17 @@ def per_segment_sdpa(q, k, v, lengths):
 
 def by_formula(monkeypatch):
     """As on a device that has neither variable-length kernels nor PyTorch's CPU flash attention."""
-    monkeypatch.setattr(module, "_attend", module.attention_reference)
-    monkeypatch.setattr(module, "_attend_backward", module.attention_backward_reference)
+    monkeypatch.setattr(module, "_folds", lambda q: False)
 
 
-@pytest.mark.parametrize("form", ["flash", "formula"])
+@pytest.mark.parametrize("form", ["folded", "flash", "formula"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_output_and_gradients(monkeypatch, lengths, heads, form):
     if form == "formula":
         by_formula(monkeypatch)
+    elif form == "flash":
+        monkeypatch.setattr(folded_attention, "LONGEST", 0)
     inputs, grad = case(lengths, heads)
     with poisoned():
         out = packed_attention(*inputs, cumulative(lengths), max(lengths))
@@ -79,12 +81,14 @@ def test_output_and_gradients(monkeypatch, lengths, heads, form):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["flash", "formula"])
+@pytest.mark.parametrize("form", ["folded", "flash", "formula"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [LAYOUTS["ragged"], LAYOUTS["long and short"]])
 def test_errors_are_those_of_pytorch_in_the_same_dtype(monkeypatch, lengths, dtype, form):
     if form == "formula":
         by_formula(monkeypatch)
+    elif form == "flash":
+        monkeypatch.setattr(folded_attention, "LONGEST", 0)
     inputs, grad = case(lengths, width=16, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     out, truth, same = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import short_attention
+from csm_kernels import folded_attention, short_attention
 from kernel_cases import assert_within_budget
 
 
@@ -19,7 +19,7 @@ def sdpa(q, k, v, grad):
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
 @pytest.mark.parametrize(("sequences", "length"), [(1, 2), (3, 7), (50, 32), (2, 150)])
 def test_forward_and_gradients(dtype, heads, sequences, length, monkeypatch):
-    monkeypatch.setattr(short_attention, "SCORES", 40_000)  # several chunks, the last one smaller
+    monkeypatch.setattr(folded_attention, "SCORES", 40_000)  # several chunks, the last one smaller
     generator = torch.Generator().manual_seed(length)
     shapes = [(sequences, length, h, 16) for h in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, grad = (torch.randn(s, generator=generator).to(dtype) for s in shapes)

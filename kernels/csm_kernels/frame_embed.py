@@ -97,8 +97,7 @@ def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
 # --- autograd -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("csm_kernels::frame_embed", mutates_args=())
-def _frame_embed(
+def _embed(
     tokens: Tensor,
     is_audio: Tensor,
     frames: Tensor,
@@ -111,6 +110,9 @@ def _frame_embed(
     rows = forward(tokens, is_audio, text_table, audio_table)
     codes = tokens.index_select(0, frames)[:, :-2]
     return rows, F.embedding(_keys(codes, audio_table.shape[0] // (tokens.shape[1] - 1)), audio_table)
+
+
+_frame_embed = torch.library.custom_op("csm_kernels::frame_embed", _embed, mutates_args=())
 
 
 @_frame_embed.register_fake
@@ -260,7 +262,7 @@ class _IntoRows(torch.autograd.Function):
         ctx.text = (False, text_table.shape[0], text_table.dtype)
         ctx.audio = (True, audio_table.shape[0], audio_table.dtype)
         ctx.rows = text_rows, audio_rows
-        return _frame_embed(tokens, is_audio, frames, text_table, audio_table, False, False)
+        return _embed(tokens, is_audio, frames, text_table, audio_table, False, False)
 
     @staticmethod
     def backward(ctx, *grads):

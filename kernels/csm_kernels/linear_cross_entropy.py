@@ -32,17 +32,20 @@ COLUMNS = 64
 PIECE_BYTES = 2**20
 
 
-def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor]:
+def softmax_cross_entropy_(
+    logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy of one chunk, and its gradient.
 
     Args:
         logits: [c, m, V] contiguous, in the compute dtype; overwritten by the gradient where that is wanted.
         targets: [c, m] int64, each in [0, V).
         weights: [c, m] in the wide dtype.
+        scale: of the gradient.
 
     Returns:
-        losses [c, m] in the wide dtype, and d(sum of losses)/d logits [c, m, V] in the compute dtype (the logits where
-        it is not wanted).
+        losses [c, m] in the wide dtype, and scale d(sum of losses)/d logits [c, m, V] in the compute dtype (the logits
+        where it is not wanted).
     """
     flat, vocab = logits.view(-1, logits.shape[-1]), logits.shape[-1]
     targets, row_weights = targets.reshape(-1, 1), weights.reshape(-1, 1)
@@ -59,7 +62,7 @@ def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wan
         losses[some] = (highest - p.amax(-1, keepdim=True).log() - picked) * weight
         if wants_grad:
             p.scatter_add_(-1, target, torch.full_like(target, -1, dtype=p.dtype))
-            torch.mul(p, weight, out=flat[some])
+            torch.mul(p, weight * scale, out=flat[some])
     return losses.view(weights.shape), logits
 
 
@@ -68,8 +71,8 @@ def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wan
 
 
 def _jit(kernel):
-    """Compiled once per vocabulary and dtype: no specialisation on the number of rows."""
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["rows"])
+    """Compiled once per vocabulary and dtype: no specialisation on the number of rows or the scale."""
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["rows", "scale"])
 
 
 @_jit
@@ -81,6 +84,8 @@ def _softmax_cross_entropy_kernel(
     p_losses,  # [heads, rows] float32
     # sizes
     rows,
+    # of the gradient
+    scale,
     # meta
     VOCAB: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -103,7 +108,7 @@ def _softmax_cross_entropy_kernel(
     picked = tl.sum(tl.where(o_column == target, b_logits, 0.0), axis=0)
     tl.store(p_losses + i_row, (tl.log(total) + highest - picked) * weight)
     if WANTS_GRAD:
-        b_grad = (b_exp / total - tl.where(o_column == target, 1.0, 0.0)) * weight
+        b_grad = (b_exp / total - tl.where(o_column == target, 1.0, 0.0)) * (weight * scale)
         # The padding becomes zero, so the GEMMs that follow may read it.
         tl.store(p_row + o_column, b_grad.to(p_logits.dtype.element_ty), mask=o_column < COLUMNS)
 
@@ -112,7 +117,7 @@ def _softmax_cross_entropy_kernel(
 
 
 def launch_softmax_cross_entropy_(
-    logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool, vocab: int
+    logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool, vocab: int, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """``softmax_cross_entropy_`` on padded logits [c, m, columns], in place; float32 softmax."""
     heads, rows, columns = logits.shape
@@ -125,6 +130,7 @@ def launch_softmax_cross_entropy_(
             weights.contiguous(),
             losses,
             rows,
+            float(scale),
             VOCAB=vocab,
             COLUMNS=columns,
             BLOCK=block,
@@ -157,15 +163,15 @@ def _chunks(rows: int, heads: int, row_bytes: int, head_bytes: int, total_bytes:
     return max(1, min(rows, left // row_bytes)), 1
 
 
-# --- registered op ----------------------------------------------------------------------------------------------------
+# --- the whole --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("csm_kernels::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def _losses_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     weights: Tensor,
+    scale: float,
     byte_budget: int,
     wants_hidden: bool,
     wants_weight: bool,
@@ -196,12 +202,12 @@ def _linear_cross_entropy(
         for first in range(0, rows, rows_per_chunk):
             some = slice(first, min(rows, first + rows_per_chunk))
             h = hidden[some, some_heads].transpose(0, 1)
-            logits = torch.bmm(h, w)
+            logits = _product(h, w)
             target, row_weight = targets[some, some_heads].t(), row_weights[some, some_heads].t()
             if use_triton:
-                losses, grad = launch_softmax_cross_entropy_(logits, target, row_weight, wants_grad, vocab)
+                losses, grad = launch_softmax_cross_entropy_(logits, target, row_weight, wants_grad, vocab, scale)
             else:
-                losses, grad = softmax_cross_entropy_(logits, target, row_weight, wants_grad)
+                losses, grad = softmax_cross_entropy_(logits, target, row_weight, wants_grad, scale)
             per_head[some_heads] += losses.sum(-1)
             if wants_hidden:
                 grad_hidden[some, some_heads] = torch.bmm(grad, w.transpose(1, 2)).transpose(0, 1)
@@ -212,7 +218,12 @@ def _linear_cross_entropy(
                 total = part if total is None else total.add_(part)
         if wants_weight and total is not None:
             grad_weight[some_heads] = total[..., :vocab]
-    return per_head.sum(), per_head, grad_hidden, grad_weight
+    return per_head.sum() * scale, per_head, grad_hidden, grad_weight
+
+
+def _product(h: Tensor, w: Tensor) -> Tensor:
+    """h w; of one head as a plain product, which PyTorch's for CPUs does twice as fast where w is transposed."""
+    return torch.mm(h[0], w[0]).unsqueeze(0) if len(h) == 1 else torch.bmm(h, w)
 
 
 def _product_(out: Tensor, h: Tensor, grad: Tensor) -> None:
@@ -224,8 +235,15 @@ def _product_(out: Tensor, h: Tensor, grad: Tensor) -> None:
         torch.bmm(grad.transpose(1, 2), h, out=out.transpose(1, 2))
 
 
+# --- registered op ----------------------------------------------------------------------------------------------------
+
+_linear_cross_entropy = torch.library.custom_op(
+    "csm_kernels::linear_cross_entropy", _losses_and_gradients, mutates_args=()
+)
+
+
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, weights, byte_budget, wants_hidden, wants_weight, use_triton):
+def _(hidden, weight, targets, weights, scale, byte_budget, wants_hidden, wants_weight, use_triton):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty((), dtype=wide),
@@ -238,14 +256,17 @@ def _(hidden, weight, targets, weights, byte_budget, wants_hidden, wants_weight,
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or there would be zeros of the size of the weight for an output nobody uses
-    ctx.wants = inputs[5], inputs[6]
+    ctx.wants = inputs[6], inputs[7]
     ctx.save_for_backward(output[2], output[3])
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     saved = ctx.saved_tensors
+    if _is_one(grad_loss):
+        grads = [grad if wanted else None for grad, wanted in zip(saved, ctx.wants, strict=True)]
+        return *grads, None, None, None, None, None, None, None
     # Nobody sees the saved gradients again unless the graph is kept, so they are scaled where they lie: a second
     # tensor of the size of the weights is memory, and on a CPU time too.
     traced = any(type(grad) is not Tensor for grad in saved)
@@ -253,7 +274,12 @@ def _backward(ctx, grad_loss, *_):
     scaled = [
         scale(grad, grad_loss.to(grad.dtype)) if wanted else None for grad, wanted in zip(saved, ctx.wants, strict=True)
     ]
-    return *scaled, None, None, None, None, None, None
+    return *scaled, None, None, None, None, None, None, None
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether nothing scales the loss any more, where asking costs nothing: on another device the host would wait."""
+    return grad.device.type == "cpu" and type(grad) is Tensor and grad.item() == 1
 
 
 def _graph_is_kept() -> bool:
@@ -263,6 +289,31 @@ def _graph_is_kept() -> bool:
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the dispatcher, whose way through a registered one takes half a millisecond: on a CPU as
+    long as the products of a short pack."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, per_head, *grads = _losses_and_gradients(*inputs)
+        ctx.mark_non_differentiable(per_head)
+        ctx.set_materialize_grads(False)
+        ctx.wants = inputs[6], inputs[7]
+        ctx.save_for_backward(*grads)
+        return loss, per_head
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        return _backward(ctx, grad_loss)
+
+
+def _is_direct(*inputs: Tensor) -> bool:
+    """Whether nothing is there that would have to see the operator: on a CPU, run as it is written."""
+    plain = all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in inputs)
+    return plain and not torch.compiler.is_compiling()
+
 
 # --- public function --------------------------------------------------------------------------------------------------
 
@@ -274,8 +325,10 @@ def linear_cross_entropy(
     weights: Tensor,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
     impl: str = "auto",
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy of C heads over the same rows: ``sum_mc weights[m, c] CE(hidden[m, c] @ weight[c])``.
+    """Weighted cross-entropy of C heads over the same rows:
+    ``scale * sum_mc weights[m, c] CE(hidden[m, c] @ weight[c])``.
 
     Args:
         hidden: [M, C, D].
@@ -286,20 +339,24 @@ def linear_cross_entropy(
         byte_budget: most bytes of logits held at once, beside the float32 accumulator of one head's weight gradient
             where the rows of one head do not fit (never less than one row of one head).
         impl: "triton" (a GPU, or the interpreter), "torch", or "auto": triton on CUDA where it is installed.
+        scale: of the loss. Given here and not multiplied afterwards, it needs no pass over the gradients.
 
     Returns:
-        The scalar loss, and the detached weighted sums per head [C], both float32 (float64 for float64 inputs).
+        The scalar loss, and the detached weighted sums per head [C] without ``scale``, both float32 (float64 for
+        float64 inputs).
 
     Raises:
         ValueError: an unknown ``impl``, or ``impl="triton"`` with float64.
         ImportError: ``impl="triton"`` without Triton.
     """
     grad_mode = torch.is_grad_enabled()
-    loss, per_head, _, _ = _linear_cross_entropy(
+    call = _Direct.apply if _is_direct(hidden, weight, targets, weights) else _linear_cross_entropy
+    loss, per_head, *_ = call(
         hidden,
         weight,
         targets,
         weights,
+        scale,
         byte_budget,
         grad_mode and hidden.requires_grad,
         grad_mode and weight.requires_grad,

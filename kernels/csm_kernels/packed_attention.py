@@ -4,9 +4,8 @@ On CUDA in half types the work goes to flash-attn's variable-length function or 
 are registered operators with their own backward, so they are called as they are. Everywhere else
 ``csm_kernels::packed_attention`` reads the segments when it runs, not when it is traced: segments of similar length
 share one call, padded to the longest (padding on the right is harmless under a causal mask), on a CPU through
-``short_attention`` or, where they are long, PyTorch's flash attention, on other devices through the formulas of the
-reference. The same segments come once per layer, forward and backward: their plan is made once and found again by the
-bytes of ``cu_seqlens``.
+``folded_attention``, on other devices through the formulas of the reference. The same segments come once per layer,
+forward and backward: their plan is made once and found again by the bytes of ``cu_seqlens``.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import short_attention
+from . import folded_attention
+from .folded_attention import Fold
 
 # Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
 # call's overhead is not.
@@ -46,6 +46,16 @@ class Plan:
     index: Tensor
     padding: Tensor
     restore: Tensor | None
+    folds: dict[tuple[int, int], Fold] = field(default_factory=dict, repr=False, compare=False)
+
+    def fold(self, heads: int, kv_heads: int) -> Fold:
+        """The order of rows in ``folded_attention``, made once."""
+        if (heads, kv_heads) not in self.folds:
+            with torch.inference_mode(False), torch.no_grad():
+                live = torch.ones(len(self.index), dtype=torch.bool).index_fill_(0, self.padding, False)
+                order = folded_attention.fold(self.index, live, self.shapes, heads, kv_heads)
+            self.folds[heads, kv_heads] = order
+        return self.folds[heads, kv_heads]
 
     def groups(self) -> tuple[Tensor, ...]:
         """``index`` per group, [segments, width] each."""
@@ -138,31 +148,6 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _is_short(q: Tensor) -> bool:
-    return q.device.type == "cpu" and q.shape[-2] <= short_attention.LONGEST
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if _is_short(q):
-        # Its backward computes the scores again and needs no sum of exponentials.
-        out = short_attention.forward(*(x.transpose(1, 2) for x in (q, k, v)))
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return out.transpose(1, 2), q.new_zeros(q.shape[:-1], dtype=wide)
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    return attention_reference(q, k, v)
-
-
-def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-    if _is_short(q):
-        grads = short_attention.backward(*(x.transpose(1, 2) for x in (q, k, v, grad)))
-        return tuple(x.transpose(1, 2) for x in grads)
-    if q.device.type == "cpu":
-        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return flash_backward(grad, q, k, v, out, lse, 0.0, True)
-    return attention_backward_reference(grad, q, k, v, out, lse)
-
-
 def _plan_for(q: Tensor, cu_seqlens: Tensor) -> Plan:
     found = plan(cu_seqlens)
     if found.rows != q.shape[0]:
@@ -188,6 +173,34 @@ def _join(parts: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, plan.restore)
 
 
+def _folds(q: Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
+def _attend_folded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    order = plan.fold(q.shape[1], k.shape[1])
+    out, long = folded_attention.forward(*folded_attention.gather(q * q.shape[-1] ** -0.5, k, v, order), order)
+    lse = q.new_zeros(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if long:
+        folded = lse.new_zeros(len(order.queries))
+        for (some, _), (_, sums) in zip(order.long(), long, strict=True):
+            folded[some] = sums.reshape(-1)
+        lse = folded.index_select(0, order.queries_back).view(lse.shape)
+    return out.view(q.shape), lse
+
+
+def _attend_folded_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, width, long = plan.fold(q.shape[1], k.shape[1]), q.shape[-1], []
+    for some, shape in order.long():
+        rows = order.queries[some]
+        long.append((out.reshape(-1, width)[rows].view(*shape, width), lse.reshape(-1)[rows].view(shape)))
+    folded = folded_attention.gather(q * width**-0.5, k, v, order)
+    dq, dk, dv = folded_attention.backward(grad, *folded, order, long)
+    return (dq * width**-0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
 # --- registered op ----------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +208,10 @@ def _join(parts: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The attention's output [T, H, d], and [T, H] for the backward pass in the wide dtype."""
     plan = _plan_for(q, cu_seqlens)
+    if _folds(q):
+        return _attend_folded(q, k, v, plan)
     groups = zip(*(_split(_gather(x, plan), plan) for x in (q, k, v)), strict=True)
-    outs, lses = zip(*(_attend(*group) for group in groups), strict=True)
+    outs, lses = zip(*(attention_reference(*group) for group in groups), strict=True)
     return _join(outs, plan, q.dtype), _join(lses, plan, lses[0].dtype)
 
 
@@ -211,12 +226,14 @@ def _packed_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _plan_for(q, cu_seqlens)
+    if _folds(q):
+        return _attend_folded_backward(grad, q, k, v, plan, out, lse)
     grad = _gather(grad, plan)
     if plan.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
         grad.index_fill_(0, plan.padding, 0)
     groups = zip(*(_split(x, plan) for x in (grad, *(_gather(x, plan) for x in (q, k, v, out, lse)))), strict=True)
-    grads = zip(*(_attend_backward(*group) for group in groups), strict=True)
+    grads = zip(*(attention_backward_reference(*group) for group in groups), strict=True)
     grad_q, grad_k, grad_v = (_join(parts, plan, q.dtype) for parts in grads)
     return grad_q, grad_k, grad_v
 

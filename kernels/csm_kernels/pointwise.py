@@ -53,26 +53,45 @@ def _rms_norm_reference(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(_wide(x)), (x.shape[-1],), eps=eps).to(x.dtype) * scale
 
 
-class _RMSNorm(torch.autograd.Function):
-    """With r = 1 / sqrt(mean(x^2) + eps), n = r x and h = g scale: dscale = sum over rows of g n,
-    dx = r (h - n mean(h n)). The product g n serves both sums."""
+def norm_factor(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, [..., 1] in the wide dtype."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
+
+def norm_backward(
+    grad: Tensor, normed: Tensor, r: Tensor, scale: Tensor, wants_scale: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the norm's input, in the wide dtype, and of its scale.
+
+    With n = r x and h = g scale: dscale = sum over rows of g n, dx = r (h - n mean(h n)). The product g n serves both
+    sums.
+
+    Args:
+        grad: [N, d].  normed: [N, d] and r: [N, 1] in the wide dtype.  scale: [d].
+    """
+    wide = grad.to(r.dtype)
+    product = wide * normed
+    dscale = product.sum(0).to(scale.dtype) if wants_scale else None
+    scale = scale.to(r.dtype)
+    mean = (product @ scale).div_(normed.shape[-1]).unsqueeze(-1)
+    return (wide * scale).addcmul_(normed, mean, value=-1).mul_(r), dscale
+
+
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, eps):
-        wide = x.to(_wide(x))
-        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = norm_factor(x, eps)
         ctx.save_for_backward(x, r, scale)
-        return (wide * r).to(x.dtype) * scale
+        return (x.to(r.dtype) * r).to(x.dtype) * scale
 
     @staticmethod
     def backward(ctx, grad):
         x, r, scale = ctx.saved_tensors
+        width = x.shape[-1]
         normed = x.to(r.dtype) * r
-        wide = grad.to(r.dtype)
-        product = (wide * normed).flatten(0, -2)
-        dscale = product.sum(0).to(scale.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, dscale, None
-        mean = (product @ scale.to(r.dtype)).div_(x.shape[-1]).view(r.shape)
-        dx = (wide * scale).addcmul_(normed, mean, value=-1).mul_(r)
-        return dx.to(x.dtype), dscale, None
+        wants_x, wants_scale = ctx.needs_input_grad[:2]
+        dx, dscale = norm_backward(
+            grad.reshape(-1, width), normed.reshape(-1, width), r.reshape(-1, 1), scale, wants_scale
+        )
+        return dx.to(x.dtype).view(x.shape) if wants_x else None, dscale, None

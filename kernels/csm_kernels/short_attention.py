@@ -1,83 +1,35 @@
-"""Causal attention of many short sequences on a CPU: three batched GEMMs and a softmax, without autograd.
-
-PyTorch's flash attention for CPUs works in tiles that short sequences leave nearly empty: for 128 frames of 32
-positions it takes nine times as long as this, for 40 segments of 48 rows seven times; they draw level near 1,000 rows
-(bf16, two cores, forward and backward). Scores exist for one chunk of sequences at a time, and the backward computes
-them again, so nothing of the size [rows, rows] is held.
-"""
+"""Causal attention of many short sequences on a CPU, as a registered operator over ``folded_attention``."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Longest sequence that this beats PyTorch's own at, with room to spare.
-LONGEST = 384
-# Most scores at once: 2 MiB in bf16, which the second-level caches of a few cores hold.
-SCORES = 2**20
+from . import folded_attention
+from .folded_attention import LONGEST, Fold
+
+__all__ = ["LONGEST", "short_attention"]
 
 
-def _chunks(sequences: int, heads: int, length: int) -> Iterator[slice]:
-    step = max(1, SCORES // (heads * length * length))
-    return (slice(i, min(i + step, sequences)) for i in range(0, sequences, step))
-
-
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T + mask) for folded queries [B, r n, d], already scaled, and keys [B, n, d]."""
-    return torch.baddbmm(mask.expand(len(q), -1, -1), q, k.transpose(1, 2)).softmax(-1)
-
-
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """[s, n, H, d] -> [s Hkv, r n, d]: the query heads that share a key-value head become rows of one GEMM."""
-    s, n, h, d = x.shape
-    return x.transpose(1, 2).reshape(s * kv_heads, h // kv_heads * n, d)
-
-
-def _unfold(x: Tensor, s: int, n: int, heads: int) -> Tensor:
-    return x.view(s, heads, n, x.shape[-1]).transpose(1, 2)
-
-
-def _mask(n: int, repeat: int, like: Tensor) -> Tensor:
-    return torch.full((n, n), -torch.inf, dtype=like.dtype, device=like.device).triu_(1).repeat(repeat, 1)
+def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Fold]:
+    order = folded_attention.uniform(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return folded_attention.gather(q * q.shape[-1] ** -0.5, k, v, order), order
 
 
 @torch.library.custom_op("csm_kernels::short_attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``short_attention``, as a registered operator."""
-    s, n, h, d = q.shape
-    kv = k.shape[2]
-    out = torch.empty((s, n, h, d), dtype=q.dtype, device=q.device)
-    mask = _mask(n, h // kv, q)
-    for some in _chunks(s, h, n):
-        p = _probabilities(_fold(q[some] * d**-0.5, kv), _fold(k[some], kv), mask)
-        out[some] = _unfold(torch.bmm(p, _fold(v[some], kv)), len(q[some]), n, h)
-    return out
+    folded, order = _folded(q, k, v)
+    return folded_attention.forward(*folded, order)[0].view(q.shape)
 
 
 @torch.library.custom_op("csm_kernels::short_attention_gradients", mutates_args=())
 def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` for q, k and v.
-
-    With P = softmax(S) and O = P V: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q; the
-    GEMMs over folded queries add up the heads that share a key-value head.
-    """
-    s, n, h, d = q.shape
-    kv = k.shape[2]
-    mask = _mask(n, h // kv, q)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for some in _chunks(s, h, n):
-        size = len(q[some])
-        folded_q, folded_k = _fold(q[some] * d**-0.5, kv), _fold(k[some], kv)
-        folded_v, folded_grad = _fold(v[some], kv), _fold(grad[some], kv)
-        p = _probabilities(folded_q, folded_k, mask)
-        dv[some] = _unfold(torch.bmm(p.transpose(1, 2), folded_grad), size, n, kv)
-        dp = torch.bmm(folded_grad, folded_v.transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[some] = _unfold(torch.bmm(ds, folded_k), size, n, h) * d**-0.5
-        dk[some] = _unfold(torch.bmm(ds.transpose(1, 2), folded_q), size, n, kv)
-    return dq, dk, dv
+    """Gradients of ``forward`` for q, k and v."""
+    folded, order = _folded(q, k, v)
+    long = folded_attention.forward(*folded, order)[1] if order.long() else []
+    dq, dk, dv = folded_attention.backward(grad, *folded, order, long)
+    return (dq * q.shape[-1] ** -0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
 @forward.register_fake

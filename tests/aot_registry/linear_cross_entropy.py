@@ -8,7 +8,14 @@ VOCAB, COLUMNS = 2051, 2112
 
 def cases(dtype: str, arch: int) -> list[AotCase]:
     block, num_warps = op.launch_shape(COLUMNS)
-    signature = {"p_logits": f"*{dtype}", "p_targets": "*i64", "p_weights": "*fp32", "p_losses": "*fp32", "rows": "i32"}
+    signature = {
+        "p_logits": f"*{dtype}",
+        "p_targets": "*i64",
+        "p_weights": "*fp32",
+        "p_losses": "*fp32",
+        "rows": "i32",
+        "scale": "fp32",
+    }
     meta = {"VOCAB": VOCAB, "COLUMNS": COLUMNS, "BLOCK": block}
     return [
         AotCase(

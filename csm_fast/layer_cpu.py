@@ -1,0 +1,63 @@
+"""The layers of both stacks on a CPU: one autograd node each, where a layer is plain.
+
+Plain means linear layers without bias, hooks or adapters, with weights of one type. Everything else, and whatever is
+compiled or forced onto the Triton kernels, runs as ``model.run_layer`` is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+Linears = tuple[Any, Any, Any, Any, Any, Any, Any]
+
+
+def serves(layer: Any, x: Tensor, attend: Any) -> bool:
+    """Whether ``run`` may take the place of ``model.run_layer``."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "fold"):
+        return False
+    if ops.asked() == "triton" or not all(map(_is_plain, (layer, layer.attn, layer.mlp))):
+        return False
+    linears = _linears(layer)
+    dtype = _compute_dtype(x)
+    types = {linear.weight.dtype for linear in linears if type(linear) is nn.Linear}
+    if not all(type(linear) is nn.Linear and linear.bias is None and _is_plain(linear) for linear in linears):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return x.dtype == dtype if x.dtype == torch.float64 else all(t.is_floating_point for t in types)
+    return types == {x.dtype, layer.sa_norm.scale.dtype, layer.mlp_norm.scale.dtype}
+
+
+def _linears(layer: Any) -> Linears:
+    attn, mlp = layer.attn, layer.mlp
+    return attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, mlp.w1, mlp.w2, mlp.w3
+
+
+def _is_plain(module: Any) -> bool:
+    """Nothing is hooked onto the module, so its parameters may be used without calling it."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def run(
+    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool, rows: Tensor | None
+) -> Tensor:
+    """``model.run_layer`` for a layer that ``serves``; under autocast its weights are cast here."""
+    dtype = _compute_dtype(x)
+    wq, wk, wv, wo, w1, w2, w3 = (linear.weight.to(dtype) for linear in _linears(layer))
+    attn = layer.attn
+    setup = ops.LayerSetup(attn.head_dim, layer.sa_norm.eps, layer.mlp_norm.eps, dtype, recompute_mlp)
+    weights = (layer.sa_norm.scale, wq, wk, wv, wo, layer.mlp_norm.scale, w1, w2, w3)
+    order = attend.fold(x, attn.num_heads, attn.num_kv_heads)
+    return ops.llama_layer(x, cos, sin, order, weights, setup, rows)

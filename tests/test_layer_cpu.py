@@ -1,0 +1,173 @@
+"""A layer in one autograd node against ``run_layer`` as it is written: numbers, what it serves, what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from csm_kernels import folded_attention
+from kernel_cases import poisoned
+from model_cases import MICRO, random_model
+from torch import Tensor, nn
+
+from csm_fast import layer_cpu, model, ops
+from csm_fast.attention import Segments, rope_table
+from csm_fast.model import DepthAttend, PackedAttend, run_layer, wide_dtype
+
+LENGTHS = [7, 1, 40, 9, 33]
+
+
+def packed(dtype: torch.dtype, grad: bool = True):
+    """(layer, its inputs x, cos and sin, its attention) of the micro backbone."""
+    layer = random_model(MICRO, dtype).backbone.layers[0]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    table = rope_table(layer.attn.rope, 64, wide_dtype(dtype), torch.device("cpu"))
+    x = torch.randn(sum(LENGTHS), 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    cos, sin = (t[positions].unsqueeze(-2) for t in table)
+    return layer, x.requires_grad_(grad), cos, sin, PackedAttend(Segments.of(LENGTHS))
+
+
+def frames(dtype: torch.dtype):
+    layer = random_model(MICRO, dtype).decoder.layers[0]
+    table = rope_table(layer.attn.rope, 6, wide_dtype(dtype), torch.device("cpu"))
+    x = torch.randn(5, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cos, sin = (t.unsqueeze(-2) for t in table)
+    return layer, x.requires_grad_(), cos, sin, DepthAttend("auto")
+
+
+def results(case, written: bool, recompute: bool = False, rows: Tensor | None = None) -> dict[str, Tensor]:
+    """Output and gradients by name, as written or in one node."""
+    layer, x, cos, sin, attend = case
+    with pytest.MonkeyPatch.context() as patch, poisoned():
+        if written:
+            patch.setattr(layer_cpu, "serves", lambda *_: False)
+        out = run_layer(layer, 0, x, cos, sin, attend, recompute, rows)
+        wanted = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        wanted |= {"x": x} if x.requires_grad else {}
+        generator = torch.Generator().manual_seed(3)
+        grad = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
+        grads = torch.autograd.grad(out, list(wanted.values()), grad)
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+@pytest.mark.parametrize("flash", [False, True], ids=["products", "flash"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("make", [packed, frames])
+def test_it_is_the_layer(monkeypatch, make, some, recompute, flash):
+    if flash:
+        monkeypatch.setattr(folded_attention, "LONGEST", 8)
+    rows = torch.tensor([3, 0, 41, 88]) if some and make is packed else None
+    case = make(torch.float64)
+    assert layer_cpu.serves(case[0], case[1], case[4])
+    got, want = results(case, False, recompute, rows), results(case, True, recompute, rows)
+    assert got.keys() == want.keys() and len(got) == 11
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_gradcheck():
+    layer, x, cos, sin, attend = packed(torch.float64)
+    rows, small = torch.tensor([2, 5]), Segments.of([4, 3])
+    parameters = dict(layer.named_parameters())
+
+    def run(x, *values):
+        return torch.func.functional_call(Caller(layer), dict(zip(parameters, values, strict=True)), (x,))
+
+    class Caller(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.__dict__["_modules"] = layer._modules
+            self.layer_of = [layer]
+
+        def forward(self, x):
+            return run_layer(self.layer_of[0], 0, x, cos[:7], sin[:7], PackedAttend(small), False, rows)
+
+    values = [p.detach()[:, :].clone() if p.dim() == 2 else p.detach().clone() for p in parameters.values()]
+    norms = [v.requires_grad_(v.dim() == 1) for v in values]
+    assert torch.autograd.gradcheck(run, (x.detach()[:7].requires_grad_(), *norms))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [packed, frames])
+def test_errors_are_those_of_the_written_layer(make, dtype):
+    case = make(dtype)
+    wide = (case[0].double(), case[1].detach().double().requires_grad_(), *(t.double() for t in case[2:4]), case[4])
+    truth = results(wide, True)
+    case = make(dtype)
+    assert layer_cpu.serves(case[0], case[1], case[4])
+    got, want = results(case, False), results(case, True)
+    for name, true in truth.items():
+        error, same = (float((r[name].double() - true).norm() / true.norm()) for r in (got, want))
+        assert error <= max(2 * same, 4 * torch.finfo(dtype).eps), (name, error, same)
+        assert got[name].dtype == want[name].dtype and got[name].shape == want[name].shape
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+def test_autocast_casts_what_it_would_cast(residual):
+    layer, x, cos, sin, attend = packed(torch.float32)
+    case = (layer, x.detach().to(residual).requires_grad_(), cos, sin, attend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer_cpu.serves(case[0], case[1], attend)
+        got, want = results(case, False), results(case, True)
+    for name in want:
+        assert got[name].dtype == want[name].dtype
+        assert float((got[name] - want[name]).norm() / want[name].norm()) < 0.02, name
+
+
+def test_only_what_is_asked_for():
+    case = packed(torch.float64, grad=False)
+    for name, parameter in case[0].named_parameters():
+        parameter.requires_grad_(name in ("mlp.w3.weight", "attn.k_proj.weight"))
+    got, want = results(case, False), results(case, True)
+    assert got.keys() == {"out", "mlp.w3.weight", "attn.k_proj.weight"}
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11)
+    case[0].requires_grad_(False)
+    assert not run_layer(case[0], 0, *case[1:]).requires_grad
+
+
+def test_no_frames():
+    layer, x, cos, sin, attend = frames(torch.float32)
+    out = run_layer(layer, 0, x[:0], cos, sin, attend)
+    out.sum().backward()
+    assert out.shape == (0, 6, 32) and not layer.mlp.w1.weight.grad.any()
+
+
+def test_it_serves_plain_layers_only():
+    layer, x, *_, attend = packed(torch.float32)
+    assert layer_cpu.serves(layer, x, attend)
+    with ops.using("triton"):
+        assert not layer_cpu.serves(layer, x, attend)
+    assert not layer_cpu.serves(layer, x, lambda *_: None)  # a cache's attention
+    assert not layer_cpu.serves(layer, x.to("meta"), attend)
+    assert not layer_cpu.serves(layer, x.bfloat16(), attend)  # run_layer says what does not fit
+    handle = layer.mlp.w2.register_forward_hook(lambda *_: None)
+    assert not layer_cpu.serves(layer, x, attend)
+    handle.remove()
+    assert layer_cpu.serves(layer, x, attend)
+    layer.attn.v_proj = nn.Linear(64, 32)
+    assert not layer_cpu.serves(layer, x, attend)
+
+    class Adapted(nn.Linear):
+        pass
+
+    layer.attn.v_proj = Adapted(64, 32, bias=False)
+    assert not layer_cpu.serves(layer, x, attend)
+
+
+def test_rows_that_nobody_wants_stop_at_the_last_layers_attention():
+    """``run_backbone`` for some rows is those rows of the whole, with the same gradients."""
+    csm = random_model(MICRO, torch.float64)
+    _, x, *_ = packed(torch.float64)
+    segments, positions = Segments.of(LENGTHS), torch.cat([torch.arange(n) for n in LENGTHS])
+    rows = torch.tensor([5, 8, 40, 89])
+    whole = model.run_backbone(csm, x, positions, segments)[rows]
+    some = model.run_backbone(csm, x, positions, segments, rows)
+    torch.testing.assert_close(some, whole, rtol=1e-12, atol=1e-12)
+    parameters = [x, *csm.backbone.parameters()]
+    for got, want in zip(
+        torch.autograd.grad(some.square().sum(), parameters),
+        torch.autograd.grad(whole.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
