@@ -7,7 +7,7 @@
     python -m benchmarks.step --synthetic 200 --device cuda --shape csm-1b
 
 Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
-its process up (on a CPU it keeps freed memory), the others in plain PyTorch; a process that runs all of them would lend
+its process up (on a CPU it keeps freed memory, in huge pages), the others in plain PyTorch; a process that runs all of them would lend
 each the heap that the others leave. ``--allocator`` gives everybody the one or the other.
 
 Every system sees the same recordings, weights (random) and, at equal updates, the same frames. Equal updates: batches
@@ -162,7 +162,7 @@ class Worker:
     def __init__(self, args: argparse.Namespace, system: str):
         variables = dict(os.environ)
         if keeps_memory(args, system):
-            variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8192"
+            variables.update(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8192", THP_MEM_ALLOC_ENABLE="1")
         command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--worker", system]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables

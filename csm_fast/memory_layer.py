@@ -3,10 +3,11 @@
 The ledger, and the part of ``memory_step.py``'s walk that repeats from layer to layer. It follows ``model.run_layer``
 and the operators that this calls.
 
-Four forms are walked. On a CPU plain layers are one node each (``layer_cpu.py``), those with adapters run operation by
-operation, as PyTorch's autograd saves them; both are measured (``benchmarks/memory_plan.py``). On CUDA without ``torch.compile`` they do the same with other operators; this
-follows from the code. Compiled, a layer keeps what the compiler's partitioner chooses; what it chooses was looked at on
-a CPU (``tests/test_memory.py``), the rest follows from the code. Nothing here was measured on a GPU.
+Four forms are walked. On a CPU plain layers are one node each (``layer_cpu.py``), those with adapters run operation
+by operation, as PyTorch's autograd saves them; both are measured (``benchmarks/memory_plan.py``). On CUDA without
+``torch.compile`` they do the same with other operators; this follows from the code. Compiled, a layer keeps what the
+compiler's partitioner chooses; what it chooses was looked at on a CPU (``tests/test_memory.py``), the rest follows
+from the code. Nothing here was measured on a GPU.
 
 Sizes in the comments: n rows of a stack of width D, with F the width of its MLP, KV that of its keys, H heads; c bytes
 of the type of the matrix products, r bytes of the residual stream.

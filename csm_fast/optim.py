@@ -67,7 +67,7 @@ _NORM_PIECE = 2**22  # values
 
 
 def _norm(x: Tensor) -> Tensor:
-    """[] float32. In pieces: a CPU widens a bf16 tensor as a whole for this, twice the gradient that is to be dropped."""
+    """[] float32. In pieces: a CPU widens a bf16 tensor as a whole for this, twice what is to be dropped."""
     pieces = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in x.flatten().split(_NORM_PIECE)]
     return torch.linalg.vector_norm(torch.stack(pieces))
 
