@@ -7,8 +7,8 @@
     python -m benchmarks.step --synthetic 200 --device cuda --shape csm-1b
 
 Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
-its process up (on a CPU it keeps freed memory, in huge pages), the others in plain PyTorch; a process that runs all of them would lend
-each the heap that the others leave. ``--allocator`` gives everybody the one or the other.
+its process up (on a CPU it keeps freed memory, in huge pages), the others in plain PyTorch; a process that runs all of
+them would lend each the heap that the others leave. ``--allocator`` gives everybody the one or the other.
 
 Every system sees the same recordings, weights (random) and, at equal updates, the same frames. Equal updates: batches
 of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
