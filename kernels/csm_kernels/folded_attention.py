@@ -105,19 +105,18 @@ def _inverse(index: Tensor, live: Tensor) -> Tensor:
 def uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
     """The folded order of ``segments`` segments of ``width`` rows each: the beginning of that of more of them."""
     most = _uniform(1 << max(0, segments - 1).bit_length(), width, heads, kv_heads)
-    rows = segments * width
-    orders = (x[: rows * n] for x, n in zip(most[:4], (heads, kv_heads) * 2, strict=True))
-    return Fold(((segments, width),), heads, kv_heads, *orders, most[4])
+    q, k = segments * width * heads, segments * width * kv_heads
+    orders = most.queries[:q], most.keys[:k], most.queries_back[:q], most.keys_back[:k]
+    return Fold(((segments, width),), heads, kv_heads, *orders, most.padding)
 
 
 @functools.lru_cache(maxsize=16)
-def _uniform(segments: int, width: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+def _uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
     # One first made under inference_mode must still serve training afterwards.
     with torch.inference_mode(False), torch.no_grad():
         index = torch.arange(segments * width)
         live = torch.ones_like(index, dtype=torch.bool)
-        order = fold(index, live, ((segments, width),), heads, kv_heads)
-        return order.queries, order.keys, order.queries_back, order.keys_back, order.padding
+        return fold(index, live, ((segments, width),), heads, kv_heads)
 
 
 @functools.lru_cache(maxsize=32)

@@ -154,6 +154,19 @@ def llama_layer(
     setup: LayerSetup,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """One layer."""
+    """One pre-norm Llama layer: x + attention(norm(x)), then that + MLP(norm of it).
+
+    Args:
+        x: [..., D] on a CPU, the rows in the order of the table; float32, float64, bf16 or fp16.
+        cos, sin: [N or K, 1, d / 2] float32 (float64 for float64 layers), one per row, or per row of a frame.
+        order: of the attention's segments.
+        weights: norm's scale [D], wq [H d, D], wk and wv [Hkv d, D], wo [D, H d], the MLP's norm's scale [D], w1
+            [F, D], w2 [D, F], w3 [F, D]; the matrices in ``setup.dtype``.
+        rows: [A] int64 of x [T, D], each at most once: those whose results are wanted, in that order.
+
+    Returns:
+        Like ``x``, or [A, D]. Norms, rotation and softmax are computed in float32 (float64 for float64). Gradients of
+        first order only.
+    """
     out = _LlamaLayer.apply(x.reshape(-1, x.shape[-1]), cos, sin, order, rows, setup, *weights)
     return out if rows is not None else out.view(x.shape)
