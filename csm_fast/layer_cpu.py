@@ -13,35 +13,29 @@ from torch import Tensor, nn
 
 from . import ops
 
-Linears = tuple[Any, Any, Any, Any, Any, Any, Any]
-
 
 def serves(layer: Any, x: Tensor, attend: Any) -> bool:
     """Whether ``run`` may take the place of ``model.run_layer``."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "fold"):
         return False
-    if ops.asked() == "triton" or not all(map(_is_plain, (layer, layer.attn, layer.mlp))):
-        return False
     linears = _linears(layer)
-    dtype = _compute_dtype(x)
-    types = {linear.weight.dtype for linear in linears if type(linear) is nn.Linear}
-    if not all(type(linear) is nn.Linear and linear.bias is None and _is_plain(linear) for linear in linears):
+    if ops.asked() == "triton" or not all(map(_is_plain, linears)):
         return False
-    if torch.is_autocast_enabled("cpu"):
-        return x.dtype == dtype if x.dtype == torch.float64 else all(t.is_floating_point for t in types)
+    types = {linear.weight.dtype for linear in linears}
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return all(t.is_floating_point for t in types)
     return types == {x.dtype, layer.sa_norm.scale.dtype, layer.mlp_norm.scale.dtype}
 
 
-def _linears(layer: Any) -> Linears:
+def _linears(layer: Any) -> tuple[Any, ...]:
     attn, mlp = layer.attn, layer.mlp
     return attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, mlp.w1, mlp.w2, mlp.w3
 
 
-def _is_plain(module: Any) -> bool:
-    """Nothing is hooked onto the module, so its parameters may be used without calling it."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _is_plain(linear: Any) -> bool:
+    """Its weight may be used without calling it: nothing is added to the product, and nothing listens."""
+    listens = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not listens
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

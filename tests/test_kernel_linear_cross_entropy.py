@@ -84,6 +84,22 @@ def test_a_scale_is_that_of_the_loss_and_not_of_the_sums(scale, upstream, impl):
         torch.testing.assert_close(g, scale * w, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_kept_graph_gives_its_gradients_again(upstream):
+    """Whatever is done meanwhile to those that it gave."""
+    hidden, weight, targets, weights = case()
+    loss, _ = linear_cross_entropy(hidden, weight, targets, weights)
+    first = None
+    for _ in range(3):
+        hidden.grad = weight.grad = None
+        loss.backward(torch.tensor(upstream, dtype=loss.dtype), retain_graph=True)
+        first = first or (hidden.grad.clone(), weight.grad.clone())
+        assert torch.equal(hidden.grad, first[0]) and torch.equal(weight.grad, first[1])
+        hidden.grad.zero_()
+        weight.grad.zero_()
+    assert first[0].any() and first[1].any()
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_no_rows(heads):
     inputs = case(rows=0, heads=heads)

@@ -264,13 +264,13 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 9
     saved = ctx.saved_tensors
-    if _is_one(grad_loss):
+    # Nobody sees the saved gradients again unless the graph is kept, so they are handed on as they are, or scaled where
+    # they lie: a second tensor of the size of the weights is memory, and on a CPU time too.
+    mine = all(type(grad) is Tensor for grad in saved) and not _graph_is_kept()
+    if mine and _is_one(grad_loss):
         grads = [grad if wanted else None for grad, wanted in zip(saved, ctx.wants, strict=True)]
         return *grads, None, None, None, None, None, None, None
-    # Nobody sees the saved gradients again unless the graph is kept, so they are scaled where they lie: a second
-    # tensor of the size of the weights is memory, and on a CPU time too.
-    traced = any(type(grad) is not Tensor for grad in saved)
-    scale = Tensor.mul if traced or _graph_is_kept() else Tensor.mul_
+    scale = Tensor.mul_ if mine else Tensor.mul
     scaled = [
         scale(grad, grad_loss.to(grad.dtype)) if wanted else None for grad, wanted in zip(saved, ctx.wants, strict=True)
     ]

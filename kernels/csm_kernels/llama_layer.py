@@ -162,7 +162,7 @@ def llama_layer(
         order: of the attention's segments.
         weights: norm's scale [D], wq [H d, D], wk and wv [Hkv d, D], wo [D, H d], the MLP's norm's scale [D], w1
             [F, D], w2 [D, F], w3 [F, D]; the matrices in ``setup.dtype``.
-        rows: [A] int64 of x [T, D], each at most once: those whose results are wanted, in that order.
+        rows: [A] int64 of x [T, D]: those whose results are wanted, in that order.
 
     Returns:
         Like ``x``, or [A, D]. Norms, rotation and softmax are computed in float32 (float64 for float64). Gradients of
