@@ -1,9 +1,9 @@
 """``torch.compile`` for the layers of both stacks: what lies between the large operators becomes a few kernels.
 
 One layer is one graph, and all layers of a stack share it (the backbone's last has one more, for the rows that
-predict), so compiling takes seconds and not minutes. Rows, segments
-and frames are symbolic: a pack of another size recompiles nothing. Parameters, their names and ``state_dict`` stay as
-they are; so does whatever runs with a cache (generation), which stays eager.
+predict), so compiling takes seconds and not minutes. Rows, segments and frames are symbolic: a pack of another size
+recompiles nothing. Parameters, their names and ``state_dict`` stay as they are; so does whatever runs with a cache
+(generation), which stays eager.
 
 Worth it on CUDA. On a CPU, where matrix products are most of the time and the rest is written with few passes, nothing
 is gained (``docs/design-notes.md``), so it is off there unless asked for. Inductor keeps compiled kernels on disk

@@ -18,7 +18,8 @@ from typing import Any
 
 from .config import CSMConfig, TrainConfig
 from .errors import InputError
-from .memory_layer import COMPONENTS, Setup
+from .memory_layer import Setup
+from .memory_ledger import COMPONENTS
 from .memory_step import Load, Walk
 from .memory_weights import optimizer_state, weights
 

@@ -1,6 +1,6 @@
 """A layer of a stack in bytes: what it saves for its backward pass, and what it takes while it runs.
 
-The ledger, and the part of ``memory_step.py``'s walk that repeats from layer to layer. It follows ``model.run_layer``
+The part of ``memory_step.py``'s walk that repeats from layer to layer. It follows ``model.run_layer``
 and the operators that this calls.
 
 Four forms are walked. On a CPU plain layers are one node each (``layer_cpu.py``), those with adapters run operation
@@ -17,14 +17,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .config import TransformerConfig
+from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from .memory_weights import LAYER_LINEARS, SMALLEST_8BIT, Weight
-
-WEIGHTS, COPIES, ADAPTERS, GRADIENTS = "weights", "copies", "adapters", "gradients"
-OPTIMIZER, ACTIVATIONS, WORKSPACE = "optimizer", "activations", "workspace"
-COMPONENTS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, COPIES, ACTIVATIONS, WORKSPACE)
 
 SHORT_SCORES = 2**20  # scores that short_attention holds at once, at most
 SPEECH_ROWS = 200  # of a conversation, where it matters how long they are
@@ -58,34 +55,6 @@ class Setup:
     in_backward: bool = False
     moments_8bit: bool = False
     packs: int = 1
-
-
-@dataclass
-class Ledger:
-    """Bytes alive by component, and the most there were at once."""
-
-    now: Counter = field(default_factory=Counter)
-    peak: Counter = field(default_factory=Counter)
-    moment: str = ""
-    phases: dict[str, int] = field(default_factory=dict)
-    phase: str = ""
-
-    def hold(self, component: str, size: float) -> int:
-        """Take ``size`` bytes; returns them, for ``drop``."""
-        self.now[component] += int(size)
-        total = self.now.total()
-        if total > self.peak.total():
-            self.peak, self.moment = Counter(self.now), self.phase
-        self.phases[self.phase] = max(self.phases.get(self.phase, 0), total)
-        return int(size)
-
-    def drop(self, component: str, size: float) -> int:
-        self.now[component] -= int(size)
-        return int(size)
-
-    def touch(self, size: float) -> None:
-        """Workspace that is gone at once."""
-        self.drop(WORKSPACE, self.hold(WORKSPACE, size))
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import CSMConfig, TransformerConfig
-from .memory_layer import (
-    ACTIVATIONS,
-    ADAPTERS,
-    COPIES,
-    GRADIENTS,
-    KEPT_COPIES,
-    OPTIMIZER,
-    WEIGHTS,
-    WORKSPACE,
-    Layers,
-    Ledger,
-    Setup,
-    Stack,
-)
+from .memory_layer import KEPT_COPIES, Layers, Setup, Stack
+from .memory_ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
 from .memory_weights import Weight
 
 LOGITS_BUDGET = 64 * 2**20  # linear_cross_entropy's
