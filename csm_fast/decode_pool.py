@@ -8,6 +8,7 @@ is killed, its children read the end of their input and leave.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -154,7 +155,8 @@ class DecodePool:
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe:
-                    pipe.close()
+                    with contextlib.suppress(BrokenPipeError):  # a request that it never read, flushed once more
+                        pipe.close()
 
     def _ask(self, request: Request) -> Reply:
         child: Any = getattr(self._local, "child", None)

@@ -203,6 +203,21 @@ def test_the_pool_is_bounded_and_ends_early():
     assert all(child.poll() is not None for child in pool._children)
 
 
+def test_closing_after_a_crash_keeps_quiet(tmp_path, monkeypatch):
+    start = DecodePool._start
+
+    def dead(self):
+        child = start(self)
+        child.kill()
+        child.wait()
+        return child
+
+    monkeypatch.setattr(DecodePool, "_start", dead)
+    with DecodePool(1) as pool:  # closing flushes the request into a pipe that nobody reads
+        assert "crashed" in str(next(pool.run([Request("/nowhere", False)]))[1].error)
+    assert all(pipe.closed for child in pool._children for pipe in (child.stdin, child.stdout))
+
+
 def test_the_cache_holds_few_files_open(tmp_path):
     cache = CodeCache(tmp_path, 2)
     (tmp_path / ".cache").mkdir()
