@@ -59,18 +59,19 @@ def per_segment_sdpa(q, k, v, lengths):
 
 
 def by_formula(monkeypatch):
-    """As on a device that has neither variable-length kernels nor PyTorch's CPU flash attention."""
+    """As on a device that has no variable-length kernels."""
     monkeypatch.setattr(module, "_folds", lambda q: False)
 
 
-@pytest.mark.parametrize("form", ["folded", "flash", "formula"])
+@pytest.mark.parametrize("form", ["folded", "blocks", "formula"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_output_and_gradients(monkeypatch, lengths, heads, form):
     if form == "formula":
         by_formula(monkeypatch)
-    elif form == "flash":
-        monkeypatch.setattr(folded_attention, "LONGEST", 0)
+    elif form == "blocks":
+        monkeypatch.setattr(folded_attention, "WHOLE", 0)
+        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
     inputs, grad = case(lengths, heads)
     with poisoned():
         out = packed_attention(*inputs, cumulative(lengths), max(lengths))
@@ -81,14 +82,15 @@ def test_output_and_gradients(monkeypatch, lengths, heads, form):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["folded", "flash", "formula"])
+@pytest.mark.parametrize("form", ["folded", "blocks", "formula"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [LAYOUTS["ragged"], LAYOUTS["long and short"]])
 def test_errors_are_those_of_pytorch_in_the_same_dtype(monkeypatch, lengths, dtype, form):
     if form == "formula":
         by_formula(monkeypatch)
-    elif form == "flash":
-        monkeypatch.setattr(folded_attention, "LONGEST", 0)
+    elif form == "blocks":
+        monkeypatch.setattr(folded_attention, "WHOLE", 0)
+        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
     inputs, grad = case(lengths, width=16, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     out, truth, same = (

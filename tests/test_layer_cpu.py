@@ -49,13 +49,14 @@ def results(case, written: bool, recompute: bool = False, rows: Tensor | None = 
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-@pytest.mark.parametrize("flash", [False, True], ids=["products", "flash"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("make", [packed, frames])
-def test_it_is_the_layer(monkeypatch, make, some, recompute, flash):
-    if flash:
-        monkeypatch.setattr(folded_attention, "LONGEST", 8)
+def test_it_is_the_layer(monkeypatch, make, some, recompute, blocks):
+    if blocks:
+        monkeypatch.setattr(folded_attention, "WHOLE", 8)
+        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
     rows = torch.tensor([3, 0, 41, 88]) if some and make is packed else None
     case = make(torch.float64)
     assert layer_cpu.serves(case[0], case[1], case[4])

@@ -31,11 +31,11 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention; on a CPU its batched GEMMs,
+    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention; on a CPU batched GEMMs,
     which sequences this short do not leave empty."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-    if q.device.type == "cpu" and q.shape[1] <= short_attention.LONGEST:
+    if q.device.type == "cpu":
         return short_attention.short_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]

@@ -1,9 +1,11 @@
-"""Causal grouped-query attention of many segments on a CPU: three batched GEMMs and a softmax, without autograd.
+"""Causal grouped-query attention of many segments on a CPU: batched GEMMs and a softmax, without autograd.
 
-PyTorch's flash attention for CPUs works in tiles that short segments leave nearly empty: for 128 frames of 32 positions
-it takes nine times as long as this, for 40 segments of 48 rows seven times; they draw level near 1,000 rows (bf16, two
-cores, forward and backward). A call costs as much as the arithmetic of a few thousand scores, so there are few: one
-gather brings the rows of all segments into the order of the products, head by head, one brings the result back.
+PyTorch's flash attention for CPUs works in small tiles: forward and backward together take nine times as long as this
+for 128 frames of 32 positions, seven times for 40 segments of 48 rows, and still twice as long for segments of 300 to
+2,000 rows (bf16, two cores). A call costs as much as the arithmetic of a few thousand scores, so there are few: one
+gather brings the rows of all segments into the order of the products, head by head, one brings the result back. A
+long segment goes in blocks of query rows, each against the keys up to its last row, so that little above the diagonal
+is computed.
 
 "Folded" rows: segments of similar length form a group, padded to its longest; a group is [segments, heads, width, d],
 and the groups lie one after the other. The query heads that share a key-value head are neighbours, so with queries seen
@@ -20,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Longest segment that this beats PyTorch's own at, with room to spare.
-LONGEST = 384
-# Most scores at once: 2 MiB in bf16, which the second-level caches of a few cores hold.
-SCORES = 2**20
+# Longest segment whose scores are one square, and the fewest and most query rows in a block of a longer one.
+WHOLE, BLOCK = 112, (64, 256)
+# Most scores at once: 4 MiB in bf16, which the caches of a few cores hold.
+SCORES = 2**21
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,6 @@ class Fold:
             size = segments * rows
             yield segments, rows, slice(query, query + size * self.heads), slice(key, key + size * self.kv_heads)
             query, key = query + size * self.heads, key + size * self.kv_heads
-
-    def long(self) -> list[tuple[slice, tuple[int, int, int]]]:
-        """(where its queries lie, their shape [segments, heads, rows]) of each group that PyTorch's attention takes."""
-        return [(some, (s, self.heads, n)) for s, n, some, _ in self.groups() if n > LONGEST]
 
 
 def fold(index: Tensor, live: Tensor, shapes: tuple[tuple[int, int], ...], heads: int, kv_heads: int) -> Fold:
@@ -119,19 +117,41 @@ def _uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
         return fold(index, live, ((segments, width),), heads, kv_heads)
 
 
-@functools.lru_cache(maxsize=32)
-def _mask(width: int, repeat: int, dtype: torch.dtype) -> Tensor:
-    """[1, repeat * width, width]: 0 where a row sees another, minus infinity elsewhere."""
+@functools.lru_cache(maxsize=64)
+def _mask(width: int, dtype: torch.dtype) -> Tensor:
+    """[width, width]: 0 where a row sees another, minus infinity elsewhere."""
     with torch.inference_mode(False), torch.no_grad():
-        return torch.full((width, width), -torch.inf, dtype=dtype).triu_(1).repeat(repeat, 1).unsqueeze(0)
+        return torch.full((width, width), -torch.inf, dtype=dtype).triu_(1)
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2))
-    if scores.dtype == torch.bfloat16 and k.shape[1] % 32:
+@functools.lru_cache(maxsize=32)
+def _masks(width: int, repeat: int, dtype: torch.dtype) -> Tensor:
+    """[1, repeat * width, width]: ``_mask`` for each of the heads that share a key-value head."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _mask(width, dtype).repeat(repeat, 1).unsqueeze(0)
+
+
+def _probabilities(q: Tensor, k: Tensor, first: int, repeat: int) -> Tensor:
+    """[n, repeat * b, m], where query rows ``first`` to ``first`` + b = m see the m keys up to themselves."""
+    m = k.shape[1]
+    if first:
+        scores = torch.bmm(q, k.transpose(1, 2))
+        scores.view(len(q), repeat, m - first, m)[..., first:].add_(_mask(m - first, q.dtype))
+    else:
+        scores = torch.baddbmm(_masks(m, repeat, q.dtype), q, k.transpose(1, 2))
+    if scores.dtype == torch.bfloat16 and m % 32:
         # A row of bf16 that is no multiple of 32 takes PyTorch two to three times as long as one of float32.
         return scores.float().softmax(-1).to(scores.dtype)
     return scores.softmax(-1)
+
+
+def _blocks(rows: int) -> list[tuple[int, int]]:
+    """[first, last) of the blocks of query rows; a block sees the keys up to its last row."""
+    if rows <= WHOLE:
+        return [(0, rows)]
+    step = min(max(rows // 8, BLOCK[0]), BLOCK[1])
+    step = -(-step // 32) * 32
+    return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def _pieces(sequences: int, scores: int) -> Iterator[slice]:
@@ -149,71 +169,81 @@ def gather(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor
     )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """softmax(q k^T) v of folded rows; ``q`` is scaled.
-
-    Returns:
-        [T, heads * d], and for the backward pass the output and log-sums of each group of long segments.
-    """
-    heads, kv_heads, width = order.heads, order.kv_heads, q.shape[-1]
-    repeat = heads // kv_heads
-    out, long = torch.empty_like(q), []
+def forward(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> Tensor:
+    """softmax(q k^T) v of folded rows, [T, heads * d]; ``q`` is scaled."""
+    repeat, width = order.heads // order.kv_heads, q.shape[-1]
+    out = torch.empty_like(q)
     for segments, rows, some_q, some_k in order.groups():
-        if rows > LONGEST:
-            shape = (segments, -1, rows, width)
-            group = [x.view(shape) for x in (q[some_q], k[some_k], v[some_k])]
-            result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*group, 0.0, True, scale=1.0)
-            out[some_q].view(shape).copy_(result[0])
-            long.append(result)
-            continue
-        sequences = segments * kv_heads
-        group_q, group_out = (x[some_q].view(sequences, repeat * rows, width) for x in (q, out))
-        group_k, group_v = k[some_k].view(sequences, rows, width), v[some_k].view(sequences, rows, width)
-        mask = _mask(rows, repeat, q.dtype)
-        for some in _pieces(sequences, repeat * rows * rows):
-            p = _probabilities(group_q[some], group_k[some], mask)
-            torch.bmm(p, group_v[some], out=group_out[some])
-            del p
-    return out.index_select(0, order.queries_back).view(-1, heads * width), long
+        sequences = segments * order.kv_heads
+        group_q, group_out = (x[some_q].view(sequences, repeat, rows, width) for x in (q, out))
+        group_k, group_v = (x[some_k].view(sequences, rows, width) for x in (k, v))
+        for first, last in _blocks(rows):
+            for some in _pieces(sequences, repeat * (last - first) * last):
+                block_q, into = group_q[some, :, first:last].flatten(1, 2), group_out[some, :, first:last]
+                p = _probabilities(block_q, group_k[some, :last], first, repeat)
+                if last - first == rows:
+                    torch.bmm(p, group_v[some], out=into.flatten(1, 2))
+                else:
+                    into.copy_(torch.bmm(p, group_v[some, :last]).view(into.shape))
+                del p
+    return out.index_select(0, order.queries_back).view(-1, order.heads * width)
 
 
-def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Fold, long: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` for the scaled q, for k and v: [T * heads, d] and twice [T * kv heads, d].
 
     With P = softmax(S) and O = P V: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q; the
     products over folded queries add up the heads that share a key-value head.
     """
-    width, repeat, results = q.shape[-1], order.heads // order.kv_heads, iter(long)
+    repeat, width = order.heads // order.kv_heads, q.shape[-1]
     grad = grad.reshape(-1, width).index_select(0, order.queries)
     if order.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
         grad.index_fill_(0, order.padding, 0)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for segments, rows, some_q, some_k in order.groups():
-        if rows > LONGEST:
-            shape = (segments, -1, rows, width)
-            group = [x.view(shape) for x in (grad[some_q], q[some_q], k[some_k], v[some_k])]
-            flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            grads = flash_backward(*group, *next(results), 0.0, True, scale=1.0)
-            for into, part in zip((dq[some_q], dk[some_k], dv[some_k]), grads, strict=True):
-                into.view(shape).copy_(part)
-            continue
-        sequences = segments * order.kv_heads
-        group_q, group_grad, group_dq = (x[some_q].view(sequences, repeat * rows, width) for x in (q, grad, dq))
-        group_k, group_v, group_dk, group_dv = (x[some_k].view(sequences, rows, width) for x in (k, v, dk, dv))
-        mask = _mask(rows, repeat, q.dtype)
-        for some in _pieces(sequences, repeat * rows * rows):
-            p = _probabilities(group_q[some], group_k[some], mask)
-            torch.bmm(p.transpose(1, 2), group_grad[some], out=group_dv[some])
-            dp = torch.bmm(group_grad[some], group_v[some].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            torch.bmm(ds, group_k[some], out=group_dq[some])
-            torch.bmm(ds.transpose(1, 2), group_q[some], out=group_dk[some])
-            del p, dp, ds
+        sequences, blocks = segments * order.kv_heads, _blocks(rows)
+        queries = [x[some_q].view(sequences, repeat, rows, width) for x in (q, grad, dq)]
+        keys = [x[some_k].view(sequences, rows, width) for x in (k, v, dk, dv)]
+        gradients = _backward_whole if len(blocks) == 1 else _backward_in_blocks
+        for some in _pieces(sequences, max(repeat * (last - first) * last for first, last in blocks)):
+            gradients(*(x[some] for x in queries), *(x[some] for x in keys))
     return (
         dq.index_select(0, order.queries_back),
         dk.index_select(0, order.keys_back),
         dv.index_select(0, order.keys_back),
     )
+
+
+def _score_gradients(p: Tensor, grad: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+
+
+def _backward_whole(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Into dq [n, repeat, rows, d] and dk, dv [n, rows, d]."""
+    repeat = q.shape[1]
+    q, grad, dq = q.flatten(1, 2), grad.flatten(1, 2), dq.flatten(1, 2)
+    p = _probabilities(q, k, 0, repeat)
+    torch.bmm(p.transpose(1, 2), grad, out=dv)
+    ds = _score_gradients(p, grad, v)
+    torch.bmm(ds, k, out=dq)
+    torch.bmm(ds.transpose(1, 2), q, out=dk)
+
+
+def _backward_in_blocks(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """The same, block of queries by block; what several give the same key is added up in the wide dtype."""
+    repeat, rows = q.shape[1:3]
+    wide = torch.promote_types(k.dtype, torch.float32)
+    sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for first, last in _blocks(rows):
+        block_q, block_grad = (x[:, :, first:last].flatten(1, 2) for x in (q, grad))
+        seen = k[:, :last]
+        p = _probabilities(block_q, seen, first, repeat)
+        sum_v[:, :last] += torch.bmm(p.transpose(1, 2), block_grad)
+        ds = _score_gradients(p, block_grad, v[:, :last])
+        into = dq[:, :, first:last]
+        into.copy_(torch.bmm(ds, seen).view(into.shape))
+        sum_k[:, :last] += torch.bmm(ds.transpose(1, 2), block_q)
+        del p, ds
+    dk.copy_(sum_k)
+    dv.copy_(sum_v)

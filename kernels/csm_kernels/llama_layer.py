@@ -70,7 +70,7 @@ class _LlamaLayer(torch.autograd.Function):
         k = _rotate(torch.mm(y, wk.t()), rotation, kv_heads, dtype)
         folded = folded_attention.gather(q, k, torch.mm(y, wv.t()), order)
         del y, q, k
-        attended, long = folded_attention.forward(*folded, order)
+        attended = folded_attention.forward(*folded, order)
         middle = x
         if rows is not None:
             attended, middle = attended.index_select(0, rows), x.index_select(0, rows)
@@ -81,17 +81,15 @@ class _LlamaLayer(torch.autograd.Function):
         out = _sum_of_product(middle, F.silu(a).mul_(b), w2.t())
         kept = (None, None) if setup.recompute_mlp else (a, b)
         weights = (sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3)
-        flat = [t for pair in long for t in pair]
-        ctx.save_for_backward(x, r, cos, sin, *folded, attended, middle, mlp_r, *kept, rows, *weights, *flat)
+        ctx.save_for_backward(x, r, cos, sin, *folded, attended, middle, mlp_r, *kept, rows, *weights)
         ctx.order, ctx.setup = order, setup
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, r, cos, sin, fq, fk, fv, attended, middle, mlp_r, a, b, rows, *more = ctx.saved_tensors
-        sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3 = more[:9]
-        long = list(zip(more[9::2], more[10::2], strict=True))
+        x, r, cos, sin, fq, fk, fv, attended, middle, mlp_r, a, b, rows, *weights = ctx.saved_tensors
+        sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3 = weights
         order, setup = ctx.order, ctx.setup
         dtype, heads, kv_heads = setup.dtype, order.heads, order.kv_heads
         wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
@@ -127,7 +125,7 @@ class _LlamaLayer(torch.autograd.Function):
         if rows is not None:
             dout = dout.new_zeros(len(x), dout.shape[1]).index_add_(0, rows, dout)
             grad = grad.new_zeros(x.shape).index_add_(0, rows, grad)
-        dq, dk, dv = folded_attention.backward(dout, fq, fk, fv, order, long)
+        dq, dk, dv = folded_attention.backward(dout, fq, fk, fv, order)
         del dout
         rotation = torch.complex(cos, -sin)
         dq = _rotate(dq, rotation * setup.head_dim**-0.5, heads, dtype).flatten(1)

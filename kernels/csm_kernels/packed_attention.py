@@ -179,25 +179,15 @@ def _folds(q: Tensor) -> bool:
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     order = plan.fold(q.shape[1], k.shape[1])
-    out, long = folded_attention.forward(*folded_attention.gather(q * q.shape[-1] ** -0.5, k, v, order), order)
-    lse = q.new_zeros(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    if long:
-        folded = lse.new_zeros(len(order.queries))
-        for (some, _), (_, sums) in zip(order.long(), long, strict=True):
-            folded[some] = sums.reshape(-1)
-        lse = folded.index_select(0, order.queries_back).view(lse.shape)
-    return out.view(q.shape), lse
+    out = folded_attention.forward(*folded_attention.gather(q * q.shape[-1] ** -0.5, k, v, order), order)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out.view(q.shape), q.new_zeros(q.shape[:2], dtype=wide)  # the backward pass needs no sums
 
 
-def _attend_folded_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    order, width, long = plan.fold(q.shape[1], k.shape[1]), q.shape[-1], []
-    for some, shape in order.long():
-        rows = order.queries[some]
-        long.append((out.reshape(-1, width)[rows].view(*shape, width), lse.reshape(-1)[rows].view(shape)))
+def _attend_folded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    order, width = plan.fold(q.shape[1], k.shape[1]), q.shape[-1]
     folded = folded_attention.gather(q * width**-0.5, k, v, order)
-    dq, dk, dv = folded_attention.backward(grad, *folded, order, long)
+    dq, dk, dv = folded_attention.backward(grad, *folded, order)
     return (dq * width**-0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
@@ -227,7 +217,7 @@ def _packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _plan_for(q, cu_seqlens)
     if _folds(q):
-        return _attend_folded_backward(grad, q, k, v, plan, out, lse)
+        return _attend_folded_backward(grad, q, k, v, plan)
     grad = _gather(grad, plan)
     if plan.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from . import folded_attention
-from .folded_attention import LONGEST, Fold
-
-__all__ = ["LONGEST", "short_attention"]
+from .folded_attention import Fold
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Fold]:
@@ -20,15 +18,14 @@ def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tens
 def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``short_attention``, as a registered operator."""
     folded, order = _folded(q, k, v)
-    return folded_attention.forward(*folded, order)[0].view(q.shape)
+    return folded_attention.forward(*folded, order).view(q.shape)
 
 
 @torch.library.custom_op("csm_kernels::short_attention_gradients", mutates_args=())
 def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` for q, k and v."""
     folded, order = _folded(q, k, v)
-    long = folded_attention.forward(*folded, order)[1] if order.long() else []
-    dq, dk, dv = folded_attention.backward(grad, *folded, order, long)
+    dq, dk, dv = folded_attention.backward(grad, *folded, order)
     return (dq * q.shape[-1] ** -0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
