@@ -23,8 +23,8 @@ from .config import TransformerConfig
 from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from .memory_weights import LAYER_LINEARS, SMALLEST_8BIT, Weight
 
-SHORT_SCORES = 2**20  # scores that short_attention holds at once, at most
-SPEECH_ROWS = 200  # of a conversation, where it matters how long they are
+MOST_SCORES = 2**21  # that a CPU's attention holds at once
+BLOCK_ROWS = 64  # of queries that it takes at a time, of a segment of speech
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
 KEPT_COPIES = {"off": LAYER_LINEARS, "selective": LAYER_LINEARS[:4], "full": ()}
@@ -276,7 +276,7 @@ class Layers:
             # flash-attn's: dq in float32, and dk and dv for every query head before they are added up.
             return n * width * (4 + 3 * c) + 2 * n * kv * c if backward else 0
         # Segments of a length come together, perhaps half of a pack's rows.
-        scores = min(SHORT_SCORES, n * config.num_heads * (SPEECH_ROWS // 2 if stack.packed else stack.length))
+        scores = min(MOST_SCORES, n * config.num_heads * (BLOCK_ROWS // 2 if stack.packed else stack.length))
         # Bytes of one: p, dp and ds, or in bf16 the softmax in float32.
         scores *= 12 if backward or c < 4 else 8
         if not stack.packed:
