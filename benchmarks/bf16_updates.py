@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.compare_data import Subset, Synthetic
+from benchmarks.compare_systems import SHAPES
 from benchmarks.record import append, environment
-from benchmarks.step import SHAPES, Subset, Synthetic
 from csm_fast import CSM
 from csm_fast.config import DataSection, LossSection, OptimizerSection
 from csm_fast.evaluate import Validator

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare_table import is_free
 from benchmarks.kernel_plot import by_setting, latest, milliseconds, versus
 from benchmarks.record import append, environment
 
@@ -33,6 +34,8 @@ RESERVE_S = 8.0  # to print the table and leave
 # Part of the minutes that are left when it begins; the last one has the rest.
 SHARES = {"tests": 0.3, "step": 0.35, "kernels": 1.0}
 EMBED_GOAL, HEADS_GOAL, DEPTH_GOAL = 0.8, 0.6, 2.0
+STEP_GOAL, MEMORY_GOAL = 0.6, 1 / 3
+RIVALS_GOALS = {"padded-autocast": 2.5, "padded-fp32": 10.0, "transformers": 2.0}
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,16 @@ def test_counts(report: Path, problem: str) -> dict[str, Any]:
     return counts
 
 
-def step_command(args: argparse.Namespace, results: Path) -> list[str]:
-    systems = ["csm_fast", "blog", *(["transformers"] if importlib.util.find_spec("transformers") else [])]
-    command = [sys.executable, "-m", "benchmarks.step", "--results", str(results)]
+def compare_command(args: argparse.Namespace, results: Path) -> list[str]:
+    systems = ["csm_fast", "csm_fast-compiled", "csm_fast-autocast", "padded-autocast", "padded-fp32"]
+    more = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
+    systems += [name for name, package in more.items() if importlib.util.find_spec(package)]
+    command = [sys.executable, "-m", "benchmarks.compare", "--results", str(results), "--repeats"]
     if args.rehearse:
-        command += ["--synthetic", "4", "--device", "cpu", "--shape", "small", "--repeats", "1", "--batches", "4"]
+        command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
         return [*command, "--systems", "csm_fast"]
-    return [*command, "--synthetic", "200", "--device", "cuda", "--shape", "csm-1b", "--systems", *systems]
+    command += ["3", "--slow-repeats", "1", "--synthetic", "400", "--device", "cuda", "--shape", "csm-1b"]
+    return [*command, "--batches", "64", "--pack-rows", "16384", "--systems", *systems]
 
 
 def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> list[str]:
@@ -159,12 +165,42 @@ def test_lines(counts: dict[str, Any]) -> list[Line]:
     return [first, *(Line(name, "failed") for name in failures[:8]), *more]
 
 
-def step_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
-    lines = [
-        Line(f"step: {row['system']}", f"{row['median_s']:.3g} s, {row['rows'] / row['median_s']:,.0f} rows/s")
-        for row in rows
-    ]
+def compare_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
+    """csm_fast's best full fine-tune against the goals, then every system."""
+    timed = [row for row in rows if "median_s" in row]
+    packed = [row for row in timed if is_free(row) and row["ranked"] and row["recipe"] == "bf16 weights"]
+    ours = min(packed, key=lambda row: row["median_s"], default=None)
+    lines = []
+    if ours is None:
+        lines.append(Line("step: share of the matmul rate", "not measured", f"at least {STEP_GOAL:.0%}"))
+    else:
+        share = ours["flops"] / ours["median_s"] / ours["matmul_rate"]
+        check = f"step: {ours['system']}, {ours['label']}, share of the matmul rate"
+        lines.append(Line(check, f"{share:.0%}", f"at least {STEP_GOAL:.0%}", share >= STEP_GOAL, share))
+    for name, goal in RIVALS_GOALS.items():
+        theirs = [row for row in timed if row["system"] == name and row["ranked"]]
+        if ours is None or not theirs:
+            lines.append(Line(f"step: over {name}", "not measured", f"at least {goal:g}x"))
+            continue
+        ratio = min(row["median_s"] for row in theirs) / ours["median_s"]
+        lines.append(Line(f"step: over {name}", f"{ratio:.2f}x", f"at least {goal:g}x", ratio >= goal, ratio))
+    lines.append(_memory(rows))
+    for row in timed:
+        figure = f"{row['median_s']:.3g} s, {row['rows'] / row['median_s']:,.0f} rows/s"
+        figure += "" if row["ranked"] else f", loss differs by {row['loss_difference']:.1e}"
+        lines.append(Line(f"step: {row['system']}, {row['label']}", figure))
     return [*lines, *([Line("step", problem)] if problem else [])]
+
+
+def _memory(rows: list[dict[str, Any]]) -> Line:
+    """csm_fast's activations against the least of the others', of the same recordings."""
+    asked = {row["system"]: row["memory"]["besides"] for row in rows if "memory" in row}
+    ours, others = asked.get("csm_fast"), [v for name, v in asked.items() if not name.startswith("csm_fast")]
+    goal = f"at most {MEMORY_GOAL:.0%}"
+    if ours is None or not others:
+        return Line("step: memory besides weights and gradients", "not measured", goal)
+    share = ours / min(others)
+    return Line("step: memory besides weights and gradients", f"{share:.0%}", goal, share <= MEMORY_GOAL, share)
 
 
 def kernel_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
@@ -271,10 +307,10 @@ def main() -> int:
     counts = run_tests(seconds("tests"))
     append(results / "gpu_tests.jsonl", {"benchmark": "gpu_tests", **counts, **about})
 
-    step_file, kernels_file = results / "gpu_step.jsonl", results / "gpu_kernels.jsonl"
+    step_file, kernels_file = results / "gpu_compare.jsonl", results / "gpu_kernels.jsonl"
     before = size(step_file)
-    problem = call(step_command(args, step_file), seconds("step"))
-    lines = [*test_lines(counts), *step_lines(rows_after(step_file, before), problem)]
+    problem = call(compare_command(args, step_file), seconds("step"))
+    lines = [*test_lines(counts), *compare_lines(rows_after(step_file, before), problem)]
 
     before, limit = size(kernels_file), seconds("kernels")
     # It stops by itself between two points; a few seconds more are for the point it is at.

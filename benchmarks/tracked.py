@@ -103,6 +103,10 @@ class Tracked(TorchDispatchMode):
                     self._alive[key] = size, record
         return out
 
+    def record_of(self, x: Tensor) -> int:
+        """The ``order`` of the allocation that ``x`` lies in, -1 for one from before the ``with``."""
+        return self._alive.get(x.untyped_storage()._cdata, (0, -1))[1]
+
     def _change(self, record: int, more: int) -> None:
         self.current += more
         self.peak = max(self.peak, self.current)

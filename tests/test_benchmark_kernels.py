@@ -323,6 +323,29 @@ def test_suite_holds_figures_against_goals():
     assert (depth.met, depth.value) == (False, 1.5) and "compiled" in depth.check
 
 
+def test_suite_holds_the_step_against_goals():
+    def row(system, label, seconds, **more):
+        figures = {"median_s": seconds, "rows": 100, "ranked": True, "recipe": "bf16 weights", "loss_difference": 1e-4}
+        return {"system": system, "label": label, **figures, **more}
+
+    rows = [
+        row("csm_fast", "packs of 16,384 rows", 2.0, flops=7.0, matmul_rate=5.0),
+        row("csm_fast-compiled", "packs of 16,384 rows", 1.0, flops=4.0, matmul_rate=5.0),
+        row("csm_fast", "batches of 64", 3.0, memory={"besides": 30}),
+        row("padded-autocast", "batches of 64", 2.0, recipe="float32 weights, bf16 autocast", memory={"besides": 100}),
+        row("padded-fp32", "batches of 64", 11.0, recipe="float32", memory={"besides": 200}),
+        row("transformers", "batches of 64", 9.0, ranked=False),
+    ]
+    lines = {line.check: line for line in gpu_suite.compare_lines(rows, "")}
+    share = lines["step: csm_fast-compiled, packs of 16,384 rows, share of the matmul rate"]
+    assert (share.value, share.met) == (0.8, True)
+    assert (lines["step: over padded-autocast"].value, lines["step: over padded-autocast"].met) == (2.0, False)
+    assert lines["step: over padded-fp32"].met and lines["step: over transformers"].met is None
+    assert lines["step: memory besides weights and gradients"].met
+    assert "loss differs by 1.0e-04" in lines["step: transformers, batches of 64"].figure
+    assert gpu_suite.compare_lines([], "died")[0].met is None
+
+
 def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys):
     """The whole path but for its subprocesses."""
     commands = []
@@ -337,7 +360,7 @@ def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--rehearse"])
     monkeypatch.chdir(tmp_path)
     assert gpu_suite.main() == 1  # pytest wrote no report
-    assert [c[2] for c in commands] == ["benchmarks.step", "benchmarks.kernels"]
+    assert [c[2] for c in commands] == ["benchmarks.compare", "benchmarks.kernels"]
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"gpu_tests.jsonl", "gpu_summary.jsonl"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "gpu_summary.jsonl").read_text().splitlines()]
     assert all(row["rehearsal"] and row["met"] is None and row["torch"] for row in rows)

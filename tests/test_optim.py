@@ -10,7 +10,7 @@ import torch
 from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from benchmarks import bf16_updates
-from benchmarks.step import SHAPES
+from benchmarks.compare_systems import SHAPES
 from csm_fast.checkpoint import load_optimizer, optimizer_tensors
 from csm_fast.config import DataSection, LossSection, OptimizerSection
 from csm_fast.errors import InputError

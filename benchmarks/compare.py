@@ -1,0 +1,201 @@
+"""csm_fast against what people train CSM with today, in one run: time, memory, and whether the losses are the same.
+
+    python -m csm_fast.demo_data corpus --sounds
+    csm-fast pretokenize --train-data corpus/metadata.json --codec offline --output corpus/tokens
+    python -m benchmarks.compare --data corpus/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
+
+    python -m benchmarks.compare --synthetic 200 --device cuda --shape csm-1b
+
+Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
+its process up (on a CPU it keeps freed memory, in huge pages), the others in plain PyTorch; a process that runs all of
+them would lend each the heap that the others leave. ``--allocator`` gives everybody the one or the other.
+
+Every system sees the same recordings, weights (random) and, at equal updates, the same frames. Equal updates: batches
+of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
+csm_fast in packs of ``--pack-rows``, the others in their buckets. Times are of forward and backward passes, batches
+built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, medians are
+shown. A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
+ranking.
+
+"blog" is the published forward: sesame-finetune's on Sesame's own ``Model`` (``--sesame-csm``, see benchmarks/parity.py
+for what that needs); "padded" the same in our words on our modules, which stands in without those directories.
+"transformers" is amortized through its labels, "transformers-all-frames" is how its users run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare_systems import (
+    SHAPES,
+    SYSTEMS,
+    Running,
+    answers,
+    expected,
+    keeps_memory,
+    reference,
+    tolerance,
+)
+from benchmarks.compare_table import is_free, print_tables
+from benchmarks.record import append
+
+SLOW = ("transformers-all-frames", "blog-fp32", "padded-fp32")
+
+
+class Worker:
+    """A system in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, name: str):
+        variables = dict(os.environ)
+        if keeps_memory(args, name):
+            variables.update(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8192", THP_MEM_ALLOC_ENABLE="1")
+        command = [sys.executable, "-m", "benchmarks.compare", *sys.argv[1:], "--worker", name]
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+        )
+
+    @functools.cached_property
+    def about(self) -> Any:
+        """What it says of itself when it is ready. To be asked for before anything else."""
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: {self.name} stopped with status {self.process.wait()}; what it said is above")
+        return json.loads(line)
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work(args: argparse.Namespace) -> None:
+    """The worker's side: say what there is, then answer one question per line."""
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+
+    def answer(value: Any) -> None:
+        print(json.dumps(value), file=out, flush=True)
+
+    if args.worker == "reference":
+        answer(reference(args))
+        return
+    running = Running(args)
+    known = answers(running)
+    answer(running.about())
+    for line in sys.stdin:
+        what, *arguments = json.loads(line)
+        answer(known[what](*arguments))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="demo/tokens")
+    parser.add_argument("--splits", nargs="+", choices=["train", "val"], help="of --data; default: all that are there")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="N random recordings take the place of --data")
+    parser.add_argument("--sesame-csm", type=Path)
+    parser.add_argument("--sesame-finetune", type=Path)
+    parser.add_argument("--share", type=float, default=1.0, help="share of the recordings, evenly over their lengths")
+    parser.add_argument("--middle", type=int, metavar="N", help="only the N recordings of middle length: one batch")
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: csm_fast's and the others'")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--pack-rows", type=int, default=2048, help="of csm_fast's free packing")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slow-repeats", type=int, default=2, help="of " + ", ".join(SLOW))
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing, where there is one")
+    parser.add_argument("--memory-only", action="store_true", help="no times")
+    parser.add_argument("--allocator", choices=["own", "kept", "plain"], default="own", help="of a CPU's memory")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    there = [name for name in ("train", "val") if (Path(args.data) / name).is_dir()]
+    args.splits = args.splits or there or ["train"]
+    real = args.sesame_csm and args.sesame_finetune
+    theirs = "blog" if real else "padded"
+    args.systems = args.systems or ["csm_fast", theirs, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
+    if not real and (asked := [name for name in args.systems if SYSTEMS[name].code == "blog"]):
+        parser.error(f"{asked[0]} needs --sesame-csm and --sesame-finetune, or take padded")
+    return args
+
+
+def measure(args: argparse.Namespace, workers: dict[str, Worker]) -> list[dict[str, Any]]:
+    """A row per system and label: what it is, its times, its memory."""
+    rows = [
+        {"system": name, "label": label, **about, **{k: v for k, v in worker.about.items() if k != "labels"}}
+        for name, worker in workers.items()
+        for label, about in worker.about["labels"].items()
+    ]
+    if not args.memory_only:
+        for row in rows:  # warm: a slow one on some batches
+            workers[row["system"]].ask("run", row["label"], 1 / 16 if row["system"] in SLOW else 1)
+            row["seconds"] = []
+        for repeat in range(args.repeats):
+            for row in rows:
+                if repeat < (args.slow_repeats if row["system"] in SLOW else args.repeats):
+                    row["seconds"].append(workers[row["system"]].ask("run", row["label"]))
+        for row in rows:
+            row["median_s"] = statistics.median(row["seconds"])
+            row["optimizer_s"] = workers[row["system"]].ask("optimizer", row["label"]) * row["updates"]
+            if row["flops"]:
+                row["matmul_rate"] = workers[row["system"]].ask("rate", row["label"])
+    for row in rows:
+        if not is_free(row):
+            row["memory"] = workers[row["system"]].ask("memory", row["label"])
+    return rows
+
+
+def main() -> int:
+    args = arguments()
+    if args.worker:
+        work(args)
+        return 0
+    truth = Worker(args, "reference").about
+    workers = {}
+    for name in args.systems:
+        workers[name] = Worker(args, name)
+        if args.device == "cpu":  # one after the other: a model of 1.5 billion float32 weights is there for a moment
+            workers[name].about  # noqa: B018
+    for worker in workers.values():
+        worker.about  # noqa: B018
+    checks = {}
+    for name, worker in workers.items():
+        right = expected(name, truth)
+        checks[name] = abs(worker.ask("check") - right) / abs(right)
+    rows = measure(args, workers)
+    for worker in workers.values():
+        worker.close()
+    for row in rows:
+        row["loss_difference"] = checks[row["system"]]
+        row["ranked"] = checks[row["system"]] <= tolerance(row["system"])
+        row.update(shape=args.shape, allocator=args.allocator, checkpointing=args.checkpointing)
+        row["data"] = "synthetic" if args.synthetic else "recordings"
+        row["sesame_model"] = SYSTEMS[row["system"]].code == "blog"
+        if args.results:
+            environment = row["environment"]
+            kept = {key: value for key, value in row.items() if key != "environment"}
+            append(args.results, {"benchmark": "compare", **kept, **environment})
+    print_tables(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

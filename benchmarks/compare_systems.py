@@ -1,0 +1,369 @@
+"""The systems of ``benchmarks.compare``, each as its users run it, and what a process of one of them answers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import baselines, parity
+from benchmarks.compare_data import Splits, Subset, Synthetic, buckets, choose, padded
+from benchmarks.products import matmul_rate, products, step_flops
+from benchmarks.record import environment
+from benchmarks.tracked import Tracked
+from csm_fast import CSM, CSMConfig
+from csm_fast.compile import compile_layers
+from csm_fast.config import AdapterSection, DataSection, LossSection, OptimizerSection
+from csm_fast.loader import Packer
+from csm_fast.loss import packed_loss
+from csm_fast.machine import keep_freed_memory
+from csm_fast.optim import TableGradients, make_optimizer
+from csm_fast.packing import Pack, pack_padded
+
+SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
+HEADS = 5.0  # widens the heads
+
+
+@dataclass(frozen=True)
+class System:
+    """Who trains, and how.
+
+    Attributes:
+        code: "csm_fast"; "padded", the published forward in our words; "blog", sesame-finetune's code on Sesame's own
+            model; "transformers".
+        weights: dtype of the weights.
+        autocast: bf16 autocast over them.
+        method: "full", "lora" or "qlora".
+        compiled: csm_fast's layers under torch.compile.
+        fraction: of the frames that the depth decoder sees.
+    """
+
+    code: str
+    weights: torch.dtype = torch.bfloat16
+    autocast: bool = False
+    method: str = "full"
+    compiled: bool = False
+    fraction: float = 1 / 16
+
+    @property
+    def recipe(self) -> str:
+        """The precision, in words."""
+        if self.autocast:
+            return "float32 weights, bf16 autocast" if self.method == "full" else "bf16 base, bf16 autocast"
+        return "bf16 weights" if self.weights == torch.bfloat16 else "float32"
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """(a, b) of its loss a CE0 + b CEd."""
+        return (1.0, 1.0) if self.code == "transformers" else (0.5, 0.5)
+
+
+WIDE = torch.float32
+SYSTEMS = {
+    "csm_fast": System("csm_fast"),
+    "csm_fast-compiled": System("csm_fast", compiled=True),
+    "csm_fast-autocast": System("csm_fast", WIDE, True),
+    "csm_fast-fp32": System("csm_fast", WIDE),
+    "csm_fast-lora": System("csm_fast", autocast=True, method="lora"),
+    "csm_fast-qlora": System("csm_fast", autocast=True, method="qlora"),
+    "padded": System("padded"),
+    "padded-autocast": System("padded", WIDE, True),
+    "padded-fp32": System("padded", WIDE),
+    "blog": System("blog"),
+    "blog-autocast": System("blog", WIDE, True),
+    "blog-fp32": System("blog", WIDE),
+    "transformers": System("transformers"),
+    "transformers-autocast": System("transformers", WIDE, True),
+    "transformers-all-frames": System("transformers", fraction=1.0),
+}
+
+
+def free_label(rows: int) -> str:
+    return f"packs of {rows:,} rows"
+
+
+def start(config: CSMConfig) -> CSM:
+    """Random weights whose loss depends on every part: with heads as small as at the start of a training from scratch,
+    any model's loss is the logarithm of the vocabulary."""
+    model = CSM(config).init_weights(0)
+    with torch.no_grad():
+        for head in (model.codebook0_head.weight, model.audio_head):
+            head.mul_(HEADS)
+    return model
+
+
+def keeps_memory(args: argparse.Namespace, name: str) -> bool:
+    """Whether the process is set up as ``csm-fast-train`` sets up its own."""
+    return args.allocator == "kept" or (args.allocator == "own" and name.startswith("csm_fast"))
+
+
+class Running:
+    """A system with its model and its passes over the recordings.
+
+    ``passes`` maps a label to its batches; a batch is a ``Pack`` for csm_fast and (tokens, tokens_mask) for the others.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.system = args, SYSTEMS[args.worker]
+        self.device, self.config = torch.device(args.device), SHAPES[args.shape]()
+        if keeps_memory(args, args.worker) and self.device.type == "cpu":
+            keep_freed_memory()
+        store: Any = Synthetic(args.synthetic, self.config) if args.synthetic else Splits(args.data, args.splits)
+        self.subset = choose(store, args.share, args.middle)
+        self.model = self._model()
+        self.tables = TableGradients(self.model) if self.system.code == "csm_fast" else None
+        self.compiled = self.system.compiled and compile_layers(self.model, "on")
+        if args.checkpointing:
+            self._checkpoint()
+        self.passes = self._passes()
+
+    # ------------------------------------------------------------------------------------------------------- building
+
+    def _model(self) -> Any:
+        """The same random weights for everyone."""
+        args, system = self.args, self.system
+        ours: Any = start(self.config).to(system.weights)
+        if system.code == "csm_fast":
+            if system.method != "full":
+                from csm_fast.adapters import attach
+
+                section = AdapterSection(method=system.method)  # type: ignore[arg-type]
+                attach(ours, section, compute_dtype=torch.bfloat16, base_hash="not asked for")
+            return ours.to(self.device)
+        if system.code == "transformers":
+            return baselines.transformers_model(self.config, ours.state_dict()).to(self.device)
+        theirs: Any = ours
+        forward: Any = baselines.blog_forward
+        if system.code == "blog":
+            sesame = parity.sesame_models(args.sesame_csm)
+            theirs = parity.sesame_model(sesame, self.config).to(system.weights)
+            theirs.load_state_dict(ours.state_dict())
+            forward = parity.finetune_forward(args.sesame_finetune, sesame)
+        theirs.decoder_loss_weight, theirs.amortization_fraction = 0.5, system.fraction
+        return baselines.bind(theirs.to(self.device), forward)
+
+    def _checkpoint(self) -> None:
+        if self.system.code == "transformers":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+        elif self.system.code == "csm_fast":
+            self.model.activation_checkpointing = "full"
+        else:
+            raise SystemExit(f"error: {self.args.worker} has no activation checkpointing; leave it out of --systems")
+
+    def _passes(self) -> dict[str, list[Any]]:
+        passes: dict[str, list[Any]] = {}
+        for size in self.args.batches:
+            batches: list[Any] = [padded(self.subset, members) for members in buckets(self.subset, size)]
+            if self.system.code == "csm_fast":
+                batches = [self._packed(batch, i) for i, batch in enumerate(batches)]
+            passes[f"batches of {size}"] = [self._there(batch) for batch in batches]
+        if self.system.code == "csm_fast" and not self.args.checkpointing:
+            rows = self.args.pack_rows
+            section = DataSection(batch_rows=rows, pack_rows=rows)
+            packer = Packer(self.subset, section, LossSection(), pad=self.device.type)
+            packs = [p for i in range(packer.steps_in_epoch(0)) for p in packer.step(0, i).packs]
+            passes[free_label(rows)] = [self._there(pack) for pack in packs]
+        return passes
+
+    def _packed(self, batch: tuple[Tensor, Tensor], seed: int) -> Pack:
+        torch.manual_seed(seed)
+        return pack_padded(*batch, self.system.fraction)
+
+    def _there(self, batch: Any) -> Any:
+        return tuple(x.to(self.device) for x in batch) if isinstance(batch, tuple) else batch.to(self.device)
+
+    # -------------------------------------------------------------------------------------------------------- running
+
+    def loss(self, batch: Any) -> Tensor:
+        around = torch.autocast(self.device.type, torch.bfloat16) if self.system.autocast else contextlib.nullcontext()
+        with around:
+            if self.system.code == "csm_fast":
+                return packed_loss(self.model, batch, *self.system.coefficients)[0]
+            if self.system.code == "transformers":
+                return baselines.transformers_loss(self.model, *batch, self.system.fraction)
+            return self.model(*batch)
+
+    def backward(self, batch: Any, seed: int) -> Tensor:
+        """The loss after its backward pass; the gradients stay."""
+        torch.manual_seed(seed)
+        with self.tables or contextlib.nullcontext():
+            value = self.loss(batch)
+            value.backward()
+        return value.detach()
+
+    def drop_gradients(self) -> None:
+        """As a step does after its update; csm_fast's trainer clears the tables' gradients and keeps their memory."""
+        self.model.zero_grad(set_to_none=True)
+        if self.tables:
+            self.tables.clear(whole=False)
+
+    def run(self, label: str, share: float = 1.0) -> float:
+        """Seconds of one pass, forward and backward of every batch, gradients dropped in between."""
+        batches = self.passes[label][:: max(1, round(1 / share))]
+        started = time.perf_counter()
+        losses = []
+        for i, batch in enumerate(batches):
+            losses.append(self.backward(batch, i))
+            self.drop_gradients()
+        torch.stack(losses).tolist()  # waits for the device
+        return time.perf_counter() - started
+
+    def optimizer_seconds(self, label: str, repeats: int = 5) -> float:
+        """Median seconds of an AdamW update with clipping, each after a backward pass of its own."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.system.code == "csm_fast":
+            weights = "fp32" if self.system.autocast or self.system.weights == WIDE else "bf16-stochastic"
+            optimizer: Any = make_optimizer(self.model, OptimizerSection(weights=weights), 0)  # type: ignore[arg-type]
+            optimizer.found_inf = torch.zeros((), device=self.device)
+        else:
+            optimizer = torch.optim.AdamW(trained, fused=True)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # the weights stay those of the comparison
+            group["weight_decay"] = 0.0
+        batch, timed = self.passes[label][len(self.passes[label]) // 2], []
+        for i in range(repeats + 1):
+            self.backward(batch, i)
+            self._wait()
+            started = time.perf_counter()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            self._wait()
+            timed.append(time.perf_counter() - started)
+            self.drop_gradients()
+        return statistics.median(timed[1:])
+
+    def memory(self, label: str) -> dict[str, int]:
+        """Bytes of a forward and backward pass of the label's middle batch: the most at once, and that without weights
+        and gradients. On a CPU tensors are counted, on CUDA what the allocator reports."""
+        batch = self.passes[label][len(self.passes[label]) // 2]
+        self.backward(batch, 0)
+        self.drop_gradients()
+        gc.collect()
+        weights = _bytes(self.model.parameters())
+        kept = [] if self.tables is None else [rows.dense for _, rows in self.tables.kept]
+        if self.device.type == "cuda":
+            self._wait()
+            torch.cuda.reset_peak_memory_stats()
+            self.backward(batch, 0)
+            self._wait()
+            gradients = _bytes(p.grad for p in self.model.parameters())
+            peak = torch.cuda.max_memory_allocated()
+            figures = {"peak": peak, "besides": peak - weights - gradients, "gradients": gradients}
+        else:
+            with Tracked() as tracked:
+                self.backward(batch, 0)
+            held = [p.grad for p in self.model.parameters() if p.grad is not None]
+            born = {tracked.record_of(grad) for grad in held}
+            besides, _ = tracked.peak_of(lambda a: a.order not in born)
+            figures = {"peak": weights + _bytes(kept) + tracked.peak, "besides": besides, "gradients": _bytes(held)}
+        self.drop_gradients()
+        return {**figures, "weights": weights, "rows": self._rows(batch)}
+
+    def _rows(self, batch: Any) -> int:
+        return batch.rows if isinstance(batch, Pack) else int(batch[1].any(-1).sum())
+
+    def rate(self, label: str) -> float:
+        """FLOP/s of the matrix products of the label's middle batch, one by one."""
+        batch = self.passes[label][len(self.passes[label]) // 2]
+        return matmul_rate(products(self.config, batch), self.device, torch.bfloat16)
+
+    def about(self) -> dict[str, Any]:
+        labels = {}
+        for label, batches in self.passes.items():
+            if self.system.code == "csm_fast":
+                laid = sum(pack.tokens.shape[0] for pack in batches)
+                flops = sum(step_flops(self.config, pack) for pack in batches)
+            else:
+                laid, flops = sum(tokens[..., 0].numel() for tokens, _ in batches), 0
+            labels[label] = {"updates": len(batches), "laid_out": laid, "flops": flops}
+        return {
+            "labels": labels,
+            "rows": self.subset.rows,
+            "frames": self.subset.frames,
+            "recordings": self.subset.num_conversations,
+            "recipe": self.system.recipe,
+            "compiled": bool(self.compiled),
+            "environment": environment(),
+        }
+
+    def check(self) -> float:
+        """The loss of the batch that all are checked on."""
+        torch.manual_seed(0)
+        batch: Any = padded(self.subset, check_members(self.subset))
+        if self.system.code == "csm_fast":
+            batch = self._packed(batch, 0)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            return float(self.loss(self._there(batch)))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def check_members(subset: Subset) -> list[int]:
+    """Some recordings of middle length: frames enough for a sixteenth of them."""
+    groups = buckets(subset, min(16, subset.num_conversations))
+    return groups[len(groups) // 2]
+
+
+def reference(args: argparse.Namespace) -> dict[str, float]:
+    """CE0 and CEd of the checked batch in float32 by the padded forward, with a sixteenth of the frames and with all.
+    Weights are those of the systems: float32 ones, or rounded to bf16."""
+    config = SHAPES[args.shape]()
+    store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, args.splits)
+    subset = choose(store, args.share, args.middle)
+    model: Any = start(config)
+    batch = padded(subset, check_members(subset))
+    found = {}
+    # First what is compared with float32 weights, then, rounded in place, what is compared with bf16 ones.
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.to(dtype))
+        for part, weight, fraction in (("ce0", 0.0, 1 / 16), ("ced", 1.0, 1 / 16), ("ced all", 1.0, 1.0)):
+            model.decoder_loss_weight, model.amortization_fraction = weight, fraction
+            torch.manual_seed(0)
+            with torch.no_grad():
+                found[f"{part} {dtype}"] = float(baselines.blog_forward(model, *batch))
+    return found
+
+
+def expected(name: str, found: dict[str, float]) -> float:
+    """The float32 value of a system's loss, from ``reference``."""
+    system = SYSTEMS[name]
+    a, b = system.coefficients
+    frames = " all" if system.fraction == 1 else ""
+    return a * found[f"ce0 {system.weights}"] + b * found[f"ced{frames} {system.weights}"]
+
+
+def tolerance(name: str) -> float:
+    """Most relative difference of a ranked system's loss from the float32 value."""
+    system = SYSTEMS[name]
+    return 1e-2 if system.autocast or system.weights == torch.bfloat16 else 1e-5
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Of their storages, each counted once."""
+    there = [t for t in tensors if t is not None]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in there}.values())
+
+
+def answers(running: Running) -> dict[str, Callable[..., Any]]:
+    """What a worker is asked for, by name."""
+    return {
+        "run": running.run,
+        "check": running.check,
+        "memory": running.memory,
+        "optimizer": running.optimizer_seconds,
+        "rate": running.rate,
+    }

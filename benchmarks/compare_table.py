@@ -1,0 +1,127 @@
+"""The tables of ``benchmarks.compare``, from its rows: printed after a run, and in Markdown for a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Row = dict[str, Any]
+MIB = 2**20
+FRAME_SECONDS = 0.08
+
+
+def rows_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Those whose fields are these."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def is_free(row: Row) -> bool:
+    """Of csm_fast's free packing, not of given batches."""
+    return row["label"].startswith("packs")
+
+
+def faster(row: Row, than: Row | None) -> str:
+    """How many times as long as ``than`` the row takes, or why that is not said."""
+    if than is None or row is than:
+        return ""
+    return f"{row['median_s'] / than['median_s']:.2f}x" if row["ranked"] else "not ranked"
+
+
+def time_tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, lines) for equal updates, one per batch size, and for free packing."""
+    rows = [row for row in rows if "median_s" in row]
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    tables = []
+    for label in labels:
+        some = rows_of(rows, label=label)
+        free = is_free(some[0])
+        if free:
+            title = f"csm_fast in {label}, the others in their batches"
+            some = [*some, *(r for r in rows if not r["system"].startswith("csm_fast"))]
+        else:
+            title = f"equal updates: {label}"
+        ours = rows_of(rows, label=label, system="csm_fast")
+        tables.append((f"{title}, seconds per epoch", *_times(some, ours[0] if ours else None, free)))
+    return tables
+
+
+def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], list[list[str]]]:
+    # The work is that of csm_fast's own batches; what others pad is no work.
+    flops = ours["flops"] if ours else 0
+    rate = ours.get("matmul_rate") if ours else None
+    head = ["system", "recipe", "s", "spread", "csm_fast is faster", "rows/s", "audio s/s", "padding", "updates"]
+    head += ["GFLOP/s", "of matmul rate", "optimizer s", "loss differs by"]
+    lines = []
+    for row in rows:
+        median = row["median_s"]
+        own = row["flops"] if row["flops"] else flops
+        all_frames = "all-frames" in row["system"]
+        share = f"{own / median / rate:.0%}" if rate and own and not all_frames else ""
+        lines.append(
+            [
+                row["system"] + (f", {row['label']}" if free else ""),
+                row["recipe"] + (", compiled" if row["compiled"] else ""),
+                f"{median:.2f}",
+                f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f} ({len(row['seconds'])})",
+                faster(row, ours),
+                f"{row['rows'] / median:,.0f}",
+                f"{row['frames'] * FRAME_SECONDS / median:,.0f}",
+                f"{1 - row['rows'] / row['laid_out']:.0%}",
+                str(row["updates"]),
+                f"{own / median / 1e9:,.0f}" if own and not all_frames else "",
+                share,
+                f"{row['optimizer_s']:.1f}",
+                f"{row['loss_difference']:.0e}",
+            ]
+        )
+    return head, lines
+
+
+def memory_table(rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:
+    head = ["system", "recipe", "batch", "rows", "weights", "gradients", "peak", "besides", "of csm_fast's"]
+    lines = []
+    for row in rows:
+        if "memory" not in row:
+            continue
+        figures = row["memory"]
+        ours = rows_of(rows, label=row["label"], system="csm_fast", checkpointing=row["checkpointing"])
+        times = f"{figures['besides'] / ours[0]['memory']['besides']:.2f}x" if ours and ours[0] is not row else ""
+        mib = [f"{figures[key] / MIB:,.0f}" for key in ("weights", "gradients", "peak", "besides")]
+        recipe = row["recipe"] + (", checkpointing" if row["checkpointing"] else "")
+        lines.append([row["system"], recipe, row["label"], f"{figures['rows']:,}", *mib, times])
+    return (
+        "memory of one forward and backward pass, MiB ('besides': the most without weights and gradients)",
+        head,
+        lines,
+    )
+
+
+def text(head: list[str], lines: list[list[str]]) -> str:
+    """For a terminal: columns as wide as they need."""
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    align: Callable[[int, str], str] = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])  # noqa: E731
+    return "\n".join("  ".join(align(i, cell) for i, cell in enumerate(line)).rstrip() for line in [head, *lines])
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """For a page."""
+    rule = ["---" if i < 2 else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+
+
+def print_tables(rows: list[Row]) -> None:
+    first = rows[0]
+    machine = first.get("environment", first)
+    print(
+        f"{first['recordings']} recordings, {first['rows']:,} rows, {first['frames'] * FRAME_SECONDS / 60:.1f} min of "
+        f"audio; {first['shape']}; {machine['device']}, {machine['threads']} threads"
+    )
+    for title, head, lines in [*time_tables(rows), memory_table(rows)]:
+        if lines:
+            print(f"\n{title}\n{text(head, lines)}")
+
+
+def spread(seconds: list[float]) -> float:
+    """Half the range of repetitions over their median."""
+    return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)

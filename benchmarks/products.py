@@ -1,0 +1,120 @@
+"""The matrix products of a training step, counted from shapes, and the rate at which the device multiplies them.
+
+A step's share of the matmul rate is its FLOPs over its time, against the rate of the same products one by one: what is
+left is everything that is no product. The count is of the work that the loss needs on the live rows, whatever a system
+pads or computes twice, so that all systems are measured by the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from csm_fast import CSMConfig
+from csm_fast.config import TransformerConfig
+from csm_fast.packing import Pack
+
+
+class Product(NamedTuple):
+    """``heads`` products [m, k] x [k, n], of the kind "forward" (x w^T), "input" (g w) or "weight" (g^T x)."""
+
+    heads: int
+    m: int
+    k: int
+    n: int
+    kind: str
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.heads * self.m * self.k * self.n
+
+
+def _linear(found: Counter[Product], rows: int, inputs: int, outputs: int, heads: int = 1, times: int = 1) -> None:
+    if rows:
+        found[Product(heads, rows, inputs, outputs, "forward")] += times
+        found[Product(heads, rows, outputs, inputs, "input")] += times
+        found[Product(heads, outputs, rows, inputs, "weight")] += times
+
+
+def _stack(found: Counter[Product], config: TransformerConfig, rows: int, last: int) -> None:
+    """The linear layers of a stack whose last layer goes on with ``last`` rows behind its attention."""
+    width, kv = config.embed_dim, config.num_kv_heads * config.head_dim
+    for layer in range(config.num_layers):
+        after = last if layer == config.num_layers - 1 else rows
+        _linear(found, rows, width, width)
+        _linear(found, rows, width, kv, times=2)
+        _linear(found, after, width, width)
+        _linear(found, after, width, config.intermediate_dim, times=2)
+        _linear(found, after, config.intermediate_dim, width)
+
+
+def products(config: CSMConfig, pack: Pack) -> Counter[Product]:
+    """The products of linear layers and heads, forward and backward, with every weight trained; live rows only."""
+    found: Counter[Product] = Counter()
+    targets, frames, books = len(pack.target_rows), len(pack.decoder_index), config.num_codebooks
+    width, narrow = config.backbone.embed_dim, config.decoder.embed_dim
+    _stack(found, config.backbone, pack.rows, targets)
+    _linear(found, targets, width, config.audio_vocab_size)
+    if frames:
+        _linear(found, frames * books, width, narrow)
+        _stack(found, config.decoder, frames * books, frames * books)
+        _linear(found, frames, narrow, config.audio_vocab_size, heads=books - 1)
+    return found
+
+
+def attention_flops(config: CSMConfig, pack: Pack) -> int:
+    """Scores and weighted sums below the diagonal, forward, and twice that backward (nothing computed again)."""
+    live, squares = pack.rows, 0
+    for length in pack.segments.lengths:
+        if live <= 0:  # the dummy document behind the live rows
+            break
+        squares += length * (length + 1) // 2
+        live -= length
+    backbone = config.backbone.num_layers * config.backbone.embed_dim * squares
+    books = config.num_codebooks
+    decoder = len(pack.decoder_index) * books * (books + 1) // 2
+    return 3 * 4 * (backbone + config.decoder.num_layers * config.decoder.embed_dim * decoder)
+
+
+def step_flops(config: CSMConfig, pack: Pack) -> int:
+    """FLOPs of one forward and backward pass."""
+    linear = sum(product.flops * times for product, times in products(config, pack).items())
+    return linear + attention_flops(config, pack)
+
+
+def matmul_rate(found: Counter[Product], device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOP/s of the products one after the other, each the median of ``repeats`` after one to warm up."""
+    flops = seconds = 0.0
+    for product, times in found.items():
+        flops += product.flops * times
+        seconds += _seconds(product, device, dtype, repeats) * times
+    return flops / seconds
+
+
+def _seconds(product: Product, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    heads, m, k, n, kind = product
+    shapes = {"forward": ((m, k), (n, k)), "input": ((m, k), (k, n)), "weight": ((k, m), (k, n))}[kind]
+    a, b = (torch.randn(heads, *shape, device=device, dtype=dtype) for shape in shapes)
+    if kind == "forward":
+        b = b.transpose(1, 2)
+    elif kind == "weight":
+        a = a.transpose(1, 2)
+    if heads == 1:
+        a, b = a[0], b[0]
+    timed = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        started = time.perf_counter()
+        torch.matmul(a, b)
+        _wait(device)
+        timed.append(time.perf_counter() - started)
+    return statistics.median(timed[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

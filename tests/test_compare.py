@@ -1,0 +1,157 @@
+"""benchmarks.compare at the tiny shape: every system in its own process, the same losses, rows with all fields."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import compare, compare_systems, compare_table
+from benchmarks.compare_data import Synthetic, choose, padded
+from benchmarks.products import Product, attention_flops, matmul_rate, products, step_flops
+from benchmarks.tracked import Tracked
+from csm_fast import CSM, CSMConfig
+from csm_fast.loss import packed_loss
+from csm_fast.packing import pack_padded
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(tmp_path, *extra):
+    settings = ["--synthetic", "20", "--shape", "tiny", "--repeats", "1", "--slow-repeats", "1", "--batches", "10"]
+    return [sys.executable, "-m", "benchmarks.compare", *settings, "--results", str(tmp_path / "out.jsonl"), *extra]
+
+
+def test_a_race(tmp_path):
+    done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "equal updates: batches of 10" in done.stdout and "csm_fast in packs of 2,048 rows" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(r["system"], r["label"]) for r in rows] == [
+        ("csm_fast", "batches of 10"),
+        ("csm_fast", "packs of 2,048 rows"),
+        ("padded", "batches of 10"),
+        ("padded-fp32", "batches of 10"),
+        ("transformers", "batches of 10"),
+        ("transformers-all-frames", "batches of 10"),
+    ]
+    for row in rows:
+        assert len(row["seconds"]) == 1 and row["median_s"] == row["seconds"][0] > 0
+        assert row["recordings"] == 20 and row["rows"] > 500 and row["data"] == "synthetic"
+        assert row["torch"] == torch.__version__ and row["commit"] is not None
+        # Everybody computes the same loss, so the times are times of the same work.
+        assert row["ranked"], (row["system"], row["loss_difference"])
+        if not compare_table.is_free(row):
+            assert 0 < row["memory"]["besides"] < row["memory"]["peak"] and row["memory"]["rows"] > 100
+    assert rows[0]["flops"] > 0 and rows[0]["matmul_rate"] > 0 and rows[0]["updates"] == 2
+    assert rows[2]["laid_out"] > rows[0]["rows"]
+
+
+def test_a_system_that_stops_is_told(tmp_path):
+    wrong = ["--data", "nowhere", "--device", "cuda:99"]
+    done = subprocess.run(command(tmp_path, *wrong), cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and b"error: csm_fast stopped" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_sesames_code_needs_its_directories(tmp_path):
+    done = subprocess.run(command(tmp_path, "--systems", "blog"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "blog needs --sesame-csm" in done.stderr
+
+
+def running(monkeypatch, name, *extra):
+    settings = ["compare", "--synthetic", "20", "--shape", "tiny", "--batches", "10", "--allocator", "plain"]
+    monkeypatch.setattr(sys, "argv", [*settings, *extra, "--worker", name])
+    return compare_systems.Running(compare.arguments())
+
+
+@pytest.mark.parametrize("name", ["csm_fast-autocast", "csm_fast-lora", "padded-autocast"])
+def test_recipes_lie_within_their_tolerance(monkeypatch, name):
+    if name == "csm_fast-lora":
+        pytest.importorskip("peft")
+    system = running(monkeypatch, name)
+    truth = compare_systems.expected(name, compare_systems.reference(system.args))
+    assert system.check() == pytest.approx(truth, rel=compare_systems.tolerance(name))
+
+
+def test_another_loss_is_not_ranked(monkeypatch):
+    system = running(monkeypatch, "padded-fp32")
+    truth = compare_systems.expected("padded-fp32", compare_systems.reference(system.args))
+    assert system.check() == pytest.approx(truth, rel=1e-5)
+    with torch.no_grad():
+        system.model.decoder.layers[0].sa_norm.scale[0] += 0.2
+    assert abs(system.check() - truth) > 1e-5 * truth
+    row = {"median_s": 2.0, "ranked": False}
+    assert compare_table.faster(row, {"median_s": 1.0}) == "not ranked"
+    assert compare_table.faster({**row, "ranked": True}, {"median_s": 1.0}) == "2.00x"
+
+
+def test_memory_besides_weights_and_gradients(monkeypatch):
+    system = running(monkeypatch, "padded-fp32")
+    figures = system.memory("batches of 10")
+    parameters = sum(p.numel() * 4 for p in system.model.parameters())
+    assert figures["weights"] == figures["gradients"] == parameters
+    assert figures["besides"] + parameters < figures["peak"] <= figures["besides"] + 2 * parameters
+    batch = system.passes["batches of 10"][1]
+    with Tracked() as tracked:
+        system.backward(batch, 0)
+    assert figures["peak"] == parameters + tracked.peak
+
+
+def test_synthetic_recordings_are_the_same_every_time():
+    a, b = (Synthetic(20, CSMConfig.tiny()) for _ in range(2))
+    assert (a.conversation_rows == b.conversation_rows).all()
+    assert all((x[0].codes == y[0].codes).all() for x, y in zip(a.turns, b.turns, strict=True))
+    assert a.conversation_rows.min() >= 16 and a.conversation_rows.max() <= 400
+
+
+def test_a_share_of_the_recordings_keeps_their_lengths():
+    store = Synthetic(40, CSMConfig.tiny())
+    rows = np.sort(store.conversation_rows)
+    assert sorted(store.conversation_rows[choose(store, 0.25, None).chosen]) == rows[::4].tolist()
+    middle = choose(store, 1.0, 4)
+    assert middle.rows == rows[18:22].sum() and middle.frames < middle.rows
+
+
+class Multiplied(TorchDispatchMode):
+    """FLOPs of the matrix products of linear layers and heads. Those of attention are batched, and none is as wide as
+    the vocabulary."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.flops = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = args[-2:]
+            if a.dim() == 2 or self.vocab in (*a.shape, *b.shape):
+                self.flops += 2 * a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_count_of_products_is_that_of_a_step():
+    config = CSMConfig.tiny()
+    subset = choose(Synthetic(5, config), 1.0, None)
+    torch.manual_seed(0)
+    pack = pack_padded(*padded(subset, [0, 1, 2]), 1 / 16)
+    model = CSM(config).init_weights(0)
+    with Multiplied(config.audio_vocab_size) as seen:
+        packed_loss(model, pack, 0.5, 0.5)[0].backward()
+    counted = sum(p.flops * n for p, n in products(config, pack).items())
+    # Rows that fill the pack up are no work.
+    assert counted <= seen.flops <= counted * pack.tokens.shape[0] / pack.rows
+    assert step_flops(config, pack) == counted + attention_flops(config, pack)
+    assert 0 < attention_flops(config, pack) < 0.2 * counted
+
+
+def test_matmul_rate_multiplies_every_kind():
+    found = Counter({Product(1, 8, 16, 24, kind): 2 for kind in ("forward", "input", "weight")})
+    found[Product(3, 8, 16, 24, "weight")] = 1
+    assert matmul_rate(found, torch.device("cpu"), torch.float32, repeats=1) > 0
+    assert Product(3, 8, 16, 24, "weight").flops == 2 * 3 * 8 * 16 * 24
