@@ -2,6 +2,7 @@
 # make demo    recordings -> tokens -> a trained model -> a sample, on real speech
 # make test    the tests
 # make check   formatting, lint, types
+# make benchmarks   csm_fast against what others train with (20 minutes), and README's tables from that
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ DATA ?=
 CODEC ?= offline
 DEMO := demo
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check benchmarks clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -58,6 +59,21 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The 568 recordings of the same speaker that the demo takes most of. Sesame's own code where its clones are named.
+SESAME_CSM ?=
+SESAME_FINETUNE ?=
+COMPARE = $(BIN)/python -m benchmarks.compare --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
+	$(if $(SESAME_CSM),--sesame-csm $(SESAME_CSM)) $(if $(SESAME_FINETUNE),--sesame-finetune $(SESAME_FINETUNE))
+BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
+
+benchmarks: setup
+	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
+	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
+	$(COMPARE) --repeats 3 --slow-repeats 1
+	$(COMPARE) --checkpointing --memory-only --systems csm_fast transformers
+	$(COMPARE) --shape csm-1b --middle 16 --batches 16 --systems csm_fast $(BLOG) --no-optimizer
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info

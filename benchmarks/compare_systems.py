@@ -176,7 +176,7 @@ class Running:
 
     def _packed(self, batch: tuple[Tensor, Tensor], seed: int) -> Pack:
         torch.manual_seed(seed)
-        return pack_padded(*batch, self.system.fraction)
+        return pack_padded(*batch, fraction=self.system.fraction)
 
     def _there(self, batch: Any) -> Any:
         return tuple(x.to(self.device) for x in batch) if isinstance(batch, tuple) else batch.to(self.device)
@@ -188,9 +188,10 @@ class Running:
         with around:
             if self.system.code == "csm_fast":
                 return packed_loss(self.model, batch, *self.system.coefficients)[0]
+            tokens, mask = batch
             if self.system.code == "transformers":
-                return baselines.transformers_loss(self.model, *batch, self.system.fraction)
-            return self.model(*batch)
+                return baselines.transformers_loss(self.model, tokens, mask, self.system.fraction)
+            return self.model(tokens, mask)
 
     def backward(self, batch: Any, seed: int) -> Tensor:
         """The loss after its backward pass; the gradients stay."""

@@ -71,7 +71,7 @@ def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], li
                 str(row["updates"]),
                 f"{own / median / 1e9:,.0f}" if own and not all_frames else "",
                 share,
-                f"{row['optimizer_s']:.1f}",
+                f"{row['optimizer_s']:.1f}" if "optimizer_s" in row else "",
                 f"{row['loss_difference']:.0e}",
             ]
         )

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "fine-tune on a token store (also: csm-fast-train)",
     "generate": "speech from a model and a text",
     "plan": "what fits on which GPU, and how long it takes, before anything is loaded",
+    "profile": "where the time of a training step goes, operator by operator",
     "merge": "an adapter and its base -> one model",
     "verify-adapter": "does an adapter still give the loss it was saved with?",
     "doctor": "what is on this machine, what was chosen for it and why",
@@ -67,6 +68,7 @@ def _run(command: str, argv: list[str]) -> int:
         "train": _train,
         "generate": _generate,
         "plan": _plan,
+        "profile": _profile,
         "merge": _merge,
         "verify-adapter": _verify_adapter,
         "doctor": _doctor,
@@ -106,7 +108,7 @@ def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
     parser = Parser(prog=prog, description=description, allow_abbrev=False, usage=f"{prog} [--config FILE] [options]")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
     add_flags(parser, cls)
-    if cls.__name__ == "TrainConfig":
+    if cls.__name__ in ("TrainConfig", "ProfileConfig"):
         # sesame-finetune's switches; tokens are always read from disk as they are needed.
         once: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument("--use_amp", "--use-amp", dest="precision", action="store_const", const="bf16", **once)
@@ -135,16 +137,21 @@ def _train(argv: list[str]) -> int:
     from .config import TrainConfig
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
+    _set_up_training(config.run)
+    summary = importlib.import_module("csm_fast.train").train(config)
+    return 0 if summary["complete"] else INTERRUPTED
+
+
+def _set_up_training(run: Any) -> None:
+    """This process, for training steps as ``run``, a ``RunSection``, says."""
     # Compiled layers are kept where they outlast a restart of the machine. Read when the first one is compiled.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm_fast" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    if config.run.keep_freed_memory:
+    if run.keep_freed_memory:
         from .machine import keep_freed_memory, resolve_device
 
-        if resolve_device(config.run.device).type == "cpu":
+        if resolve_device(run.device).type == "cpu":
             keep_freed_memory()
-    summary = importlib.import_module("csm_fast.train").train(config)
-    return 0 if summary["complete"] else INTERRUPTED
 
 
 def _generate(argv: list[str]) -> None:
@@ -159,6 +166,14 @@ def _plan(argv: list[str]) -> int | None:
 
     config = _config(PlanConfig, "csm-fast plan", COMMANDS["plan"], argv)
     return importlib.import_module("csm_fast.plan").plan(config)
+
+
+def _profile(argv: list[str]) -> None:
+    from .command_config import ProfileConfig
+
+    config = _config(ProfileConfig, "csm-fast profile", COMMANDS["profile"], argv)
+    _set_up_training(config.run)
+    importlib.import_module("csm_fast.profile").run(config)
 
 
 def _merge(argv: list[str]) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from csm_fast import cli
-from csm_fast.command_config import GenerateConfig, MergeConfig, PlanConfig, VerifyAdapterConfig
+from csm_fast.command_config import GenerateConfig, MergeConfig, PlanConfig, ProfileConfig, VerifyAdapterConfig
 from csm_fast.config import TrainConfig
 from csm_fast.config_io import Parser, add_flags, from_flags
 from csm_fast.pretokenize import PretokenizeConfig
@@ -52,6 +52,7 @@ def test_flags_and_configs_parse(command, monkeypatch):
         "train": TrainConfig,
         "generate": GenerateConfig,
         "plan": PlanConfig,
+        "profile": ProfileConfig,
         "merge": MergeConfig,
         "verify-adapter": VerifyAdapterConfig,
     }[kind]
@@ -63,7 +64,7 @@ def test_flags_and_configs_parse(command, monkeypatch):
 
 
 def test_flags_in_the_migration_table_exist():
-    table = README[README.index("| sesame-finetune |") : README.index("## Limits")]
+    table = README[README.index("| sesame-finetune |") : README.index("## Speed")]
     flags = set(re.findall(r"`(--?[a-zA-Z][\w-]*)`", table)) | set(re.findall(r"(--[a-z][\w-]*)", table))
     parsers = []
     for cls in (TrainConfig, PretokenizeConfig):

@@ -1,0 +1,170 @@
+"""Tables and plots of README.md and docs/performance.md, from benchmarks/results/*.jsonl and nothing else.
+
+    python -m benchmarks.report            # write them
+    python -m benchmarks.report --check    # exit 1 where a page says something else than the results
+
+A page has its generated parts between ``<!-- report: NAME -->`` and ``<!-- end of report -->``. Of a benchmark that ran
+several times in the same configuration the last run is shown, with its device, versions, commit and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare_table import Row, is_free, markdown, memory_table, rows_of, time_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/performance.md")
+PART = re.compile(r"(<!-- report: ([a-z0-9-]+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+LEFT_OUT = ("audio s/s", "GFLOP/s")  # of the tables' columns, so that they fit a page
+
+
+def read(results: Path, name: str) -> list[Row]:
+    """Rows of a results file, none where there is no file."""
+    path = results / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def last_run(rows: list[Row], **wanted: Any) -> list[Row]:
+    """The rows of the last run among those whose fields are these; a run has an id of its own, its time."""
+    some = rows_of(rows, **wanted)
+    newest = max((row["run"] for row in some), default=None)
+    return rows_of(some, run=newest)
+
+
+def provenance(rows: list[Row]) -> str:
+    """Where figures come from."""
+    row = rows[0]
+    versions = f"torch {row['torch']}, Python {row['python']}, csm_fast {row['csm_fast']} ({row['commit']})"
+    return f"{row['device']}, {row['threads']} threads; {versions}; {row['date']}"
+
+
+def _without(head: list[str], lines: list[list[str]], columns: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
+    kept = [i for i, name in enumerate(head) if name not in columns]
+    return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def compare(rows: list[Row]) -> str:
+    """Time and memory against the others, one run."""
+    if not rows:
+        return "Not measured.\n"
+    first = rows[0]
+    minutes = first["frames"] * 0.08 / 60
+    text = (
+        f"{first['recordings']} recordings, {minutes:.1f} minutes, {first['rows']:,} rows; `{first['shape']}` shape. "
+    )
+    text += f"{provenance(rows)}.\n"
+    for title, head, lines in time_tables(rows):
+        text += f"\n*{title[0].upper()}{title[1:]}*\n\n{markdown(*_without(head, lines, LEFT_OUT))}\n"
+    title, head, lines = memory_table(rows)
+    if lines:
+        text += f"\n*{title[0].upper()}{title[1:]}*\n\n{markdown(head, lines)}\n"
+    return text
+
+
+def _of_compare(**wanted: Any) -> Callable[[Path], str]:
+    return lambda results: compare(last_run(read(results, "compare"), **wanted))
+
+
+def _on_gpu(results: Path) -> str:
+    return compare(last_run(read(results, "gpu_compare")))
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "compare-cpu": _of_compare(shape="small", data="recordings", checkpointing=False),
+    "compare-cpu-checkpointing": _of_compare(shape="small", data="recordings", checkpointing=True),
+    "compare-cpu-csm-1b": _of_compare(shape="csm-1b", data="recordings", checkpointing=False),
+    "compare-gpu": _on_gpu,
+}
+
+
+def filled(page: str, results: Path) -> str:
+    """A page's text with its generated parts made anew.
+
+    Raises:
+        SystemExit: a part that nobody makes.
+    """
+
+    def part(found: re.Match[str]) -> str:
+        if found[2] not in PARTS:
+            raise SystemExit(f"error: no part is called {found[2]}; there are {', '.join(PARTS)}")
+        return f"{found[1]}{PARTS[found[2]](results)}{found[3]}"
+
+    return PART.sub(part, page)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Rows per second of every system, one panel per label of equal updates and one for free packing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if "median_s" in row]
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    figure, axes = plt.subplots(1, len(labels), figsize=(5.0 * len(labels), 3.6), squeeze=False)
+    for axis, label in zip(axes[0], labels, strict=True):
+        some = rows_of(rows, label=label)
+        free = is_free(some[0])
+        if free:
+            some += [row for row in rows if not row["system"].startswith("csm_fast")]
+        names = [row["system"] + (f", {row['label']}" if free else "") for row in some]
+        rates = [row["rows"] / row["median_s"] for row in some]
+        spread = [
+            [rate - row["rows"] / max(row["seconds"]) for rate, row in zip(rates, some, strict=True)],
+            [row["rows"] / min(row["seconds"]) - rate for rate, row in zip(rates, some, strict=True)],
+        ]
+        colours = ["black" if row["system"].startswith("csm_fast") else "0.6" for row in some]
+        axis.barh(names, rates, xerr=spread, color=colours, ecolor="tab:red", capsize=2)
+        axis.invert_yaxis()
+        axis.set_title(("free: " if free else "equal updates: ") + label, fontsize=10)
+        axis.set_xlabel("rows per second, forward + backward")
+        axis.tick_params(labelsize=8)
+        for y, rate in enumerate(rates):
+            axis.text(rate, y, f" {rate:,.0f}", va="bottom", fontsize=7)
+    figure.suptitle(f"{rows[0]['shape']} shape, {rows[0]['recordings']} recordings; {provenance(rows)}", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="of the pages")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is not up to date")
+    args = parser.parse_args()
+    stale = []
+    for name in PAGES:
+        path = args.root / name
+        if not path.exists():
+            continue
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, args.results)
+        if after != before:
+            stale.append(name)
+            if not args.check:
+                path.write_text(after, encoding="utf-8")
+    if args.check:
+        for name in stale:
+            print(f"{name} is not what benchmarks/results says; run python -m benchmarks.report")
+        return int(bool(stale))
+    rows = last_run(read(args.results, "compare"), shape="small", data="recordings", checkpointing=False)
+    if rows:
+        draw(rows, args.root / "docs" / "compare-cpu.png")
+    print(f"written: {', '.join(stale) or 'nothing new'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""benchmarks.report: pages say what the results say, and of several runs the last one."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def row(system, label, seconds, run="2026-01-01T10:00:00", **more):
+    return {
+        "benchmark": "compare", "run": run, "system": system, "label": label, "recipe": "bf16 weights",
+        "compiled": False, "seconds": seconds, "median_s": sorted(seconds)[len(seconds) // 2], "rows": 1000,
+        "frames": 700, "recordings": 10, "laid_out": 1100, "updates": 3, "flops": 0, "optimizer_s": 0.5,
+        "loss_difference": 1e-3, "ranked": True, "shape": "small", "data": "recordings", "checkpointing": False,
+        "device": "a device", "threads": 2, "python": "3.11.7", "torch": "2.13.0", "csm_fast": "0.1.0",
+        "commit": "abcdef0", "date": run[:10], **more,
+    }  # fmt: skip
+
+
+def write(tmp_path, rows):
+    path = tmp_path / "compare.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def test_the_last_run_is_shown(tmp_path):
+    memory = {"besides": 2**20, "peak": 2**22, "weights": 2**21, "gradients": 2**20, "rows": 300}
+    ours = {"flops": 4e9, "matmul_rate": 8e9, "memory": memory}
+    later = "2026-02-01T10:00:00"
+    rows = [
+        row("csm_fast", "batches of 8", [9.0]),
+        row("csm_fast", "batches of 8", [1.0, 1.25, 1.5], later, **ours),
+        row("csm_fast", "packs of 2,048 rows", [1.0], later, flops=4e9, matmul_rate=8e9),
+        row("blog", "batches of 8", [2.5], later, memory={**memory, "besides": 3 * 2**20}),
+        row("transformers", "batches of 8", [5.0], later, ranked=False),
+        row("csm_fast", "batches of 8", [7.0], "2026-03-01T10:00:00", shape="csm-1b"),
+    ]
+    text = report.PARTS["compare-cpu"](write(tmp_path, rows))
+    assert "9.00" not in text and "7.00" not in text and "2026-02-01" in text and "abcdef0" in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    equal = {line[0]: line for line in lines[2:5]}
+    assert equal["csm_fast"][2:4] == ["1.25", "1.00-1.50 (3)"] and "40%" in equal["csm_fast"]  # 4e9 / 1.25 s / 8e9
+    assert equal["blog"][4] == "2.00x" and equal["transformers"][4] == "not ranked"
+    free = {line[0]: line for line in lines[7:10]}
+    assert free["blog, batches of 8"][4] == "2.50x"
+    assert [line[-1] for line in lines[-2:]] == ["", "3.00x"]
+
+
+def test_pages_are_filled_and_checked(tmp_path, monkeypatch, capsys):
+    results = write(tmp_path, [row("csm_fast", "batches of 8", [1.0])])
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- report: compare-cpu -->\nold\n<!-- end of report -->\nb\n")
+    asked = ["report", "--results", str(results), "--root", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*asked, "--check"])
+    assert report.main() == 1 and "README.md is not what" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", asked)
+    assert report.main() == 0
+    text = page.read_text()
+    assert "old" not in text and "1.00-1.00 (1)" in text and text.startswith("a\n<!--") and text.endswith("-->\nb\n")
+    assert (tmp_path / "docs" / "compare-cpu.png").stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", [*asked, "--check"])
+    assert report.main() == 0
+    with pytest.raises(SystemExit, match="no part is called x"):
+        report.filled("<!-- report: x -->\n<!-- end of report -->", results)
+
+
+@pytest.mark.parametrize("name", report.PAGES)
+def test_our_pages_say_what_the_results_say(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert report.PART.search(page)
+    assert report.filled(page, report.RESULTS) == page
