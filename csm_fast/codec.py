@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from csm_fast.mimi_encoder import MimiEncoder
+
 KINDS = ("auto", "transformers", "moshi", "offline")
 SAMPLE_RATE = 24000
 SAMPLES_PER_FRAME = 1920
@@ -47,6 +49,7 @@ class Codec:
         fingerprint: sha256 of the codebooks in use ([V, D] little-endian float32 tables, level after level), the same
             for the same weights whatever runs them: two codecs are the same when their fingerprints are.
         sample_rate, samples_per_frame, num_codebooks, codebook_size: 24000, 1920, K and V.
+        side_by_side: whether `encode` gives each core clips of its own, so that it gains by many at once on a CPU.
         marked_frames: frames so far whose codes came out all zero, and were given a 1 as their last code.
     """
 
@@ -116,6 +119,16 @@ class Codec:
             padded.append(torch.nn.functional.pad(wave, (0, -len(wave) % SAMPLES_PER_FRAME)))
         frames = [len(wave) // SAMPLES_PER_FRAME for wave in padded]
         with torch.inference_mode(), _full_float32():
+            if len(waves) > 1 and self.side_by_side:
+                places = [(index, *piece) for index, count in enumerate(frames) for piece in self._pieces(count)]
+                cut = [padded[i][left * SAMPLES_PER_FRAME : stop * SAMPLES_PER_FRAME] for i, left, _, stop in places]
+                parts: list[list[torch.Tensor]] = [[] for _ in frames]
+                for (index, left, start, _), found in zip(places, self._encode_side_by_side(cut), strict=True):
+                    parts[index].append(found[start - left :])
+                return [
+                    self._mark(torch.cat(p).numpy().astype(np.uint16)) if p else r
+                    for p, r in zip(parts, results, strict=True)
+                ]
             for group in self._groups(frames):
                 longest = max(frames[index] for index in group)
                 batch = torch.zeros(len(group), 1, longest * SAMPLES_PER_FRAME)
@@ -165,8 +178,16 @@ class Codec:
         """[B, K, frames] int64 -> [B, 1, frames * 1920] float32, on the codec's device."""
         raise NotImplementedError
 
+    @property
+    def side_by_side(self) -> bool:
+        return False
+
+    def _encode_side_by_side(self, waves: list[torch.Tensor]) -> list[torch.Tensor]:
+        """float32 [frames * 1920] each -> int64 [frames, K] each, where `side_by_side`."""
+        raise NotImplementedError
+
     def _groups(self, frames: Sequence[int]) -> Iterator[list[int]]:
-        """Indices to code together: one by one on a CPU (as fast), batches of similar length elsewhere."""
+        """Indices to code together: one by one on a CPU, batches of similar length elsewhere."""
         order = sorted((index for index, count in enumerate(frames) if count), key=lambda index: frames[index])
         group: list[int] = []
         for index in order:
@@ -195,14 +216,39 @@ class TransformersCodec(Codec):
     """transformers' MimiModel; the offline codec runs on it too."""
 
     kind = "transformers"
+    _encoder: MimiEncoder | None = None
 
     def to(self, device: str | torch.device) -> Codec:
+        self._encoder = None
         for module in self.model.modules():
             if hasattr(module, "_embed"):
                 module._embed = None  # a cached table that .to() leaves behind
         return super().to(device)
 
+    def _cpu_encoder(self) -> MimiEncoder | None:
+        from csm_fast.mimi_encoder import MimiEncoder, supported
+
+        if self._encoder is None and self.device == "cpu" and supported(self.model.config):
+            self._encoder = MimiEncoder(self.model, self.num_codebooks)
+        return self._encoder
+
+    @property
+    def side_by_side(self) -> bool:
+        return self._cpu_encoder() is not None
+
+    def _encode_side_by_side(self, waves: list[torch.Tensor]) -> list[torch.Tensor]:
+        from csm_fast.mimi_encoder import encode_packs
+
+        encoder = self._cpu_encoder()
+        assert encoder is not None
+        return encode_packs(encoder, waves)
+
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        encoder = self._cpu_encoder()
+        if encoder is not None:
+            return torch.stack(encoder.encode(list(batch[:, 0]))).transpose(1, 2)
         return self.model.encode(batch, num_quantizers=self.num_codebooks, return_dict=True).audio_codes
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:

@@ -125,8 +125,7 @@ def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None
             if not set(parts) <= set(flat):
                 raise InputError(f"the codec's weights lack {parts[0]}", mend="use a complete Mimi checkpoint")
             query, attention_key, value = (flat[part] for part in parts)
-            shape = (query.shape[0] // HEAD_DIM, 2, HEAD_DIM // 2)
-            tensor = torch.cat([_permute(query, shape), _permute(attention_key, shape), value])
+            tensor = torch.cat([interleaved(query), interleaved(attention_key), value])
             remaining -= set(parts)
         elif key in flat:
             tensor = flat[key]
@@ -146,6 +145,11 @@ def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None
             f"{len(remaining)} weights are not Mimi's, the first is {min(remaining)}", mend="use a Mimi checkpoint"
         )
     module.load_state_dict(loaded)
+
+
+def interleaved(weight: torch.Tensor) -> torch.Tensor:
+    """A query's or key's projection [heads * 64, D] of transformers' layout in moshi's: rotated pairs side by side."""
+    return _permute(weight, (weight.shape[0] // HEAD_DIM, 2, HEAD_DIM // 2))
 
 
 def _permute(weight: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:

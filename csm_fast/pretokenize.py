@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from csm_fast.text import TextTokenizer
 
 WINDOW = 8  # batches' worth of waves that are sorted by length before they are cut into batches
+CORE_SECONDS = 60.0  # audio that is collected for each core of a CPU: some packs for each, about a second of work
 
 
 @dataclass
@@ -57,7 +58,7 @@ class PretokenizeConfig:
     device: str = option("auto", "where the codec runs: auto, cpu, cuda, cuda:1, ...")
     workers: int | None = option(None, "processes that decode and resample (default: up to 4; 0: none)")
     batch_seconds: float = option(
-        120.0, "audio encoded at once on a GPU, in seconds with padding; a CPU takes clip by clip"
+        120.0, "audio encoded at once on a GPU, in seconds with padding; on a CPU each core has its own clips"
     )
     skip_bad: bool = option(False, "leave conversations with an unusable clip out, and list them, instead of stopping")
     min_seconds: float = option(0.0, "leave conversations with a clip shorter than this out, in seconds")
@@ -203,8 +204,7 @@ class _Run:
 
     def _encode(self, pool: DecodePool, missing: dict[bytes, list[int]]) -> None:
         rate, step = self.codec.sample_rate, self.codec.samples_per_frame
-        on_cpu = str(getattr(self.codec, "device", "cpu")).startswith("cpu")
-        room = 0.0 if on_cpu else WINDOW * self.config.batch_seconds * rate  # samples; a CPU gains nothing by batches
+        room = self._window_seconds() * rate  # samples
         window: list[tuple[bytes, Any, tuple[float, float, float]]] = []  # key, wave, statistics
         progress = ClipProgress(len(missing), "encoding")
 
@@ -228,6 +228,18 @@ class _Run:
         finally:
             progress.close()
 
+    def _window_seconds(self) -> float:
+        """How much audio is collected and sorted by length before it is encoded."""
+        if self._side_by_side():
+            import torch
+
+            return CORE_SECONDS * torch.get_num_threads()
+        on_cpu = str(getattr(self.codec, "device", "cpu")).startswith("cpu")
+        return 0.0 if on_cpu else WINDOW * self.config.batch_seconds  # a CPU gains nothing by batches
+
+    def _side_by_side(self) -> bool:
+        return bool(getattr(self.codec, "side_by_side", False))
+
     def _usable(self, users: list[int], request: Request, reply: Reply) -> bool:
         """Whether any of the turns that want this clip can have it; refuses the others."""
         if reply.error:
@@ -247,7 +259,9 @@ class _Run:
         window.sort(key=lambda item: len(item[1]))
         limit = self.config.batch_seconds * self.codec.sample_rate
         while window:
-            size = 1  # from the long end, so that the first batch is the largest and memory fails early if at all
+            # From the long end, so that the first batch is the largest and memory fails early if at all. Cores that
+            # take clips side by side share the whole window.
+            size = len(window) if self._side_by_side() else 1
             while size < len(window) and (size + 1) * len(window[-1][1]) <= limit:
                 size += 1
             batch = [window.pop() for _ in range(size)]
