@@ -14,7 +14,7 @@ Then the codes are compared with moshi's. Where a frame's differ, the first leve
 its two centroids from what is left of moshi's latent, in float64. Within ``NEAR_TIE`` of each other, rounding chose;
 all later levels of the frame follow from it. The semantic level and the acoustic ones are two chains. Exits with 1 if
 anything else than near ties differs in csm_fast's, or more than ``DIFFERING`` of all codes. (transformers, one by one,
-completes a clip's last frame with zeros at every layer, moshi and csm_fast with silence, so its last frames may differ.)
+completes a clip's last frame with zeros at every layer, moshi and csm_fast with silence; last frames may differ.)
 """
 
 from __future__ import annotations

@@ -112,28 +112,41 @@ def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
     The largest item goes first, each into the fullest group that still holds it. O(n log n) look-ups.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free rows, group), sorted
-    for item in order:
-        size = sizes[item]
-        if size > budget:
-            raise ValueError(f"an item of {size} rows cannot fit a budget of {budget}")
-        place = bisect.bisect_left(room, (size, -1))
+    order, counts = best_fit_order(np.asarray(sizes, dtype=np.int64), budget)
+    ends = np.cumsum(counts).tolist()
+    items = order.tolist()
+    return [items[end - n : end] for end, n in zip(ends, counts.tolist(), strict=True)]
+
+
+def best_fit_order(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """``best_fit`` as arrays: (indices of ``sizes``, group after group, int64 [n]; items of each group, int64)."""
+    order = np.argsort(-sizes, kind="stable")
+    sizes = sizes[order]
+    if len(sizes) and sizes[0] > budget:
+        raise ValueError(f"an item of {sizes[0]} rows cannot fit a budget of {budget}")
+    # A group with room is one number, its free rows above its index: sorted by room, then by age.
+    bits = len(sizes).bit_length()
+    room: list[int] = []
+    keys: list[int] = []
+    opened = 0
+    for size in (sizes << bits).tolist():
+        place = bisect.bisect_left(room, size)
         if place == len(room):
-            groups.append([item])
-            bisect.insort(room, (budget - size, len(groups) - 1))
+            key = (budget << bits) + opened
+            opened += 1
         else:
-            free, group = room.pop(place)
-            groups[group].append(item)
-            bisect.insort(room, (free - size, group))
-    return groups
+            key = room.pop(place)
+        key -= size
+        bisect.insort(room, key)
+        keys.append(key)
+    groups = np.array(keys, dtype=np.int64) & ((1 << bits) - 1)
+    return order[np.argsort(groups, kind="stable")], np.bincount(groups, minlength=opened)
 
 
 # Sizes of packs per device: (multiple, largest step as a share of the size). A handful of shapes means that nothing
 # recompiles on CUDA after the first steps. On a CPU, PyTorch's matrix products are built per shape, half a millisecond
 # each: for 340 new rows as much as a fifth of the step.
-LADDERS = {"cuda": (64, 0.12), "cpu": (16, 0.06)}
+LADDERS = {"cuda": (64, 0.12), "cpu": (16, 0.03)}
 
 
 def padded_rows(rows: int, budget: int, device: str = "cuda") -> int:

@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,12 +110,46 @@ def write_arrays(path: Path, arrays: Mapping[str, Sequence[np.ndarray]]) -> tupl
     return digest.hexdigest(), 8 + len(text) + end
 
 
-def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Map a safetensors file: read-only views, nothing loaded. Raises InputError where the header does not hold."""
+class Arrays(dict[str, np.ndarray]):
+    """The arrays of a mapped file by name: read-only views, nothing loaded."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self._file = path, -1
+        self.offsets: dict[str, int] = {}  # in the file, in bytes
+
+    def keep_open(self, file: int) -> None:
+        """Let ``rows`` read from this descriptor; it is closed when the arrays are collected."""
+        self._file = file
+        weakref.finalize(self, os.close, file)
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of an array, read-only.
+
+        They are read and not mapped where the system can: a few rows at a random place of a large file would cost a
+        page fault, which maps the pages around it into this process for good and, in a file that is not in memory,
+        has the system read megabytes around it. Raises InputError for a file that was cut off meanwhile.
+        """
+        array = self[name]
+        if self._file < 0:
+            return array[first:last]
+        size = array.strides[0]
+        data = os.pread(self._file, (last - first) * size, self.offsets[name] + first * size)
+        if len(data) != (last - first) * size:
+            raise InputError("was cut off while it was being read", file=self.path)
+        return np.frombuffer(data, array.dtype).reshape(-1, *array.shape[1:])
+
+
+def map_arrays(path: Path, keep_open: bool = False) -> Arrays:
+    """Map a safetensors file. ``keep_open``: also for ``Arrays.rows``, at the cost of another open file.
+
+    Raises InputError where the header does not hold.
+    """
 
     def damaged(what: str) -> InputError:
         return InputError(f"damaged safetensors file ({what})", file=path)
 
+    arrays = Arrays(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -123,11 +158,13 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
                 raise damaged(f"{size:,} bytes cannot hold its header")
             header = json.loads(file.read(length))
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if keep_open and hasattr(os, "pread"):  # not on Windows
+                arrays.keep_open(os.dup(file.fileno()))
     except ValueError as error:
         raise error if isinstance(error, InputError) else damaged("its header is not JSON") from None
     if not isinstance(header, dict):
         raise damaged("its header is not an object")
-    arrays, start = {}, 8 + length
+    start = 8 + length
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -141,6 +178,7 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
         if begin < 0 or start + end > size:
             raise damaged(f"array {name!r} ends after the file")
         arrays[name] = np.ndarray(shape, dtype, buffer=buffer, offset=start + begin)
+        arrays.offsets[name] = start + begin
     return arrays
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from csm_fast.errors import InputError
-from csm_fast.shard_file import map_arrays
+from csm_fast.shard_file import Arrays, map_arrays
 
 FORMAT = "csm_fast token store"
 FORMAT_VERSION = 1
@@ -85,14 +85,14 @@ def read_manifest(path: Path, shown: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_shard(path: Path, entry: Mapping[str, Any], num_codebooks: int) -> dict[str, np.ndarray]:
+def open_shard(path: Path, entry: Mapping[str, Any], num_codebooks: int) -> Arrays:
     """Map one shard after checking its size, every array's dtype and shape, and the offsets."""
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
             kind = "truncated" if size < entry["bytes"] else "too long"
             raise InputError(f"{kind}: {size:,} bytes of {entry['bytes']:,}", file=path, mend=AGAIN)
-        arrays = map_arrays(path)
+        arrays = map_arrays(path, keep_open=True)
     except FileNotFoundError:
         raise InputError("missing shard", file=path, mend=AGAIN) from None
     except OSError as error:

@@ -28,6 +28,7 @@ import numpy as np
 
 from csm_fast.errors import InputError
 from csm_fast.shard_file import (
+    Arrays,
     file_sha256,
     fsync_directory,
     old_directory,
@@ -44,7 +45,7 @@ SAMPLES_PER_SECOND, SAMPLES_PER_FRAME = 24_000, 1920
 
 @dataclass(frozen=True, slots=True)
 class TurnTokens:
-    """One turn. From a store, `text` int32 [n] and `codes` uint16 [frames, K] are read-only views of mapped memory."""
+    """One turn. From a store, `text` int32 [n] and `codes` uint16 [frames, K] are read-only."""
 
     text: np.ndarray
     codes: np.ndarray
@@ -56,7 +57,7 @@ class TurnTokens:
 class _Shard:
     path: Path
     sha256: str
-    arrays: dict[str, np.ndarray]
+    arrays: Arrays
     first_turn: int
     verified: bool
 
@@ -134,7 +135,7 @@ class TokenStore:
         return (_reopen, (os.fspath(self.path), verify))
 
     def conversation(self, index: int) -> list[TurnTokens]:
-        """The turns of conversation `index` in order, as views of mapped memory (copy before writing to them)."""
+        """The turns of conversation `index` in order, read-only (copy before writing to them)."""
         if not 0 <= index < self.num_conversations:
             raise IndexError(f"conversation {index} of {self.num_conversations}")
         first, last = self._turn_starts[index : index + 2].tolist()
@@ -145,8 +146,8 @@ class TokenStore:
         arrays = shard.arrays
         frames = arrays["code_offsets"][first : last + 1].tolist()
         words = arrays["text_offsets"][first : last + 1].tolist()
-        codes = arrays["codes"][frames[0] : frames[-1]]
-        text = arrays["text"][words[0] : words[-1]]
+        codes = arrays.rows("codes", frames[0], frames[-1])
+        text = arrays.rows("text", words[0], words[-1])
         # An id outside its table reads another row's memory on a GPU, so the range is checked although hashes hold.
         if codes.max() >= self.codebook_size:
             raise corrupt(shard.path, f"conversation {index} has code {codes.max()} of {self.codebook_size}")

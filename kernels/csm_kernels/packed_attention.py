@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,35 +78,40 @@ def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
     return _plan(torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu").numpy().tobytes())
 
 
+# In NumPy and not in PyTorch: the loader's thread makes plans while the model trains, and a parallel operator there
+# waits for the processors that the step is using.
 @functools.lru_cache(maxsize=64)
 def _plan(cu_seqlens: bytes) -> Plan:
+    cu = np.frombuffer(cu_seqlens or bytes(4), dtype=np.int32).astype(np.int64)
+    size = np.diff(cu)
+    if cu[0] != 0 or cu[-1] < 1 or size.min() < 0:
+        raise ValueError("cu_seqlens must rise from 0 to the number of rows, of which there must be one")
+    start, size = cu[:-1][size > 0], size[size > 0]
+    order = np.argsort(size, kind="stable")
+    starts, ends = start[order, None], size[order, None]
+    sorted_sizes = size[order].tolist()
+    shapes: list[tuple[int, int]] = []
+    index, live, first = [], [], 0
+    while first < len(sorted_sizes):
+        last = first
+        while last < len(sorted_sizes) and sorted_sizes[last] <= sorted_sizes[first] * GROUP_RATIO + GROUP_SLACK:
+            last += 1
+        width = sorted_sizes[last - 1]
+        column = np.arange(width)
+        index.append((starts[first:last] + np.minimum(column, ends[first:last] - 1)).ravel())
+        live.append((column < ends[first:last]).ravel())
+        shapes.append((last - first, width))
+        first = last
+    rows, flat, is_live = int(cu[-1]), np.concatenate(index), np.concatenate(live)
     # A plan first made under inference_mode must still serve training afterwards.
     with torch.inference_mode(False), torch.no_grad():
-        cu = torch.frombuffer(bytearray(cu_seqlens or bytes(4)), dtype=torch.int32).long()
-        size = cu.diff()
-        if cu[0] != 0 or cu[-1] < 1 or size.min() < 0:
-            raise ValueError("cu_seqlens must rise from 0 to the number of rows, of which there must be one")
-        start, size = cu[:-1][size > 0], size[size > 0]
-        order = torch.argsort(size, stable=True)
-        sorted_sizes = size[order].tolist()
-        shapes: list[tuple[int, int]] = []
-        index, live, first = [], [], 0
-        while first < len(sorted_sizes):
-            last = first
-            while last < len(sorted_sizes) and sorted_sizes[last] <= sorted_sizes[first] * GROUP_RATIO + GROUP_SLACK:
-                last += 1
-            members, width = order[first:last], sorted_sizes[last - 1]
-            column, lengths = torch.arange(width), size[members].unsqueeze(1)
-            index.append((start[members].unsqueeze(1) + torch.minimum(column, lengths - 1)).flatten())
-            live.append((column < lengths).flatten())
-            shapes.append((last - first, width))
-            first = last
-        rows, flat, is_live = int(cu[-1]), torch.cat(index), torch.cat(live)
         restore = None
         if shapes != [(1, rows)]:
-            restore = torch.empty(rows, dtype=torch.long)
-            restore[flat[is_live]] = is_live.nonzero().squeeze(1)
-        return Plan(rows, tuple(shapes), flat, (~is_live).nonzero().squeeze(1), restore)
+            places = np.empty(rows, dtype=np.int64)
+            places[flat[is_live]] = np.flatnonzero(is_live)
+            restore = torch.from_numpy(places)
+        padding = torch.from_numpy(np.flatnonzero(~is_live))
+        return Plan(rows, tuple(shapes), torch.from_numpy(flat), padding, restore)
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
