@@ -1,0 +1,53 @@
+"""A training step of CSMConfig.small, forward and backward, on packs of two sizes; the optimizer's update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.compare_data import Subset, Synthetic
+from csm_fast import CSM, CSMConfig
+from csm_fast.compile import compile_layers
+from csm_fast.config import DataSection, LossSection, OptimizerSection
+from csm_fast.loader import Packer
+from csm_fast.loss import packed_loss
+from csm_fast.optim import TableGradients, cast_weights, make_optimizer
+from csm_fast.packing import Pack
+
+RECORDINGS = 100
+
+
+def full_pack(rows: int, config: CSMConfig, device: torch.device) -> Pack:
+    """The first pack of random recordings, packed as ``csm-fast-train --batch-rows`` does."""
+    store = Subset(Synthetic(RECORDINGS, config), list(range(RECORDINGS)))
+    packer = Packer(store, DataSection(batch_rows=rows, pack_rows=rows), LossSection(), pad=device.type)
+    return packer.step(0, 0).packs[0].to(device)
+
+
+@pytest.mark.parametrize("rows", (448, 2048))
+def test_forward_and_backward(timed, device, dtype, rows):
+    """Weights in the compute type; the tables' gradients are kept from step to step, as the trainer keeps them."""
+    config = CSMConfig.small()
+    model = CSM(config).init_weights(0).to(device, dtype)
+    compile_layers(model, "auto")
+    pack, tables = full_pack(rows, config, device), TableGradients(model)
+
+    def step() -> None:
+        with tables:
+            packed_loss(model, pack, 0.5, 0.5)[0].backward()
+        model.zero_grad(set_to_none=True)
+        tables.clear(whole=False)
+
+    timed(step)
+
+
+@pytest.mark.parametrize("weights", ("fp32", "bf16-stochastic"))
+def test_update(timed, device, weights):
+    """AdamW on every weight of the small shape: PyTorch's fused one, and ours."""
+    section = OptimizerSection(weights=weights)
+    model = CSM(CSMConfig.small()).init_weights(0).to(device)
+    cast_weights(model, section)
+    optimizer = make_optimizer(model, section)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    timed(optimizer.step)
