@@ -112,10 +112,9 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 def print_tables(rows: list[Row]) -> None:
     first = rows[0]
-    machine = first.get("environment", first)
     print(
         f"{first['recordings']} recordings, {first['rows']:,} rows, {first['frames'] * FRAME_SECONDS / 60:.1f} min of "
-        f"audio; {first['shape']}; {machine['device']}, {machine['threads']} threads"
+        f"audio; {first['shape']}; {first['device']}, {first['threads']} threads"
     )
     for title, head, lines in [*time_tables(rows), memory_table(rows)]:
         if lines:

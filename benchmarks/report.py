@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_parts
 from benchmarks.compare_table import Row, is_free, markdown, memory_table, rows_of, time_tables
+from benchmarks.report_parts import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,13 +43,6 @@ def last_run(rows: list[Row], **wanted: Any) -> list[Row]:
     return rows_of(some, run=newest)
 
 
-def provenance(rows: list[Row]) -> str:
-    """Where figures come from."""
-    row = rows[0]
-    versions = f"torch {row['torch']}, Python {row['python']}, csm_fast {row['csm_fast']} ({row['commit']})"
-    return f"{row['device']}, {row['threads']} threads; {versions}; {row['date']}"
-
-
 def _without(head: list[str], lines: list[list[str]], columns: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
     kept = [i for i, name in enumerate(head) if name not in columns]
     return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
@@ -62,7 +57,7 @@ def compare(rows: list[Row]) -> str:
     text = (
         f"{first['recordings']} recordings, {minutes:.1f} minutes, {first['rows']:,} rows; `{first['shape']}` shape. "
     )
-    text += f"{provenance(rows)}.\n"
+    text += f"{provenance(rows[0])}.\n"
     for title, head, lines in time_tables(rows):
         text += f"\n*{title[0].upper()}{title[1:]}*\n\n{markdown(*_without(head, lines, LEFT_OUT))}\n"
     title, head, lines = memory_table(rows)
@@ -84,6 +79,10 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "compare-cpu-checkpointing": _of_compare(shape="small", data="recordings", checkpointing=True),
     "compare-cpu-csm-1b": _of_compare(shape="csm-1b", data="recordings", checkpointing=False),
     "compare-gpu": _on_gpu,
+    "pretokenize": lambda results: report_parts.pretokenize(read(results, "pretokenize")),
+    "data-path": lambda results: report_parts.data_path(read(results, "data_path")),
+    "profile-cpu": lambda results: report_parts.profile(read(results, "profile_small_cpu")),
+    "scaling-cpu": lambda results: report_parts.scaling(read(results, "scaling")),
 }
 
 
@@ -131,7 +130,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.tick_params(labelsize=8)
         for y, rate in enumerate(rates):
             axis.text(rate, y, f" {rate:,.0f}", va="bottom", fontsize=7)
-    figure.suptitle(f"{rows[0]['shape']} shape, {rows[0]['recordings']} recordings; {provenance(rows)}", fontsize=8)
+    figure.suptitle(f"{rows[0]['shape']} shape, {rows[0]['recordings']} recordings; {provenance(rows[0])}", fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -162,6 +161,8 @@ def main() -> int:
     rows = last_run(read(args.results, "compare"), shape="small", data="recordings", checkpointing=False)
     if rows:
         draw(rows, args.root / "docs" / "compare-cpu.png")
+    if scaled := read(args.results, "scaling"):
+        report_parts.draw_scaling(scaled, args.root / "docs" / "scaling-cpu.png")
     print(f"written: {', '.join(stale) or 'nothing new'}")
     return 0
 

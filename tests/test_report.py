@@ -74,3 +74,8 @@ def test_our_pages_say_what_the_results_say(name):
     page = (ROOT / name).read_text(encoding="utf-8")
     assert report.PART.search(page)
     assert report.filled(page, report.RESULTS) == page
+
+
+def test_every_part_says_when_nothing_was_measured(tmp_path):
+    for name, part in report.PARTS.items():
+        assert part(tmp_path) == "Not measured.\n", name

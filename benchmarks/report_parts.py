@@ -1,0 +1,196 @@
+"""Parts of the pages that ``benchmarks.report`` writes beside the comparison: encoding, loader, profile, scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.compare_table import Row, markdown, rows_of
+
+MIB = 2**20
+LARGEST = 15  # operators of a profile
+
+
+def provenance(row: Row) -> str:
+    """Where figures come from."""
+    versions = f"torch {row['torch']}, Python {row['python']}, csm_fast {row['csm_fast']} ({row['commit']})"
+    return f"{row['device']}, {row['threads']} threads; {versions}; {row['date']}"
+
+
+def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
+    """The last row of each setting, in the order of the settings' first ones."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        found[tuple(row[key] for key in keys)] = row
+    return list(found.values())
+
+
+def pretokenize(rows: list[Row]) -> str:
+    """Audio seconds per second and where the time goes, one line per system."""
+    rows = latest(rows, "system")
+    if not rows:
+        return "Not measured.\n"
+    (moshi,) = rows_of(rows, system="moshi")
+    head = ["system", "s", "times moshi's speed", "with imports, s", "range", "times moshi's speed", "audio s/s"]
+    head += ["decode", "encode", "write", "MiB", "codes unlike moshi's", "first levels", "near ties"]
+    lines = []
+    for row in rows:
+        codes = row["against_moshi"]
+        low, high = row["process_range_s"]
+        lines.append(
+            [
+                row["system"],
+                f"{row['work_s']:.1f}",
+                f"{moshi['work_s'] / row['work_s']:.2f}x",
+                f"{row['process_s']:.1f}",
+                f"{low:.1f}-{high:.1f} ({row['repeats']})",
+                f"{moshi['process_s'] / row['process_s']:.2f}x",
+                f"{row['audio_s_per_s_without_imports']:.0f}",
+                *(f"{row.get(part, 0.0):.1f}" for part in ("decode_s", "encode_s", "write_s")),
+                f"{row['peak_rss'] / MIB:.0f}",
+                *([f"{codes['share']:.4%}", str(codes["first"]), str(codes["near_ties"])] if codes else [""] * 3),
+            ]
+        )
+    return (
+        f"{rows[0]['recordings']} recordings, {rows[0]['audio_s'] / 60:.1f} minutes. {provenance(rows[0])}.\n\n"
+        f"{markdown(head, lines)}\n"
+    )
+
+
+def data_path(rows: list[Row]) -> str:
+    """Opening, memory and time per row of stores of many sizes."""
+    streams = latest(rows_of(rows, kind="stream", cold=False), "hours", "by", "pack_rows")
+    if not streams:
+        return "Not measured.\n"
+    head = ["hours", "steps of", "open, s", "private MiB", "packer and plan, s", "private MiB", "loader, us/row"]
+    head += ["with the step, us/row", "grown in streaming, MiB"]
+    lines = []
+    for row in streams:
+        both = f"{row['us_per_row'] + 1e6 / row['step_rows_per_s']:.2f}" if row.get("step_rows_per_s") else ""
+        what = (
+            f"{row['pack_rows']:,} rows" if row["by"] == "rows" else f"8 conversations, packs of {row['pack_rows']:,}"
+        )
+        lines.append(
+            [
+                f"{row['hours']:g}",
+                what,
+                f"{row['open_s']:.2f}",
+                f"{row['open_private'] / MIB:.0f}",
+                f"{row['packer_s'] + row['plan_s']:.2f}",
+                f"{row['plan_private'] / MIB:.0f}",
+                f"{row['us_per_row']:.3f}",
+                both,
+                f"{(row['stream_private'] - row['warm_private']) / MIB:.1f}",
+            ]
+        )
+    waits = latest(rows_of(rows, kind="wait"), "hours")
+    text = f"{provenance(streams[-1])}.\n\n{markdown(head, lines)}\n"
+    if waits:
+        shares = ", ".join(f"{row['hours']:g} hours {row['waited_share']:.3%}" for row in waits)
+        text += f"\nTime that training steps of a tiny model waited for the loader: {shares}.\n"
+    return text
+
+
+def profile(rows: list[Row]) -> str:
+    """The costliest operators of a step, and the step as a whole."""
+    steps = rows_of(rows, row="step")
+    if not steps:
+        return "Not measured.\n"
+    step, operators = steps[-1], rows_of(rows, row="operator")
+    operators.sort(key=lambda row: -row["ms"])
+    head = ["operator", "inputs", "calls", "ms", "share", "reached", "floor, ms"]
+    lines = []
+    for row in operators[:LARGEST]:
+        seconds = row["ms"] * 1e-3
+        reached = f"{row['flops'] / seconds / 1e9:,.0f} GFLOP/s" if row["kind"] == "product" else ""
+        reached = f"{row['bytes'] / seconds / 1e9:,.1f} GB/s" if row["kind"] == "memory" else reached
+        shapes = " ".join(str(shape).replace(" ", "") for shape in row["shapes"][:3])
+        lines.append(
+            [f"`{row['name']}`", shapes, f"{row['calls']:.1f}", f"{row['ms']:.1f}", f"{row['share']:.1%}", reached]
+            + [f"{row['floor_ms']:.1f}"]
+        )
+    rest = operators[LARGEST:]
+    lines.append(
+        [f"{len(rest)} others", "", f"{sum(r['calls'] for r in rest):.0f}", f"{sum(r['ms'] for r in rest):.1f}"]
+        + [f"{sum(r['share'] for r in rest):.1%}", "", f"{sum(r['floor_ms'] for r in rest):.1f}"]
+    )
+    return (
+        f"{markdown(head, lines)}\n\nA step of {step['rows']:,.0f} rows: {step['step_ms']:.1f} ms, of which "
+        f"{step['products_ms']:.1f} in matrix products (their floor {step['products_floor_ms']:.1f}), "
+        f"{step['operators_ms'] - step['products_ms']:.1f} in other operators, {step['host_ms']:.1f} in Python and "
+        f"dispatch, {step['loader_ms']:.2f} waiting for the loader; floors in all {step['floor_ms']:.1f}.\n"
+    )
+
+
+def scaling(rows: list[Row]) -> str:
+    """Time and memory along each axis of the last run."""
+    newest = max((row["run"] for row in rows), default=None)
+    rows = rows_of(rows, run=newest)
+    if not rows:
+        return "Not measured.\n"
+    text = f"`{rows[0]['shape']}` shape. {provenance(rows[0])}.\n"
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        some = rows_of(rows, axis=axis)
+        head = [axis, "ms", "us/row", "GFLOP/s", "MiB besides", "of which"]
+        lines = []
+        for row in some:
+            value = f"{row['value']:g}" if isinstance(row["value"], (int, float)) else row["value"]
+            memory = sorted(((v, k) for k, v in row["memory"].items() if k != "besides"), reverse=True)
+            parts = ", ".join(f"{name} {size / MIB:,.0f}" for size, name in memory if size > MIB / 2)
+            per_row = row["median_s"] / row["rows"] * 1e6
+            lines.append(
+                [
+                    value,
+                    f"{row['median_s'] * 1e3:,.0f}",
+                    f"{per_row:,.0f}",
+                    f"{row['flops'] / row['median_s'] / 1e9:,.0f}",
+                ]
+                + [f"{row['memory']['besides'] / MIB:,.0f}", parts]
+            )
+        text += f"\n{markdown(head, lines)}\n"
+        if "exponent" in some[0]:
+            text += f"\nTime grows like {axis}^{some[0]['exponent']:.2f}"
+            upper = some[0]["exponent_upper"]
+            text += f", in the upper half ^{upper:.2f}.\n" if upper is not None else ".\n"
+    return text
+
+
+def draw_scaling(rows: list[Row], path: Path) -> None:
+    """A panel per axis: milliseconds over the value, memory by part below it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    newest = max(row["run"] for row in rows)
+    rows = rows_of(rows, run=newest)
+    axes_found = list(dict.fromkeys(row["axis"] for row in rows))
+    figure, axes = plt.subplots(2, len(axes_found), figsize=(3.6 * len(axes_found), 6), squeeze=False)
+    names = sorted({name for row in rows for name in row["memory"] if name != "besides"})
+    for column, axis in enumerate(axes_found):
+        some = rows_of(rows, axis=axis)
+        labels = [f"{r['value']:g}" if isinstance(r["value"], (int, float)) else r["value"] for r in some]
+        top, low = axes[0][column], axes[1][column]
+        slope = f", exponent {some[0]['exponent']:.2f}" if "exponent" in some[0] else ""
+        top.plot(labels, [r["median_s"] * 1e3 for r in some], marker="o", color="black")
+        top.set_title(axis + slope, fontsize=9)
+        top.set_ylabel("forward + backward, ms")
+        top.set_ylim(bottom=0)
+        base = [0.0] * len(some)
+        for name in names:
+            sizes = [r["memory"].get(name, 0) / MIB for r in some]
+            low.bar(labels, sizes, bottom=base, label=name, width=0.6)
+            base = [b + s for b, s in zip(base, sizes, strict=True)]
+        low.set_ylabel("MiB besides weights and gradients")
+        for panel in (top, low):
+            panel.tick_params(labelsize=7)
+            panel.grid(True, axis="y", alpha=0.3)
+        if isinstance(some[0]["value"], str):
+            low.tick_params(axis="x", rotation=20)
+            top.tick_params(axis="x", rotation=20)
+    axes[1][0].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{rows[0]['shape']} shape; {provenance(rows[0])}", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
