@@ -29,7 +29,10 @@ def test_forward_and_gradients(dtype, heads, sequences, length, monkeypatch):
     out = short_attention.short_attention(*inputs)
     got = out.detach(), *torch.autograd.grad(out, inputs, grad)
     for name, g, t, p in zip(("out", "q", "k", "v"), got, truth, plain, strict=True):
-        assert_within_budget(name, g, t, p)
+        if dtype == torch.float64:  # the truth is rounded as much
+            torch.testing.assert_close(g, t, rtol=1e-13, atol=1e-13, msg=name)
+        else:
+            assert_within_budget(name, g, t, p)
 
 
 def test_strided_inputs_and_nothing_from_the_future():
