@@ -174,8 +174,8 @@ def transformers_loss(model: Any, tokens: Tensor, tokens_mask: Tensor, fraction:
     transformers expands 2-D labels only when it encodes the audio itself, so the 3-D ones it makes of them are given:
     -100 off the audio rows, and -100 for codebooks 1.. of frames outside the subset (its label -101).
 
-    Where as many frames are drawn as there are codebooks, the depth decoder of transformers 5.23 takes its [K] positions
-    for one row per frame and fails; it is given one frame less there.
+    Where as many frames are drawn as there are codebooks, the depth decoder of transformers 5.23 takes its [K]
+    positions for one row per frame and fails; it is given one frame less there.
     """
     audio = tokens_mask[..., 0]
     frames = int(audio.sum())
