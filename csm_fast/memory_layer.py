@@ -24,11 +24,11 @@ from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from .memory_weights import LAYER_LINEARS, SMALLEST_8BIT, Weight
 
 MOST_SCORES = 2**21  # that a CPU's attention holds at once
+OPTIMIZER_CHUNK = {"cpu": 2**19, "cuda": 2**22}  # elements that an update of bf16 weights widens to float32 at a time
 BLOCK_ROWS = 64  # of queries that it takes at a time, of a segment of speech
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
 KEPT_COPIES = {"off": LAYER_LINEARS, "selective": LAYER_LINEARS[:4], "full": ()}
-OPTIMIZER_CHUNK = 2**22  # elements that an update of bf16 weights widens to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Layers:
         """Bytes that the update of a tensor takes while it runs: pieces of weight and gradient widened to float32, of
         both moments and what becomes of one in 8 bits."""
         eighth = self.setup.moments_8bit and elements >= SMALLEST_8BIT
-        return (8 * (width < 4) + 9 * eighth) * min(elements, OPTIMIZER_CHUNK)
+        return (8 * (width < 4) + 9 * eighth) * min(elements, OPTIMIZER_CHUNK[self.setup.device])
 
     def is_cast(self, weight: Weight) -> bool:
         """Whether autocast makes a copy of the weight."""
