@@ -43,6 +43,7 @@ setup(
             "triton>=3.4; sys_platform == 'linux'",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",

@@ -368,4 +368,6 @@ def prefetch(steps: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        # It ends at once, unless it reads from a drive that hangs, or waits for a lock that an interrupt in the middle
+        # of ``get`` left taken. Neither may keep a run from ending; the thread is a daemon.
+        thread.join(2.0)

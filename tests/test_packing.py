@@ -1,6 +1,7 @@
 """Plans and packs: pure functions, no padding, nothing cut."""
 
 import itertools
+import threading
 import time
 from pathlib import Path
 
@@ -160,6 +161,19 @@ def test_prefetch_keeps_order_passes_errors_and_stops():
     count = len(taken)
     time.sleep(0.05)
     assert len(taken) == count <= 5
+
+
+def test_prefetch_ends_though_reading_hangs():
+    hanging = threading.Event()
+
+    def stuck():
+        yield 1
+        hanging.wait()
+
+    steps = prefetch(stuck())
+    assert next(steps) == 1
+    steps.close()
+    hanging.set()
 
 
 @pytest.mark.parametrize("lengths", [(5,), (3, 3, 3), (1, 40, 7, 8, 1, 2, 100)])

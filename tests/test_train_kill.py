@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 # A child runs the real command. Before each change of a name or sync it looks whether the links hold, and it may be
 # told to be slow there, or to die there as by kill -9.
 SERVER = """
-import json, os, signal, sys, time
+import faulthandler, json, os, signal, sys, time
 from pathlib import Path
 import csm_fast.train, csm_fast.report, csm_fast.generate, torch._dynamo
 from csm_fast import checkpoint, cli
@@ -57,6 +58,7 @@ for line in sys.stdin:
     if not child:
         error = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(error, 2)
+        faulthandler.enable()  # SIGABRT shows where each thread is
         csm_fast.report.plot = lambda *args: None  # most of such a short run's time
         watch(request["run"], request["die_at"], request["pause"])
         status = 1
@@ -84,13 +86,17 @@ class Server:
         run = overrides.get("output_dir", folder / "run")
         request = {"argv": argv, "run": str(run), "log": str(self.log), "die_at": die_at, "pause": pause}
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        self.child = int(self.process.stdout.readline())
+        return self.child
 
     def end(self) -> int:
         """The exit status; minus the signal's number where one ended it."""
+        late = threading.Timer(120, os.kill, (self.child, signal.SIGABRT))  # its last words are its threads' stacks
+        late.start()
         status = int(self.process.stdout.readline())
+        late.cancel()
         said = self.log.read_text()
-        assert "VIOLATION" not in said and "Traceback" not in said, said
+        assert "VIOLATION" not in said and "Traceback" not in said and "Fatal" not in said, said
         return status
 
     def train(self, folder: Path, **options) -> int:
