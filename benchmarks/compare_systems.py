@@ -218,10 +218,11 @@ class Running:
         torch.stack(losses).tolist()  # waits for the device
         return time.perf_counter() - started
 
-    def optimizer_seconds(self, label: str, repeats: int = 5) -> float:
-        """Median seconds of an AdamW update with clipping, each after a backward pass of its own."""
+    def optimizer_seconds(self, label: str, plain: bool = False, repeats: int = 5) -> float:
+        """Median seconds of an AdamW update with clipping, each after a backward pass of its own: csm_fast's own, or,
+        ``plain`` and for the others, PyTorch's fused one on the weights as they are."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self.system.code == "csm_fast":
+        if self.system.code == "csm_fast" and not plain:
             weights = "fp32" if self.system.autocast or self.system.weights == WIDE else "bf16-stochastic"
             optimizer: Any = make_optimizer(self.model, OptimizerSection(weights=weights), 0)  # type: ignore[arg-type]
             optimizer.found_inf = torch.zeros((), device=self.device)

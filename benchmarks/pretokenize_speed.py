@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,11 +77,12 @@ def marked(codes: np.ndarray) -> np.ndarray:
 
 def moshi_mimi(source: Path) -> Any:
     """moshi's Mimi with a file's weights, all codebooks; transformers, which its users do without, is not imported."""
-    from csm_fast.codec import _moshi_model
+    from csm_fast.codec_backends import _moshi_model
     from csm_fast.codec_weights import architecture, read_weights, to_module
+    from csm_fast.mimi_shape import described
 
     state, _ = read_weights(source)
-    sizes = SimpleNamespace(**{"sliding_window": 250, **architecture(state)})
+    sizes = described(architecture(state))
     model = _moshi_model(sizes)
     to_module(state, model)
     model.set_num_codebooks(sizes.num_quantizers)
@@ -133,7 +133,6 @@ def ours(clock: Clock, metadata: Path, source: Path, output: Path) -> None:
     """``csm-fast pretokenize``, with its parts timed."""
     with clock("imports_s"):
         import torch  # noqa: F401
-        from transformers import MimiConfig, MimiModel  # noqa: F401
 
         from csm_fast import cli, codec, pretokenize
     clock.follow(codec, "load_codec", "load_s")

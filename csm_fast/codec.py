@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -21,12 +22,11 @@ from csm_fast.codec_weights import (
     to_module,
 )
 from csm_fast.errors import InputError
+from csm_fast.mimi_shape import described
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-    from csm_fast.mimi_encoder import MimiEncoder
 
 KINDS = ("auto", "transformers", "moshi", "offline")
 SAMPLE_RATE = 24000
@@ -61,12 +61,44 @@ class Codec:
     num_codebooks: int = 32
     codebook_size: int = 2048
 
-    def __init__(self, model: torch.nn.Module, *, name: str, fingerprint: str, num_codebooks: int, reach: int):
-        self.model: Any = model.eval().requires_grad_(False)
-        self.name, self.fingerprint, self.num_codebooks = name, fingerprint, num_codebooks
+    def __init__(
+        self, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], *, name: str, num_codebooks: int
+    ):
+        """Of flat weights and MimiConfig arguments; raises InputError where they are not a Mimi's that CSM can use."""
+        from csm_fast.offline_codec import table_hash
+
+        tables = codebooks(state)
+        if not 2 <= num_codebooks <= len(tables):
+            raise InputError(
+                f"{name} has {len(tables)} codebooks, {num_codebooks} were asked for", mend="use a full Mimi"
+            )
+        self._state: Mapping[str, torch.Tensor] | None = state
+        self._arguments, self._sizes = arguments, described(arguments)
+        if self._sizes.sampling_rate != SAMPLE_RATE or self._sizes.frame_size != SAMPLES_PER_FRAME:
+            raise InputError(
+                f"{name} codes {self._sizes.frame_size} samples of {self._sizes.sampling_rate} Hz per frame",
+                mend="CSM needs Mimi's 1920 samples of 24000 Hz",
+            )
+        self.name, self.fingerprint, self.num_codebooks = name, table_hash(tables[:num_codebooks]), num_codebooks
+        self.codebook_size = self._sizes.codebook_size
         self.device = "cpu"
         self.marked_frames = 0
+        # 25 positions a second, two per frame; every layer looks sliding_window - 1 positions further back.
+        reach = math.ceil(self._sizes.num_hidden_layers * self._sizes.sliding_window / 2)
         self._reach = reach + _LEFT_FRAMES  # frames before a frame that its codes depend on
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """What runs the codec, on its device; made when it is first asked for."""
+        assert self._state is not None
+        model = self._make()
+        to_module(self._state, model)
+        self._state = None
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _make(self) -> Any:
+        """The module of the sizes, without weights."""
+        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """What a token store's manifest records about the codec, ready for JSON."""
@@ -84,8 +116,9 @@ class Codec:
         return identity.get("fingerprint") == self.fingerprint
 
     def to(self, device: str | torch.device) -> Codec:
-        """Moves the model to a device and returns the codec."""
-        self.model.to(device)
+        """Moves the codec to a device and returns it."""
+        if "model" in vars(self):
+            self.model.to(device)
         self.device = str(device)
         return self
 
@@ -170,6 +203,10 @@ class Codec:
             ]
         return torch.cat(audio).numpy()[: len(array) * SAMPLES_PER_FRAME]
 
+    def check(self) -> None:
+        """Raises InputError where the weights, or what runs them, are not what is needed."""
+        self.model  # noqa: B018 - making it checks
+
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, 1, frames * 1920] float32 -> [B, K, frames] int64, on the codec's device."""
         raise NotImplementedError
@@ -210,74 +247,6 @@ class Codec:
         codes[empty, -1] = 1
         self.marked_frames += int(empty.sum())
         return codes
-
-
-class TransformersCodec(Codec):
-    """transformers' MimiModel; the offline codec runs on it too."""
-
-    kind = "transformers"
-    _encoder: MimiEncoder | None = None
-
-    def to(self, device: str | torch.device) -> Codec:
-        self._encoder = None
-        for module in self.model.modules():
-            if hasattr(module, "_embed"):
-                module._embed = None  # a cached table that .to() leaves behind
-        return super().to(device)
-
-    def _cpu_encoder(self) -> MimiEncoder | None:
-        from csm_fast.mimi_encoder import MimiEncoder, supported
-
-        if self._encoder is None and self.device == "cpu" and supported(self.model.config):
-            self._encoder = MimiEncoder(self.model, self.num_codebooks)
-        return self._encoder
-
-    @property
-    def side_by_side(self) -> bool:
-        return self._cpu_encoder() is not None
-
-    def _encode_side_by_side(self, waves: list[torch.Tensor]) -> list[torch.Tensor]:
-        from csm_fast.mimi_encoder import encode_packs
-
-        encoder = self._cpu_encoder()
-        assert encoder is not None
-        return encode_packs(encoder, waves)
-
-    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        encoder = self._cpu_encoder()
-        if encoder is not None:
-            return torch.stack(encoder.encode(list(batch[:, 0]))).transpose(1, 2)
-        return self.model.encode(batch, num_quantizers=self.num_codebooks, return_dict=True).audio_codes
-
-    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.model.decode(codes, return_dict=True).audio_values
-
-
-class OfflineCodec(TransformersCodec):
-    kind = "offline"
-
-    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return super()._decode(codes).clamp(-1, 1)  # a random decoder knows no full scale
-
-
-class MoshiCodec(Codec):
-    """moshi's MimiModel. It compiles parts of itself unless told otherwise, which costs minutes and changes shapes."""
-
-    kind = "moshi"
-
-    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
-        from moshi.utils.compile import no_compile
-
-        with no_compile():
-            return self.model.encode(batch)
-
-    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        from moshi.utils.compile import no_compile
-
-        with no_compile():
-            return self.model.decode(codes)
 
 
 def load_codec(
@@ -325,7 +294,12 @@ def load_codec(
         state, metadata = read_weights(path)
         if metadata.get("csm_fast") == "offline codec":
             name, kind = OFFLINE_NAME, "offline" if kind == "transformers" else kind
-    return _build(kind, state, architecture(state, config), name, num_codebooks).to(device)
+    from csm_fast.codec_backends import MoshiCodec, OfflineCodec, TransformersCodec
+
+    made = {"offline": OfflineCodec, "moshi": MoshiCodec, "transformers": TransformersCodec}[kind]
+    codec = made(state, architecture(state, config), name=name, num_codebooks=num_codebooks).to(device)
+    codec.check()
+    return codec
 
 
 def _fitted(offline_file: Any, cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -333,71 +307,6 @@ def _fitted(offline_file: Any, cache_dir: str | os.PathLike[str] | None) -> Path
         return offline_file(cache_dir)
     except ImportError as error:
         raise needs("transformers", error) from None
-
-
-def _build(
-    kind: str, state: Mapping[str, torch.Tensor], sizes: Mapping[str, Any], name: str, num_codebooks: int
-) -> Codec:
-    """The codec of ``kind`` from flat weights and MimiConfig arguments."""
-    from csm_fast.offline_codec import table_hash
-
-    tables = codebooks(state)
-    if not 2 <= num_codebooks <= len(tables):
-        raise InputError(f"{name} has {len(tables)} codebooks, {num_codebooks} were asked for", mend="use a full Mimi")
-    try:
-        from transformers import MimiConfig, MimiModel
-    except ImportError as error:
-        raise needs("transformers", error) from None
-    config = MimiConfig(**sizes)
-    if config.sampling_rate != SAMPLE_RATE or config.frame_size != SAMPLES_PER_FRAME:
-        raise InputError(
-            f"{name} codes {config.frame_size} samples of {config.sampling_rate} Hz per frame",
-            mend="CSM needs Mimi's 1920 samples of 24000 Hz",
-        )
-    made: type[Codec]
-    if kind == "moshi":
-        model, made = _moshi_model(config), MoshiCodec
-        to_module(state, model)
-        model.set_num_codebooks(num_codebooks)
-    else:
-        model, made = MimiModel(config), OfflineCodec if kind == "offline" else TransformersCodec
-        to_module(state, model)
-    # 25 positions a second, two per frame; every layer looks sliding_window - 1 positions further back.
-    reach = math.ceil(config.num_hidden_layers * config.sliding_window / 2)
-    fingerprint = table_hash(tables[:num_codebooks])
-    codec = made(model, name=name, fingerprint=fingerprint, num_codebooks=num_codebooks, reach=reach)
-    codec.codebook_size = config.codebook_size
-    return codec
-
-
-def _moshi_model(config: Any) -> Any:
-    """moshi's Mimi of a transformers MimiConfig's sizes, without weights."""
-    try:
-        from moshi.models import loaders
-    except ImportError as error:
-        raise needs("moshi", error) from None
-    width = config.hidden_size
-    seanet = dict(loaders._seanet_kwargs, dimension=width, n_filters=config.num_filters)
-    transformer = dict(
-        loaders._transformer_kwargs,
-        d_model=width,
-        num_heads=config.num_attention_heads,
-        num_layers=config.num_hidden_layers,
-        context=config.sliding_window,
-        dim_feedforward=config.intermediate_size,
-        input_dimension=width,
-        output_dimensions=[width],
-    )
-    quantizer = dict(
-        loaders._quantizer_kwargs,
-        dimension=config.codebook_dim,
-        n_q=config.num_quantizers,
-        bins=config.codebook_size,
-        input_dimension=width,
-        output_dimension=width,
-    )
-    sizes = dict(loaders._mimi_config, seanet=seanet, transformer=transformer, quantizer=quantizer)
-    return loaders.get_mimi(None, sizes, num_codebooks=config.num_quantizers)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None
         if key.endswith(".in_proj.weight"):
             parts = [key.replace("in_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
             if not set(parts) <= set(flat):
-                raise InputError(f"the codec's weights lack {parts[0]}", mend="use a complete Mimi checkpoint")
+                raise _lacking(parts[0])
             query, attention_key, value = (flat[part] for part in parts)
             tensor = torch.cat([interleaved(query), interleaved(attention_key), value])
             remaining -= set(parts)
@@ -133,18 +133,40 @@ def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None
         elif key.endswith(".initialized"):
             tensor = torch.ones_like(target)
         else:
-            raise InputError(f"the codec's weights lack {key}", mend="use a complete Mimi checkpoint")
-        if tensor.shape != target.shape:
-            raise InputError(
-                f"{key} has shape {list(tensor.shape)}, the codec needs {list(target.shape)}",
-                mend="use a Mimi checkpoint whose config.json belongs to it",
-            )
+            raise _lacking(key)
+        _check_shape(key, tensor, target.shape)
         loaded[name] = tensor
+    _check_all_used(remaining)
+    module.load_state_dict(loaded)
+
+
+def check_shapes(flat: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError as ``to_module`` does, where weights are not those that ``shapes`` tells."""
+    for name, shape in shapes.items():
+        if name in flat:
+            _check_shape(name, flat[name], shape)
+        elif not name.endswith(".initialized"):
+            raise _lacking(name)
+    _check_all_used(set(flat) - set(shapes))
+
+
+def _lacking(name: str) -> InputError:
+    return InputError(f"the codec's weights lack {name}", mend="use a complete Mimi checkpoint")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    if list(tensor.shape) != list(shape):
+        raise InputError(
+            f"{name} has shape {list(tensor.shape)}, the codec needs {list(shape)}",
+            mend="use a Mimi checkpoint whose config.json belongs to it",
+        )
+
+
+def _check_all_used(remaining: set[str]) -> None:
     if remaining:
         raise InputError(
             f"{len(remaining)} weights are not Mimi's, the first is {min(remaining)}", mend="use a Mimi checkpoint"
         )
-    module.load_state_dict(loaded)
 
 
 def interleaved(weight: torch.Tensor) -> torch.Tensor:
@@ -183,7 +205,7 @@ def architecture(flat: Mapping[str, torch.Tensor], config_file: Path | None = No
 
     def size(name: str, axis: int = 0) -> int:
         if name not in flat:
-            raise InputError(f"the codec's weights lack {name}", mend="use a complete Mimi checkpoint")
+            raise _lacking(name)
         return flat[name].shape[axis]
 
     def count(pattern: str) -> int:

@@ -15,7 +15,7 @@ Shapes: T positions at the rate in question, N positions or frames of all clips 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_fast.codec_weights import codebooks, flat_name, interleaved
+from csm_fast.codec_weights import codebooks, interleaved
 
 PACK_SAMPLES = 240_000  # 10 s: 250 rows for the transformer, 125 for the quantizer; more is no faster per row
 _TILE_VALUES = 1 << 17  # 512 KiB of float32 in a stage's widest tensor: half a core's second-level cache
@@ -31,33 +31,16 @@ _QUANTIZER_ROWS = 256  # 2 MiB of scores
 _threads_lock = threading.Lock()
 
 
-def supported(config: Any) -> bool:
-    """Whether a transformers MimiConfig is of the form that is built here; every published Mimi is."""
-    return (
-        config.use_causal_conv
-        and config.pad_mode == "constant"
-        and not config.use_conv_shortcut
-        and config.audio_channels == 1
-        and config.hidden_act == "gelu"
-        and not config.attention_bias
-        and config.num_key_value_heads == config.num_attention_heads
-        and config.num_semantic_quantizers == 1
-        and config.rope_parameters["rope_type"] == "default"
-        and config.encodec_frame_rate != config.frame_rate
-    )
-
-
 class MimiEncoder:
     """The encoding half of a Mimi, as plain functions over prepared weights (copies, float32, on the CPU).
 
     Args:
-        model: a transformers MimiModel whose config is `supported`.
+        flat: weights under flat names, float32 on the CPU.
+        config: their sizes (`mimi_shape.described`), which are `mimi_shape.supported`.
         num_codebooks: K, levels to code with.
     """
 
-    def __init__(self, model: torch.nn.Module, num_codebooks: int):
-        config: Any = model.config
-        flat = {flat_name(name): value.detach().float() for name, value in model.state_dict().items()}
+    def __init__(self, flat: Mapping[str, Tensor], config: Any, num_codebooks: int):
         self.num_codebooks = num_codebooks
         self.stages, self.last = _stages(flat, config)
         self.layers = [
@@ -161,7 +144,7 @@ def encode_packs(encoder: MimiEncoder, waves: Sequence[Tensor], threads: int | N
 class _Conv:
     """A causal convolution: weight [out, in, 1, k] channels-last, and how many positions before the first it reads."""
 
-    def __init__(self, flat: dict[str, Tensor], name: str, stride: int = 1, dilation: int = 1):
+    def __init__(self, flat: Mapping[str, Tensor], name: str, stride: int = 1, dilation: int = 1):
         weight = flat[name + ".conv.weight"][:, :, None]
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = flat[name + ".conv.bias"].contiguous()
@@ -211,7 +194,7 @@ class _Stage:
         return self.down.run(F.elu(x) if not (self.first or self.blocks) else F.elu_(x), first)
 
 
-def _stages(flat: dict[str, Tensor], config: Any) -> tuple[list[_Stage], _Stage]:
+def _stages(flat: Mapping[str, Tensor], config: Any) -> tuple[list[_Stage], _Stage]:
     """The stages in order, and the last convolution, which is one without a stride or blocks."""
     first: _Conv | None = _Conv(flat, "encoder.layers.0")
     stages, at = [], 1
@@ -229,7 +212,7 @@ def _stages(flat: dict[str, Tensor], config: Any) -> tuple[list[_Stage], _Stage]
 class _Layer:
     """A transformer layer over clips end to end."""
 
-    def __init__(self, flat: dict[str, Tensor], name: str, config: Any):
+    def __init__(self, flat: Mapping[str, Tensor], name: str, config: Any):
         def get(part: str) -> Tensor:
             return flat[name + part].contiguous()
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from csm_fast import codec as codec_module
-from csm_fast import codec_weights, offline_codec
+from csm_fast import codec_backends, codec_weights, offline_codec
 from csm_fast.codec import Codec, load_codec
 from csm_fast.errors import InputError
 from csm_fast.offline_codec import OfflineShape, fit, offline_file, synthetic_speech, table_hash
@@ -94,7 +94,7 @@ def moshi_state(flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same weights as moshi itself saves them."""
     from transformers import MimiConfig
 
-    model = codec_module._moshi_model(MimiConfig(**codec_weights.architecture(flat)))
+    model = codec_backends._moshi_model(MimiConfig(**codec_weights.architecture(flat)))
     codec_weights.to_module(flat, model)
     return {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -4,18 +4,22 @@ benchmark's judgement of codes that differ."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import pretokenize_speed
 from benchmarks.pretokenize_speed import chosen, differences, marked
 from csm_fast import mimi_encoder, offline_codec
-from csm_fast.codec import TransformersCodec
+from csm_fast.codec_backends import TransformersCodec
 from csm_fast.codec_weights import flat_name, mapped
-from csm_fast.mimi_encoder import MimiEncoder, encode_packs, supported
+from csm_fast.mimi_encoder import MimiEncoder, encode_packs
+from csm_fast.mimi_shape import MIMI, described, supported, weight_shapes
 from csm_fast.offline_codec import OfflineShape, synthetic_speech
 
 SHAPE = OfflineShape(
@@ -72,6 +76,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def flat_weights(model):
+    return {flat_name(name): value.float() for name, value in model.state_dict().items()}
+
+
+def encoder_of(model, num_codebooks):
+    return MimiEncoder(flat_weights(model), model.config, num_codebooks)
+
+
 def latents(model, wave):
     return model.encoder(wave[None, None]).latents[0].T
 
@@ -99,13 +111,13 @@ def chains(model):
 def test_the_codes_are_transformers_codes(changes, waves, one_thread, monkeypatch):
     model = mimi(**changes)
     assert supported(model.config)
-    encoder = MimiEncoder(model, SHAPE.num_quantizers)
+    encoder = encoder_of(model, SHAPE.num_quantizers)
     with torch.inference_mode():
         wanted = [model.encode(wave[None, None], return_dict=True).audio_codes[0].T.numpy() for wave in waves]
         hidden = [latents(model, wave).double().numpy() for wave in waves]
         for tile in (mimi_encoder._TILE_VALUES, 300):  # 300: every stage in many pieces
             monkeypatch.setattr(mimi_encoder, "_TILE_VALUES", tile)
-            encoder = MimiEncoder(model, SHAPE.num_quantizers)
+            encoder = encoder_of(model, SHAPE.num_quantizers)
             lengths = [2 * n for n in FRAMES]
             rows = encoder.transform(torch.cat([encoder.convolve(wave) for wave in waves]), lengths)
             found = encoder.downsample(rows, lengths).numpy()
@@ -116,11 +128,54 @@ def test_the_codes_are_transformers_codes(changes, waves, one_thread, monkeypatc
     assert len(np.unique(np.concatenate(wanted), axis=0)) > 30
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        SHAPE.mimi(),
+        {"num_residual_layers": 2, "upsampling_ratios": [4, 6, 8, 5], "num_quantizers": 9, "kernel_size": 5},
+        {"head_dim": 32, "compress": 4, "hidden_size": 256, "upsample_groups": 64},
+        {"vector_quantization_hidden_dimension": 512, "codebook_dim": 512, "rope_theta": 500.0},
+        {"use_conv_shortcut": True},
+    ],
+    ids=["Mimi", "offline", "deep", "other heads", "wide codes", "not supported"],
+)
+def test_sizes_and_shapes_are_transformers(changes):
+    from transformers import MimiConfig, MimiModel
+
+    with torch.device("meta"):
+        model = MimiModel(MimiConfig(**changes))
+    sizes = described(changes)
+    assert supported(sizes) == supported(model.config) == ("use_conv_shortcut" not in changes)
+    for name, value in vars(sizes).items():
+        assert value == getattr(model.config, name, value), name
+    assert sizes.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert not MIMI.keys() - model.config.to_dict().keys() - {"frame_rate"}
+    if supported(sizes):
+        shapes = {flat_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+        assert weight_shapes(sizes) == shapes
+
+
+def test_coding_on_a_cpu_needs_no_transformers(tmp_path, waves):
+    """Which takes seconds to import."""
+    save_file(flat_weights(mimi(sliding_window=250)), tmp_path / "mimi.safetensors")
+    check = f"""
+import sys, numpy
+from csm_fast.codec import load_codec
+codec = load_codec("transformers", source={str(tmp_path / "mimi.safetensors")!r}, num_codebooks=6)
+codes = codec.encode([numpy.zeros(4000, numpy.float32)])
+assert codes[0].shape == (3, 6) and "transformers" not in sys.modules
+assert codec.decode(codes[0]).shape == (3 * 1920,) and "transformers" in sys.modules
+assert codec.encode([numpy.zeros(4000, numpy.float32)])[0].tolist() == codes[0].tolist()
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
 def test_clips_side_by_side_are_clips_alone(waves, monkeypatch):
     model = mimi()
     monkeypatch.setattr(mimi_encoder, "PACK_SAMPLES", 30 * 1920)  # several packs of several clips
     monkeypatch.setattr(mimi_encoder, "_QUANTIZER_ROWS", 7)
-    encoder = MimiEncoder(model, 4)
+    encoder = encoder_of(model, 4)
     before = torch.get_num_threads()
     seen = []
     encode = encoder.encode
@@ -150,10 +205,11 @@ def test_threads_are_restored_after_a_failure(waves):
 
 
 def test_the_codec_takes_it_where_it_can(waves, monkeypatch):
-    def codec(model):
-        return TransformersCodec(model, name="m", fingerprint="f", num_codebooks=6, reach=22)
+    def codec(**changes):
+        arguments = {**SHAPE.mimi(), "sliding_window": 11, **changes}
+        return TransformersCodec(flat_weights(mimi(**changes)), arguments, name="m", num_codebooks=6)
 
-    plain, other = codec(mimi()), codec(mimi(use_conv_shortcut=True))
+    plain, other = codec(), codec(use_conv_shortcut=True)
     assert plain.side_by_side and not other.side_by_side
     used = []
     monkeypatch.setattr(
