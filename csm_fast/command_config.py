@@ -14,6 +14,7 @@ from .config import (
     ModelSection,
     OptimizerSection,
     RunSection,
+    TrainConfig,
     option,
 )
 from .errors import InputError
@@ -125,19 +126,13 @@ class PlanConfig:
 
 
 @dataclass
-class ProfileConfig:
+class ProfileConfig(TrainConfig):
     """``csm-fast profile``: its own settings, and those of the training run whose steps are profiled. Of the latter,
     those that say when a run ends, what it saves and where are taken and mean nothing."""
 
     output: str = option("profile", "directory for the trace and the table")
     steps: int = option(5, "optimizer steps that are measured")
     warmup: int = option(3, "steps before them")
-    model: ModelSection = field(default_factory=ModelSection)
-    data: DataSection = field(default_factory=DataSection)
-    loss: LossSection = field(default_factory=LossSection)
-    adapter: AdapterSection = field(default_factory=AdapterSection)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    run: RunSection = field(default_factory=RunSection)
 
     def __post_init__(self):
         check_path("output", self.output)
