@@ -168,7 +168,7 @@ class TableGradients:
         del self.model.row_gradients
         for weight, rows in self.kept:
             if weight.grad is not None:  # the table was used otherwise, too
-                rows.dense.add_(weight.grad)
+                rows.add(weight.grad)
                 self.others_wrote = True
             weight.grad = rows.dense
 

@@ -71,6 +71,27 @@ def test_a_table_used_otherwise_too():
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
 
 
+def test_each_pass_adds_whatever_was_there():
+    tokens, is_audio = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([False, False])
+    table, audio = torch.randn(50, 8, requires_grad=True), torch.randn(20, 8)
+    rows = RowGradient(table)
+
+    def one_pass():
+        out, _ = frame_embed_with_codes(tokens, is_audio, tokens[:0, 0], table, audio, impl="torch", into=(rows, None))
+        out.sum().backward()
+
+    touched = torch.zeros(50, 8)
+    touched[[3, 6]] = 1
+    for _ in range(2):
+        one_pass()
+        one_pass()
+        assert torch.equal(rows.dense, 2 * touched)
+        rows.clear()
+    rows.add(torch.ones(50, 8))
+    one_pass()
+    assert torch.equal(rows.dense, 1 + touched)
+
+
 @pytest.mark.parametrize("frozen", TABLES)
 def test_a_frozen_table_has_no_gradient(frozen):
     model = random_model(MICRO)

@@ -238,6 +238,12 @@ class RowGradient:
     def __init__(self, table: Tensor):
         self.dense = _zeros((table.shape[0], table.shape[1]), table.dtype, table.device)
         self._touched: list[Tensor] = []
+        self._zero = True
+
+    def add(self, grad: Tensor) -> None:
+        """Add a gradient [rows, D] of the whole table, which only ``clear(whole=True)`` takes back."""
+        self.dense.add_(grad)
+        self._zero = False
 
     def clear(self, whole: bool = False) -> None:
         """Zero again: the rows that backward passes touched, or, where others may have written too, all of them."""
@@ -247,9 +253,12 @@ class RowGradient:
             for rows in self._touched:
                 self.dense.index_fill_(0, rows, 0)
         self._touched.clear()
+        self._zero = True
 
     def _add(self, grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor) -> None:
-        touched = _cpu_backward(grad, more, keys, source, len(self.dense), self.dense, add=True)
+        # Into zeros, rows are copied: in half the time of adding.
+        touched = _cpu_backward(grad, more, keys, source, len(self.dense), self.dense, add=not self._zero)
+        self._zero = False
         self._touched.append(touched.long())
 
 
