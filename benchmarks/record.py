@@ -11,7 +11,7 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, commit (with ``+`` for uncommitted changes) and date."""
+    """Device, versions, commit (with ``+`` for uncommitted changes outside of the results) and date."""
     import torch
 
     import csm_fast
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
             return ""
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    dirty = "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results") else ""
     return {
         "device": device,
         "threads": torch.get_num_threads(),
