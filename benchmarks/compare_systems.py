@@ -245,7 +245,10 @@ class Running:
 
     def memory(self, label: str) -> dict[str, int]:
         """Bytes of a forward and backward pass of the label's middle batch: the most at once, and that without weights
-        and gradients. On a CPU tensors are counted, on CUDA what the allocator reports."""
+        and gradients. On a CPU tensors are counted, on CUDA what the allocator reports. Empty for what is compiled on
+        a CPU: what the compiler's code allocates is not seen."""
+        if self.compiled and self.device.type == "cpu":
+            return {}
         batch = self.passes[label][len(self.passes[label]) // 2]
         self.backward(batch, 0)
         self.drop_gradients()
