@@ -28,6 +28,11 @@ PART = re.compile(r"(<!-- report: ([a-z0-9-]+) -->\n).*?(<!-- end of report -->)
 LEFT_OUT = ("audio s/s", "GFLOP/s")  # of the tables' columns, so that they fit a page
 
 
+def _sentence(title: str) -> str:
+    """With a capital, unless it begins with our name, which has none."""
+    return title if title.startswith("csm_fast") else title[0].upper() + title[1:]
+
+
 def read(results: Path, name: str) -> list[Row]:
     """Rows of a results file, none where there is no file."""
     path = results / f"{name}.jsonl"
@@ -59,10 +64,10 @@ def compare(rows: list[Row]) -> str:
     )
     text += f"{provenance(rows[0])}.\n"
     for title, head, lines in time_tables(rows):
-        text += f"\n*{title[0].upper()}{title[1:]}*\n\n{markdown(*_without(head, lines, LEFT_OUT))}\n"
+        text += f"\n*{_sentence(title)}*\n\n{markdown(*_without(head, lines, LEFT_OUT))}\n"
     title, head, lines = memory_table(rows)
     if lines:
-        text += f"\n*{title[0].upper()}{title[1:]}*\n\n{markdown(head, lines)}\n"
+        text += f"\n*{_sentence(title)}*\n\n{markdown(head, lines)}\n"
     return text
 
 
