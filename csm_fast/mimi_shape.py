@@ -51,7 +51,8 @@ def described(arguments: Mapping[str, Any]) -> SimpleNamespace:
     Besides: ``head_dim``; ``rope_parameters`` (``rope_type`` and ``rope_theta``, from either spelling of a
     config.json); ``encodec_frame_rate``, positions per second behind the convolutions; ``frame_size`` in samples.
     """
-    sizes = SimpleNamespace(**{**MIMI, **arguments})
+    given = {name: value for name, value in arguments.items() if value is not None}  # a config.json may say null
+    sizes = SimpleNamespace(**{**MIMI, **given})
     if arguments.get("head_dim") is None:
         sizes.head_dim = sizes.hidden_size // sizes.num_attention_heads
     rope = arguments.get("rope_parameters") or arguments.get("rope_scaling") or {}

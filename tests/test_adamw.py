@@ -307,8 +307,10 @@ def test_scratch_memory_is_bounded_whatever_the_size(bits, rounding, dtype):
         with Tracked() as tracked:
             optimizer.step()
         peaks.append(tracked.peak)
-    # Weight, gradient and two moments in float32, codes, and what rounding takes: its draws, and their tile.
-    assert peaks[0] == pytest.approx(peaks[1], abs=4096) and peaks[1] <= 23.1 * chunk
+    # Weight, gradient and two moments in float32, codes; stochastic rounding has its hashed tile, and a key per tile.
+    drawn = dtype == BF16 and rounding == "stochastic"
+    assert 0 <= peaks[1] - peaks[0] <= (8 * 36 if drawn else 0)
+    assert peaks[1] <= 19.1 * chunk + (4 * TILE if drawn else 0)
 
 
 class Asked(TorchDispatchMode):

@@ -136,9 +136,10 @@ def test_the_codes_are_transformers_codes(changes, waves, one_thread, monkeypatc
         {"num_residual_layers": 2, "upsampling_ratios": [4, 6, 8, 5], "num_quantizers": 9, "kernel_size": 5},
         {"head_dim": 32, "compress": 4, "hidden_size": 256, "upsample_groups": 64},
         {"vector_quantization_hidden_dimension": 512, "codebook_dim": 512, "rope_theta": 500.0},
+        {"frame_rate": None, "head_dim": None},
         {"use_conv_shortcut": True},
     ],
-    ids=["Mimi", "offline", "deep", "other heads", "wide codes", "not supported"],
+    ids=["Mimi", "offline", "deep", "other heads", "wide codes", "nulls", "not supported"],
 )
 def test_sizes_and_shapes_are_transformers(changes):
     from transformers import MimiConfig, MimiModel
