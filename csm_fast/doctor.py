@@ -53,6 +53,7 @@ def examine() -> dict[str, Any]:
         "kernels": impl,
         "kernels_why": why,
         "attention": attention(device.type, precision),
+        "cpu_passes": ops.cpu_passes() if device.type == "cpu" else None,
         "optional": {name: version(name) for name in OPTIONAL},
     }
 
@@ -93,8 +94,10 @@ def report(found: dict[str, Any]) -> list[str]:
         ("precision", f"{found['precision']}: " + _precision_reason(found["precision"])),
         ("kernels", f"{found['kernels']}: {found['kernels_why']}"),
         ("attention", found["attention"]),
-        ("", ""),
     ]
+    if found["cpu_passes"]:
+        rows.append(("cpu passes", found["cpu_passes"]))
+    rows.append(("", ""))
     lines = [f"{name:11}{text}".rstrip() for name, text in rows]
     for name, use in OPTIONAL.items():
         lines.append(f"{name:14} {found['optional'][name] or 'not installed':14} {use}")

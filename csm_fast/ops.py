@@ -1,7 +1,8 @@
 """The operators the model is built from, the only importer of ``csm_kernels``, and the one place that chooses.
 
 ``impl`` is "auto" (kernels on CUDA where Triton is installed, PyTorch elsewhere), "triton" or "torch". It can be given
-per call, or for a stretch of code with ``using``; nothing reads an environment variable.
+per call, or for a stretch of code with ``using``. On a CPU the passes between PyTorch's matrix products come from a
+library that ``csm_kernels.native`` builds, where there is a C++ compiler.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from csm_kernels.folded_attention import Fold
 from csm_kernels.folded_attention import uniform as fold_uniform
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.llama_layer import LayerSetup, llama_layer
+from csm_kernels.native import reason as cpu_passes
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
 from csm_kernels.pointwise import rms_norm, rotate_pairs
@@ -30,6 +32,7 @@ __all__ = [
     "RowGradient",
     "asked",
     "chosen",
+    "cpu_passes",
     "depth_attention",
     "fold_uniform",
     "frame_embed",

@@ -20,3 +20,18 @@ def all_threads():
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["library", "PyTorch"])
+def cpu_form(request):
+    """What runs between the products on a CPU: the library built on first use, then PyTorch's operators."""
+    import torch
+    from csm_kernels import native
+
+    if request.param == "PyTorch":
+        with native.left_out():
+            yield request.param
+    elif native.function("swiglu", torch.float32) is None:
+        pytest.skip(native.reason())
+    else:
+        yield request.param

@@ -22,7 +22,7 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import folded_attention
+from csm_kernels import cpu_passes, folded_attention
 from csm_kernels import frame_embed as frame_embed_module
 from csm_kernels import linear_cross_entropy as linear_cross_entropy_module
 from csm_kernels.linear_cross_entropy import COLUMNS, DEFAULT_BYTE_BUDGET, linear_cross_entropy
@@ -167,7 +167,7 @@ def tiny_tiles(monkeypatch):
     """Scores, wide logits and sums of embeddings come in pieces of a size for true widths: of these, one is a pack."""
     monkeypatch.setattr(folded_attention, "SCORES", 2**12)
     monkeypatch.setattr(frame_embed_module, "_PIECE_BYTES", 2**14)
-    monkeypatch.setattr(linear_cross_entropy_module, "PIECE_BYTES", 2**11, raising=False)
+    monkeypatch.setattr(cpu_passes, "PIECE_BYTES", 2**11)
 
 
 @pytest.mark.parametrize("byte_budget", [2**12, DEFAULT_BYTE_BUDGET], ids=["4 KiB", "default"])

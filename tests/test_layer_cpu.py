@@ -13,6 +13,8 @@ from csm_fast import layer_cpu, model, ops
 from csm_fast.attention import Segments, rope_table
 from csm_fast.model import DepthAttend, PackedAttend, run_layer, wide_dtype
 
+pytestmark = pytest.mark.usefixtures("cpu_form")
+
 LENGTHS = [7, 1, 40, 9, 33]
 
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cpu_passes import causal_softmax_, causal_softmax_backward_, gathered
+
 # Longest segment whose scores are one square, and the fewest and most query rows in a block of a longer one.
 WHOLE, BLOCK = 112, (64, 256)
 # Most scores at once: 4 MiB in bf16, which the caches of a few cores hold.
@@ -117,32 +119,11 @@ def _uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
         return fold(index, live, ((segments, width),), heads, kv_heads)
 
 
-@functools.lru_cache(maxsize=64)
-def _mask(width: int, dtype: torch.dtype) -> Tensor:
-    """[width, width]: 0 where a row sees another, minus infinity elsewhere."""
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.full((width, width), -torch.inf, dtype=dtype).triu_(1)
-
-
-@functools.lru_cache(maxsize=32)
-def _masks(width: int, repeat: int, dtype: torch.dtype) -> Tensor:
-    """[1, repeat * width, width]: ``_mask`` for each of the heads that share a key-value head."""
-    with torch.inference_mode(False), torch.no_grad():
-        return _mask(width, dtype).repeat(repeat, 1).unsqueeze(0)
-
-
-def _probabilities(q: Tensor, k: Tensor, first: int, repeat: int) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, first: int) -> Tensor:
     """[n, repeat * b, m], where query rows ``first`` to ``first`` + b = m see the m keys up to themselves."""
-    m = k.shape[1]
-    if first:
-        scores = torch.bmm(q, k.transpose(1, 2))
-        scores.view(len(q), repeat, m - first, m)[..., first:].add_(_mask(m - first, q.dtype))
-    else:
-        scores = torch.baddbmm(_masks(m, repeat, q.dtype), q, k.transpose(1, 2))
-    if scores.dtype == torch.bfloat16 and m % 32:
-        # A row of bf16 that is no multiple of 32 takes PyTorch two to three times as long as one of float32.
-        return scores.float().softmax(-1).to(scores.dtype)
-    return scores.softmax(-1)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    causal_softmax_(scores, k.shape[1] - first, first)
+    return scores
 
 
 def _blocks(rows: int) -> list[tuple[int, int]]:
@@ -163,9 +144,9 @@ def gather(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor
     """[T, heads, d] and twice [T, kv heads, d] -> folded rows [B, d]."""
     width = q.shape[-1]
     return (
-        q.reshape(-1, width).index_select(0, order.queries),
-        k.reshape(-1, width).index_select(0, order.keys),
-        v.reshape(-1, width).index_select(0, order.keys),
+        gathered(q.reshape(-1, width), order.queries),
+        gathered(k.reshape(-1, width), order.keys),
+        gathered(v.reshape(-1, width), order.keys),
     )
 
 
@@ -180,23 +161,23 @@ def forward(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> Tensor:
         for first, last in _blocks(rows):
             for some in _pieces(sequences, repeat * (last - first) * last):
                 block_q, into = group_q[some, :, first:last].flatten(1, 2), group_out[some, :, first:last]
-                p = _probabilities(block_q, group_k[some, :last], first, repeat)
+                p = _probabilities(block_q, group_k[some, :last], first)
                 if last - first == rows:
                     torch.bmm(p, group_v[some], out=into.flatten(1, 2))
                 else:
                     into.copy_(torch.bmm(p, group_v[some, :last]).view(into.shape))
                 del p
-    return out.index_select(0, order.queries_back).view(-1, order.heads * width)
+    return gathered(out, order.queries_back).view(-1, order.heads * width)
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` for the scaled q, for k and v: [T * heads, d] and twice [T * kv heads, d].
+    """Gradients of ``forward`` for the scaled q, for k and v, in the folded order.
 
     With P = softmax(S) and O = P V: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q; the
     products over folded queries add up the heads that share a key-value head.
     """
     repeat, width = order.heads // order.kv_heads, q.shape[-1]
-    grad = grad.reshape(-1, width).index_select(0, order.queries)
+    grad = gathered(grad.reshape(-1, width), order.queries)
     if order.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
         grad.index_fill_(0, order.padding, 0)
@@ -208,24 +189,26 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tupl
         gradients = _backward_whole if len(blocks) == 1 else _backward_in_blocks
         for some in _pieces(sequences, max(repeat * (last - first) * last for first, last in blocks)):
             gradients(*(x[some] for x in queries), *(x[some] for x in keys))
-    return (
-        dq.index_select(0, order.queries_back),
-        dk.index_select(0, order.keys_back),
-        dv.index_select(0, order.keys_back),
-    )
+    return dq, dk, dv
 
 
-def _score_gradients(p: Tensor, grad: Tensor, v: Tensor) -> Tensor:
-    return torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+def in_rows(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor, Tensor]:
+    """``gather``'s way back: [T * heads, d] and twice [T * kv heads, d]."""
+    return gathered(q, order.queries_back), gathered(k, order.keys_back), gathered(v, order.keys_back)
+
+
+def _score_gradients(p: Tensor, grad: Tensor, v: Tensor, first: int) -> Tensor:
+    ds = torch.bmm(grad, v.transpose(1, 2))
+    causal_softmax_backward_(ds, p, v.shape[1] - first, first)
+    return ds
 
 
 def _backward_whole(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Into dq [n, repeat, rows, d] and dk, dv [n, rows, d]."""
-    repeat = q.shape[1]
     q, grad, dq = q.flatten(1, 2), grad.flatten(1, 2), dq.flatten(1, 2)
-    p = _probabilities(q, k, 0, repeat)
+    p = _probabilities(q, k, 0)
     torch.bmm(p.transpose(1, 2), grad, out=dv)
-    ds = _score_gradients(p, grad, v)
+    ds = _score_gradients(p, grad, v, 0)
     torch.bmm(ds, k, out=dq)
     torch.bmm(ds.transpose(1, 2), q, out=dk)
 
@@ -238,9 +221,9 @@ def _backward_in_blocks(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tenso
     for first, last in _blocks(rows):
         block_q, block_grad = (x[:, :, first:last].flatten(1, 2) for x in (q, grad))
         seen = k[:, :last]
-        p = _probabilities(block_q, seen, first, repeat)
+        p = _probabilities(block_q, seen, first)
         sum_v[:, :last] += torch.bmm(p.transpose(1, 2), block_grad)
-        ds = _score_gradients(p, block_grad, v[:, :last])
+        ds = _score_gradients(p, block_grad, v[:, :last], first)
         into = dq[:, :, first:last]
         into.copy_(torch.bmm(ds, seen).view(into.shape))
         sum_k[:, :last] += torch.bmm(ds.transpose(1, 2), block_q)

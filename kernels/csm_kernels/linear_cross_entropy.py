@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cpu_passes
+
 try:
     import triton
     import triton.language as tl
@@ -24,12 +26,6 @@ IGNORE = -100
 COLUMNS = 64
 
 # --- reference --------------------------------------------------------------------------------------------------------
-
-
-# Logits in the wide dtype exist for this many bytes at a time, few enough for a second-level cache. On a CPU they take
-# the time: in one piece of 64 MiB this pass took as long as the matrix products around it. Another device, where this
-# form runs without Triton, takes 16 times as much at once: there a launch costs what a cache gains here.
-PIECE_BYTES = 2**20
 
 
 def softmax_cross_entropy_(
@@ -47,22 +43,13 @@ def softmax_cross_entropy_(
         losses [c, m] in the wide dtype, and scale d(sum of losses)/d logits [c, m, V] in the compute dtype (the logits
         where it is not wanted).
     """
-    flat, vocab = logits.view(-1, logits.shape[-1]), logits.shape[-1]
-    targets, row_weights = targets.reshape(-1, 1), weights.reshape(-1, 1)
-    losses = torch.empty_like(row_weights)
-    piece_bytes = PIECE_BYTES if logits.device.type == "cpu" else 16 * PIECE_BYTES
-    rows = max(1, piece_bytes // (vocab * weights.element_size()))
-    for first in range(0, len(flat), rows):
-        some = slice(first, first + rows)
-        target, weight = targets[some], row_weights[some]
-        piece = flat[some].to(weights.dtype)
-        picked, highest = piece.gather(-1, target), piece.amax(-1, keepdim=True)
-        p = piece.softmax(-1)
-        # log sum exp from the largest probability, 1 / sum exp(x - highest), which is at least 1 / V.
-        losses[some] = (highest - p.amax(-1, keepdim=True).log() - picked) * weight
-        if wants_grad:
-            p.scatter_add_(-1, target, torch.full_like(target, -1, dtype=p.dtype))
-            torch.mul(p, weight * scale, out=flat[some])
+    flat = logits.view(-1, logits.shape[-1])
+    targets, row_weights = targets.reshape(-1), weights.reshape(-1)
+    if logits.device.type == "cpu":
+        losses = cpu_passes.cross_entropy_(flat, targets, row_weights, wants_grad, scale)
+    else:
+        losses = torch.empty_like(row_weights)
+        cpu_passes.plain_cross_entropy_(flat, targets, row_weights, losses, wants_grad, scale)
     return losses.view(weights.shape), logits
 
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import folded_attention
+from .cpu_passes import gathered, norm, norm_backward, normed, rotated, rotated_back, swiglu, swiglu_backward
 from .folded_attention import Fold
-from .pointwise import norm_backward, norm_factor
 
 
 class LayerSetup(NamedTuple):
@@ -36,21 +35,6 @@ class LayerSetup(NamedTuple):
     recompute_mlp: bool = False
 
 
-def _rotate(x: Tensor, rotation: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Rotate interleaved pairs of [N, heads * d] by unit complex numbers [..., 1, d / 2] (N rows, or one per row of a
-    frame); the result is [N, heads, d] in ``dtype``. Overwrites ``x`` where that is wide already."""
-    wide = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
-    length, half = rotation.shape[0], rotation.shape[-1]
-    pairs = torch.view_as_complex(x.to(wide).view(-1, length, heads, half, 2)).mul_(rotation)
-    return torch.view_as_real(pairs).to(dtype).view(-1, heads, 2 * half)
-
-
-def _normed(x: Tensor, r: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x r in the wide dtype, that rounded and scaled, in ``dtype``)."""
-    normed = x.to(r.dtype) * r
-    return normed, (normed.to(x.dtype) * scale).to(dtype)
-
-
 def _sum_of_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x + a b."""
     if x.dtype == a.dtype:
@@ -62,26 +46,23 @@ class _LlamaLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, order, rows, setup, sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3):
         dtype, d = setup.dtype, setup.head_dim
-        heads, kv_heads = wq.shape[0] // d, wk.shape[0] // d
-        r = norm_factor(x, setup.eps)
-        y = _normed(x, r, sa_norm, dtype)[1]
-        rotation = torch.complex(cos, sin)
-        q = _rotate(torch.mm(y, wq.t()), rotation * d**-0.5, heads, dtype)
-        k = _rotate(torch.mm(y, wk.t()), rotation, kv_heads, dtype)
-        folded = folded_attention.gather(q, k, torch.mm(y, wv.t()), order)
-        del y, q, k
-        attended = folded_attention.forward(*folded, order)
+        r, y = norm(x, sa_norm, setup.eps, dtype)
+        q = rotated(torch.mm(y, wq.t()), order.queries, cos, sin, d**-0.5)
+        k = rotated(torch.mm(y, wk.t()), order.keys, cos, sin, 1.0)
+        v = gathered(torch.mm(y, wv.t()).view(-1, d), order.keys)
+        del y
+        attended = folded_attention.forward(q, k, v, order)
         middle = x
         if rows is not None:
             attended, middle = attended.index_select(0, rows), x.index_select(0, rows)
         middle = _sum_of_product(middle, attended, wo.t())
-        mlp_r = norm_factor(middle, setup.mlp_eps)
-        y = _normed(middle, mlp_r, mlp_norm, dtype)[1]
+        mlp_r, y = norm(middle, mlp_norm, setup.mlp_eps, dtype)
         a, b = torch.mm(y, w1.t()), torch.mm(y, w3.t())
-        out = _sum_of_product(middle, F.silu(a).mul_(b), w2.t())
+        del y
+        out = _sum_of_product(middle, swiglu(a, b), w2.t())
         kept = (None, None) if setup.recompute_mlp else (a, b)
         weights = (sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3)
-        ctx.save_for_backward(x, r, cos, sin, *folded, attended, middle, mlp_r, *kept, rows, *weights)
+        ctx.save_for_backward(x, r, cos, sin, q, k, v, attended, middle, mlp_r, *kept, rows, *weights)
         ctx.order, ctx.setup = order, setup
         return out
 
@@ -96,26 +77,25 @@ class _LlamaLayer(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 9
 
         # The MLP.
-        normed, y = _normed(middle, mlp_r, mlp_norm, dtype)
+        y = normed(middle, mlp_r, mlp_norm, dtype)
         if a is None:
             a, b = torch.mm(y, w1.t()), torch.mm(y, w3.t())
         narrow = grad.to(dtype)
-        silu = F.silu(a)
+        product, da, db = swiglu_backward(torch.mm(narrow, w2), a, b)
+        del a, b
         if wants[7]:
-            grads[7] = torch.mm(narrow.t(), silu * b)
-        up = torch.mm(narrow, w2)
-        dsilu = torch.ops.aten.silu_backward(up * b, a)
-        db = up.mul_(silu)
-        del a, b, silu
+            grads[7] = torch.mm(narrow.t(), product)
+        del product
         if wants[6]:
-            grads[6] = torch.mm(dsilu.t(), y)
+            grads[6] = torch.mm(da.t(), y)
         if wants[8]:
             grads[8] = torch.mm(db.t(), y)
-        dy = torch.addmm(torch.mm(dsilu, w1), db, w3)
-        del dsilu, db, up, y
-        dnorm, grads[5] = norm_backward(dy, normed, mlp_r, mlp_norm, wants[5])
-        grad = dnorm.add_(grad).to(x.dtype)
-        del dnorm, normed, dy
+        del y
+        dy = torch.addmm(torch.mm(da, w1), db, w3)
+        del da, db
+        grad, dscale = norm_backward(dy, middle, mlp_r, mlp_norm, grad, wants[5])
+        grads[5] = dscale if wants[5] else None
+        del dy
 
         # The attention.
         narrow = grad.to(dtype)
@@ -123,24 +103,23 @@ class _LlamaLayer(torch.autograd.Function):
             grads[4] = torch.mm(narrow.t(), attended)
         dout = torch.mm(narrow, wo)
         if rows is not None:
-            dout = dout.new_zeros(len(x), dout.shape[1]).index_add_(0, rows, dout)
+            dout = dout.new_zeros(x.shape[0], dout.shape[1]).index_add_(0, rows, dout)
             grad = grad.new_zeros(x.shape).index_add_(0, rows, grad)
         dq, dk, dv = folded_attention.backward(dout, fq, fk, fv, order)
         del dout
-        rotation = torch.complex(cos, -sin)
-        dq = _rotate(dq, rotation * setup.head_dim**-0.5, heads, dtype).flatten(1)
-        dk = _rotate(dk, rotation, kv_heads, dtype).flatten(1)
-        dv = dv.view(len(x), wv.shape[0])
-        normed, y = _normed(x, r, sa_norm, dtype)
+        dq = rotated_back(dq, order.queries_back, cos, sin, setup.head_dim**-0.5, heads)
+        dk = rotated_back(dk, order.keys_back, cos, sin, 1.0, kv_heads)
+        dv = gathered(dv, order.keys_back).view(x.shape[0], wv.shape[0])
+        y = normed(x, r, sa_norm, dtype)
         for i, part in ((1, dq), (2, dk), (3, dv)):
             if wants[i]:
                 grads[i] = torch.mm(part.t(), y)
         if not (wants_x or wants[0]):
             return None, None, None, None, None, None, *grads
         dy = torch.addmm(torch.addmm(torch.mm(dq, wq), dk, wk), dv, wv)
-        dnorm, grads[0] = norm_backward(dy, normed, r, sa_norm, wants[0])
-        dx = dnorm.add_(grad).to(x.dtype) if wants_x else None
-        return dx, None, None, None, None, None, *grads
+        dx, dscale = norm_backward(dy, x, r, sa_norm, grad, wants[0])
+        grads[0] = dscale if wants[0] else None
+        return dx if wants_x else None, None, None, None, None, None, *grads
 
 
 def llama_layer(

@@ -193,7 +193,8 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor,
 def _attend_folded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     order, width = plan.fold(q.shape[1], k.shape[1]), q.shape[-1]
     folded = folded_attention.gather(q * width**-0.5, k, v, order)
-    dq, dk, dv = folded_attention.backward(grad, *folded, order)
+    gradients = folded_attention.backward(grad, *folded, order)
+    dq, dk, dv = folded_attention.in_rows(*gradients, order)
     return (dq * width**-0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 

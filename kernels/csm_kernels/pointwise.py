@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu_passes
+
 
 def _few_passes(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -45,53 +47,24 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return _rms_norm_reference(x, scale, eps)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _rms_norm_reference(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.to(_wide(x)), (x.shape[-1],), eps=eps).to(x.dtype) * scale
-
-
-def norm_factor(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dimension, [..., 1] in the wide dtype."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def norm_backward(
-    grad: Tensor, normed: Tensor, r: Tensor, scale: Tensor, wants_scale: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the norm's input, in the wide dtype, and of its scale.
-
-    With n = r x and h = g scale: dscale = sum over rows of g n, dx = r (h - n mean(h n)). The product g n serves both
-    sums.
-
-    Args:
-        grad: [N, d].  normed: [N, d] and r: [N, 1] in the wide dtype.  scale: [d].
-    """
-    wide = grad.to(r.dtype)
-    product = wide * normed
-    dscale = product.sum(0).to(scale.dtype) if wants_scale else None
-    scale = scale.to(r.dtype)
-    mean = (product @ scale).div_(normed.shape[-1]).unsqueeze(-1)
-    return (wide * scale).addcmul_(normed, mean, value=-1).mul_(r), dscale
+    return F.rms_norm(x.to(cpu_passes.wide_dtype(x)), (x.shape[-1],), eps=eps).to(x.dtype) * scale
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, eps):
-        r = norm_factor(x, eps)
+        dtype = torch.promote_types(x.dtype, scale.dtype)
+        r, y = cpu_passes.norm(x.reshape(-1, x.shape[-1]), scale, eps, dtype)
         ctx.save_for_backward(x, r, scale)
-        return (x.to(r.dtype) * r).to(x.dtype) * scale
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
         x, r, scale = ctx.saved_tensors
         width = x.shape[-1]
-        normed = x.to(r.dtype) * r
         wants_x, wants_scale = ctx.needs_input_grad[:2]
-        dx, dscale = norm_backward(
-            grad.reshape(-1, width), normed.reshape(-1, width), r.reshape(-1, 1), scale, wants_scale
+        dx, dscale = cpu_passes.norm_backward(
+            grad.reshape(-1, width), x.reshape(-1, width), r, scale, None, wants_scale
         )
-        return dx.to(x.dtype).view(x.shape) if wants_x else None, dscale, None
+        return dx.view(x.shape) if wants_x else None, dscale if wants_scale else None, None

@@ -25,7 +25,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` for q, k and v."""
     folded, order = _folded(q, k, v)
-    dq, dk, dv = folded_attention.backward(grad, *folded, order)
+    gradients = folded_attention.backward(grad, *folded, order)
+    dq, dk, dv = folded_attention.in_rows(*gradients, order)
     return (dq * q.shape[-1] ** -0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 

@@ -1,0 +1,154 @@
+"""Builds ``cpu_passes.cpp`` for this processor on first use, as Triton and PyTorch's compiler build theirs.
+
+The library lies in the user's cache (``$XDG_CACHE_HOME/csm_fast``, ``~/.cache/csm_fast``), under a name made of the
+source, the compiler, its flags and the processor's features: a home directory shared by different machines holds one
+for each. Without a C++ compiler, or where building fails, PyTorch's operators do the same work.
+
+``CXX`` names the compiler; ``CSM_KERNELS_NATIVE=0`` leaves the library out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = Path(__file__).with_name("cpu_passes.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+SECONDS = 120
+
+_VOID, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "norm": (_VOID, _VOID, _FLOAT, _VOID, _VOID, _LONG, _LONG, _INT, _INT),
+    "norm_backward": (_VOID,) * 7 + (_LONG, _LONG, _INT),
+    "swiglu": (_VOID,) * 3 + (_LONG, _INT),
+    "swiglu_backward": (_VOID,) * 6 + (_LONG, _INT),
+    "gather_rotated": (_VOID,) * 4 + (_FLOAT, _FLOAT, _INT, _LONG, _LONG, _LONG, _VOID, _LONG, _INT),
+    "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
+    "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
+    "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
+}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+ALONE: tuple[tuple[torch.dtype, ...], ...] = ((torch.bfloat16,), (torch.float32,))
+PAIRS: tuple[tuple[torch.dtype, ...], ...] = (  # the residual stream's type, the products'
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32),
+)
+
+Functions = dict[tuple[Any, ...], Any]  # by name and types: ("swiglu", torch.bfloat16)
+
+
+def function(name: str, *types: torch.dtype) -> Any:
+    """The library's function for these types, or None."""
+    found = _load()[0]
+    return found.get((name, *types)) if found is not None and not _left_out else None
+
+
+_left_out = 0
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """PyTorch's operators instead, for what runs inside."""
+    global _left_out
+    _left_out += 1
+    try:
+        yield
+    finally:
+        _left_out -= 1
+
+
+def reason() -> str:
+    """Which compiler built the library, or why there is none."""
+    return _load()[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[Functions | None, str]:
+    if os.environ.get("CSM_KERNELS_NATIVE") == "0":
+        return None, "CSM_KERNELS_NATIVE=0"
+    if platform.system() != "Linux":
+        return None, f"not built on {platform.system()}"
+    compiler = _compiler()
+    if compiler is None:
+        return None, f"no C++ compiler ({', '.join(COMPILERS)}); install one, or name it in CXX"
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{compiler} could not build it: {_last_line(error)}"
+    return _bound(library), f"built by {compiler}"
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX", "").split()
+    candidates = [*named[:1], *COMPILERS]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def _last_line(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    lines = [line.strip() for line in said.splitlines() if "error" in line] or said.strip().splitlines() or [""]
+    return lines[0]
+
+
+def _built(compiler: str) -> Path:
+    """The library's file, built if it is not there. Two processes may build at once: the later one's takes over."""
+    target = _cache() / f"cpu_passes-{_key(compiler)}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        out = Path(scratch) / "library.so"
+        command = [compiler, *FLAGS, "-o", str(out), str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        os.replace(out, target)
+    return target
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm_fast"
+
+
+def _key(compiler: str) -> str:
+    asked = [compiler, "--version"]
+    version = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
+    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version.stdout, " ".join(FLAGS), _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: the first processor's model and features."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return platform.processor()
+    wanted = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
+    return "\n".join(line for line in first.splitlines() if line.split(":")[0].strip() in wanted)
+
+
+def _bound(library: ctypes.CDLL) -> Functions:
+    bound: Functions = {}
+    for name, arguments in SIGNATURES.items():
+        for types in PAIRS if name.startswith("norm") else ALONE:
+            key = name, *types
+            bound[key] = getattr(library, "_".join((name, *(NAMES[t] for t in types))))
+            bound[key].argtypes, bound[key].restype = arguments, None
+    return bound
+
+
+def threads(elements: int) -> int:
+    """How many threads a pass over so many numbers is worth: starting a second costs microseconds."""
+    return 1 if elements < 2**14 else torch.get_num_threads()
