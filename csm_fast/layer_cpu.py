@@ -35,7 +35,8 @@ def _linears(layer: Any) -> tuple[Any, ...]:
 def _is_plain(linear: Any) -> bool:
     """Its weight may be used without calling it: nothing is added to the product, and nothing listens."""
     listens = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not listens
+    plain = type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
+    return plain and linear.bias is None and not listens
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import cpu_passes, native
+from csm_kernels import cpu_passes, native, pointwise
 from kernel_cases import poisoned
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 WIDTHS = [1, 5, 15, 16, 17, 33, 64, 100]
@@ -207,6 +209,35 @@ def test_threads_share_the_rows(form):
         torch.set_num_threads(before)
 
 
+def test_a_target_that_is_no_class():
+    for bad in (5, -1):
+        around = torch.zeros(3, 5)
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            cpu_passes.cross_entropy_(around[:2], torch.tensor([0, bad]), torch.ones(2), True, 1.0)
+        assert not around[2].any()
+
+
+def test_types_that_differ_are_promoted_as_pytorch_would():
+    a, b, grad = (random(40, 8, seed=i) for i in range(3))
+    wanted = cpu_passes.swiglu_backward(grad.bfloat16().float(), a, b)
+    for got, want in zip(cpu_passes.swiglu_backward(grad.bfloat16(), a, b), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(cpu_passes.swiglu(a, b.bfloat16()), F.silu(a) * b.bfloat16())
+
+
+def test_fake_tensors_and_tensors_of_other_classes():
+    x, scale = random(4, 8), torch.ones(8)
+    want = pointwise.rms_norm(x, scale, 1e-5)
+    wrapped = pointwise.rms_norm(x, TwoTensor(scale, scale), 1e-5)
+    torch.testing.assert_close(wrapped.a, want)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t).requires_grad_() for t in (x, scale)]
+        out = pointwise.rms_norm(*fake, 1e-5)
+        out.sum().backward()
+        assert out.shape == (4, 8) and fake[0].grad.shape == (4, 8) and fake[1].grad.shape == (8,)
+    assert pointwise.rms_norm(*(t.detach() for t in fake), 1e-5).shape == (4, 8)
+
+
 def test_profilers_and_modes_see_operators():
     a = random(8, 8)
     with torch.profiler.profile() as seen:
@@ -219,8 +250,7 @@ def test_profilers_and_modes_see_operators():
 
 def told(**environment: str) -> str:
     """What a new process says of the library."""
-    code = "from csm_kernels import native; import torch; print(native.function('swiglu', torch.float32) is not None)"
-    command = [sys.executable, "-c", code + "; print(native.reason())"]
+    command = [sys.executable, "-c", "from csm_kernels import native as n; print(n.is_built()); print(n.reason())"]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     return done.stdout
 
@@ -234,7 +264,11 @@ def test_it_is_built_once(tmp_path, form):
     assert told(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
     assert library.stat().st_mtime_ns == born
     library.write_bytes(b"half a file")
-    assert "False" in told(XDG_CACHE_HOME=str(tmp_path))
+    assert told(XDG_CACHE_HOME=str(tmp_path), CXX="/bin/false").startswith("True\nbuilt by ")
+    assert library.stat().st_size > 1000
+    words = "env LC_ALL=C g++"
+    assert "env LC_ALL=C g++" in told(XDG_CACHE_HOME=str(tmp_path), CXX=words)
+    assert len(list((tmp_path / "csm_fast").iterdir())) == 2
 
 
 def test_without_a_compiler(tmp_path, form):

@@ -41,16 +41,43 @@ inline float rounded(float x) {
     return wide(stored);
 }
 
-// e^x with an error of 2 ulp, 2^n times a polynomial over [-ln(2)/2, ln(2)/2] (Cephes' expf); under -87 it stays at the
-// smallest normal number, over 88.7 it is infinite.
-inline float exponential(float x) {
-    const float high = x > 88.8f ? 88.8f : x;
-    const float within = high < -87.3f ? -87.3f : high;
+// Registers of floats, in the compiler's own vector types.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE int32_t whole_of(float x) { return static_cast<int32_t>(x); }
+INLINE Ints whole_of(Floats x) { return __builtin_convertvector(x, Ints); }
+INLINE float as_float(int32_t bits) {
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+INLINE Floats as_float(Ints bits) { return reinterpret_cast<Floats>(bits); }
+
+// e^x, of a float or a register of them, with an error of 2 ulp: 2^n times a polynomial over [-ln(2)/2, ln(2)/2] (Cephes'
+// expf); under -87 it stays at the smallest normal number, over 88.7 it is infinite.
+template <class F>
+INLINE F exponential(F x) {
+    const F most = F{} + 88.8f, least = F{} - 87.3f;
+    const F high = x > most ? most : x;
+    const F within = high < least ? least : high;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const float n = (within * 1.44269504f + shift) - shift;
-    float f = within - n * 0.693359375f;
+    const F n = (within * 1.44269504f + shift) - shift;
+    F f = within - n * 0.693359375f;
     f -= n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+    F p = F{} + 1.9875691500e-4f;
     p = p * f + 1.3981999507e-3f;
     p = p * f + 8.3334519073e-3f;
     p = p * f + 4.1665795894e-2f;
@@ -58,13 +85,9 @@ inline float exponential(float x) {
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
     // In two factors, because 2^128 is none.
-    const int32_t whole = static_cast<int32_t>(n);
-    const int32_t half = whole >> 1;
-    const int32_t one = (half + 127) << 23, other = (whole - half + 127) << 23;
-    float first, second;
-    std::memcpy(&first, &one, sizeof first);
-    std::memcpy(&second, &other, sizeof second);
-    return p * first * second;
+    const auto whole = whole_of(n);
+    const auto half = whole >> 1;
+    return p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -206,20 +229,6 @@ void gather_rotated(const T* in, const int64_t* index, const float* cosine, cons
 
 // Rows of scores are short and end anywhere, and numbers left over behind whole registers would take longer than all
 // others. So these go by registers, of which a row's last ends where the row does and overlaps its neighbour.
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-#define INLINE inline __attribute__((always_inline))
 
 INLINE Floats load(const float* from) {
     Floats out;
@@ -241,13 +250,6 @@ INLINE void store(bf16* to, Floats x) {
     const Words nan = Words{} + 0x7fc0;
     const Halves out = __builtin_convertvector(x != x ? nan : nearest, Halves);
     std::memcpy(static_cast<void*>(to), &out, sizeof out);
-}
-
-INLINE Floats exponential(Floats x) {
-    Floats out;
-#pragma omp simd
-    for (int i = 0; i < LANES; ++i) out[i] = exponential(x[i]);
-    return out;
 }
 
 INLINE float highest_of(Floats x) {
@@ -394,9 +396,13 @@ void causal_softmax_backward(T* grad, const T* p, int64_t rows, int64_t block, i
     });
 }
 
+// The first row whose target is none of the classes (nothing is computed then), or -1.
 template <class T>
-void cross_entropy(T* logits, const int64_t* targets, const float* weights, float* losses, float scale, int wants_grad,
-                   int64_t rows, int64_t vocab, int threads) {
+int64_t cross_entropy(T* logits, const int64_t* targets, const float* weights, float* losses, float scale, int wants_grad,
+                      int64_t rows, int64_t vocab, int threads) {
+    for (int64_t i = 0; i < rows; ++i) {
+        if (targets[i] < 0 || targets[i] >= vocab) return i;
+    }
     parallel(rows, threads, [=](int, int64_t first, int64_t last) {
         const Buffer buffer(vocab);
         float* e = buffer.data;
@@ -422,6 +428,7 @@ void cross_entropy(T* logits, const int64_t* targets, const float* weights, floa
             put(row[target], (e[target] / sum - 1.0f) * coefficient);
         }
     });
+    return -1;
 }
 
 }  // namespace
@@ -462,9 +469,9 @@ void cross_entropy(T* logits, const int64_t* targets, const float* weights, floa
                                                    int64_t before, int threads) {                                            \
         causal_softmax_backward(static_cast<T*>(grad), static_cast<const T*>(p), rows, block, width, before, threads);       \
     }                                                                                                                        \
-    extern "C" void cross_entropy_##NAME(void* logits, const int64_t* targets, const float* weights, float* losses,          \
+    extern "C" int64_t cross_entropy_##NAME(void* logits, const int64_t* targets, const float* weights, float* losses,          \
                                          float scale, int wants_grad, int64_t rows, int64_t vocab, int threads) {            \
-        cross_entropy(static_cast<T*>(logits), targets, weights, losses, scale, wants_grad, rows, vocab, threads);           \
+        return cross_entropy(static_cast<T*>(logits), targets, weights, losses, scale, wants_grad, rows, vocab, threads);           \
     }
 
 NORMS(bf16_bf16, bf16, bf16)

@@ -23,6 +23,9 @@ from .native import threads
 _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
+
+
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
@@ -30,10 +33,17 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         _LIBRARY.impl(name, function, "CPU")
         operator = getattr(torch.ops.csm_kernels, name).default
 
+        @torch.library.register_fake(f"csm_kernels::{name}", lib=_LIBRARY)
+        def fake(*args: Any) -> Any:
+            with native.left_out():
+                return function(*args)
+
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             watched = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
-            return operator(*args) if watched else function(*args)
+            if watched or not _PLAIN.issuperset(map(type, args)):  # a tensor of a Python class may have no memory
+                return operator(*args)
+            return function(*args)
 
         return call
 
@@ -139,7 +149,7 @@ def norm_backward(
 @_operator("swiglu(Tensor a, Tensor b) -> Tensor")
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) b, of one shape and dtype."""
-    if run := native.function("swiglu", a.dtype):
+    if run := native.function("swiglu", a.dtype, b.dtype):
         a, b = a.contiguous(), b.contiguous()
         out = torch.empty_like(a)
         run(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel(), threads(a.numel()))
@@ -150,7 +160,7 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 @_operator("swiglu_backward(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)")
 def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """silu(a) b again, and the gradients of a and b."""
-    if run := native.function("swiglu_backward", a.dtype):
+    if run := native.function("swiglu_backward", grad.dtype, a.dtype, b.dtype):
         grad, a, b = grad.contiguous(), a.contiguous(), b.contiguous()
         product, da, db = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
         pointers = (x.data_ptr() for x in (grad, a, b, product, da, db))
@@ -166,8 +176,8 @@ def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor,
 
 @_operator("gathered(Tensor x, Tensor index) -> Tensor")
 def gathered(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` [B] of x [A, d]."""
-    if run := native.function("gather_rotated", x.dtype):
+    """Rows ``index`` [B] int64 of x [A, d]. Like all indices here they come from a ``Fold``, and are not checked."""
+    if run := native.function("gather_rotated", x.dtype, index.dtype):
         x, index = x.contiguous(), index.contiguous()
         out = x.new_empty(index.shape[0], x.shape[1])
         n = threads(out.numel())
@@ -192,7 +202,7 @@ def rotated(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float) -
         [B, d].
     """
     width = 2 * cos.shape[-1]
-    if run := _rotation(x, cos):
+    if run := native.function("gather_rotated", x.dtype, index.dtype, cos.dtype, sin.dtype):
         return _run_rotation(run, x, index, cos, sin, factor, 1.0, 1, x.shape[1] // width)
     return _rotate(x, cos, sin, factor).view(-1, width).index_select(0, index)
 
@@ -209,13 +219,9 @@ def rotated_back(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: flo
         [T, heads d].
     """
     width = x.shape[-1]
-    if run := _rotation(x, cos):
+    if run := native.function("gather_rotated", x.dtype, index.dtype, cos.dtype, sin.dtype):
         return _run_rotation(run, x, index, cos, sin, factor, -1.0, 0, heads).view(-1, heads * width)
     return _rotate(x.index_select(0, index).view(-1, heads * width), cos, -sin, factor)
-
-
-def _rotation(x: Tensor, cos: Tensor) -> Any:
-    return native.function("gather_rotated", x.dtype) if cos.dtype == torch.float32 else None
 
 
 def _run_rotation(
@@ -251,11 +257,12 @@ def _run_rotation(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
-    """[T, heads d] rotated, by unit complex numbers times the factor. Overwrites ``x`` where that is wide already."""
+    """[T, heads d] rotated, by unit complex numbers times the factor."""
     half = cos.shape[-1]
-    heads = x.shape[1] // (2 * half)
-    pairs = torch.view_as_complex(x.to(cos.dtype).view(-1, cos.shape[0], heads, half, 2))
-    return torch.view_as_real(pairs.mul_(torch.complex(cos, sin) * factor)).to(x.dtype).view(x.shape)
+    wide, turn = x.to(cos.dtype), torch.complex(cos, sin) * factor
+    pairs = torch.view_as_complex(wide.view(-1, cos.shape[0], x.shape[1] // (2 * half), half, 2))
+    turned = pairs * turn if wide is x else pairs.mul_(turn)
+    return torch.view_as_real(turned).to(x.dtype).view(x.shape)
 
 
 # --- softmax ----------------------------------------------------------------------------------------------------------
@@ -292,7 +299,7 @@ def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 @_operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()")
 def causal_softmax_backward_(grad: Tensor, p: Tensor, block: int, before: int) -> None:
     """p (grad - sum of grad p) of each row, in the place of ``grad``; both as in ``causal_softmax_``."""
-    if run := native.function("causal_softmax_backward", grad.dtype):
+    if run := native.function("causal_softmax_backward", grad.dtype, p.dtype):
         m = grad.shape[-1]
         if grad.numel():
             run(grad.data_ptr(), p.data_ptr(), grad.numel() // m, block, m, before, threads(grad.numel()))
@@ -314,10 +321,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad:
         [m] in the wide dtype.
     """
     losses = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    if run := native.function("cross_entropy", logits.dtype):
+    if run := native.function("cross_entropy", logits.dtype, targets.dtype, weights.dtype):
         targets, weights = targets.contiguous(), weights.contiguous()
         pointers = (x.data_ptr() for x in (logits, targets, weights, losses))
-        run(*pointers, scale, wants_grad, *logits.shape, threads(logits.numel()))
+        bad = run(*pointers, scale, wants_grad, *logits.shape, threads(logits.numel()))
+        if bad >= 0:
+            raise RuntimeError(f"target {targets[bad]} of row {bad} is out of bounds for {logits.shape[1]} classes")
         return losses
     plain_cross_entropy_(logits, targets, weights, losses, wants_grad, scale)
     return losses

@@ -15,17 +15,18 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SOURCE = Path(__file__).with_name("cpu_passes.cpp")
-COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
 SECONDS = 120
 
@@ -40,19 +41,33 @@ SIGNATURES = {
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
 }
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-ALONE: tuple[tuple[torch.dtype, ...], ...] = ((torch.bfloat16,), (torch.float32,))
-PAIRS: tuple[tuple[torch.dtype, ...], ...] = (  # the residual stream's type, the products'
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float32),
-)
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
+NAMES = {BF16: "bf16", FP32: "fp32"}
+Types = tuple[torch.dtype, ...]
+# The residual stream's type, the products'.
+PAIRS: tuple[Types, ...] = ((BF16, BF16), (FP32, BF16), (FP32, FP32))
+
+
+def _served(name: str) -> list[tuple[Types, Types]]:
+    """(types of the tensors given, types in the function's name), for every form of a function."""
+    if name.startswith("norm"):
+        return [(pair, pair) for pair in PAIRS]
+    given: dict[str, Callable[[torch.dtype], list[Types]]] = {
+        "swiglu": lambda t: [(t, t)],
+        "swiglu_backward": lambda t: [(t, t, t)],
+        "gather_rotated": lambda t: [(t, INT64), (t, INT64, FP32, FP32)],
+        "causal_softmax": lambda t: [(t,)],
+        "causal_softmax_backward": lambda t: [(t, t)],
+        "cross_entropy": lambda t: [(t, INT64, FP32)],
+    }
+    return [(types, (t,)) for t in (BF16, FP32) for types in given[name](t)]
+
 
 Functions = dict[tuple[Any, ...], Any]  # by name and types: ("swiglu", torch.bfloat16)
 
 
 def function(name: str, *types: torch.dtype) -> Any:
-    """The library's function for these types, or None."""
+    """The library's function for tensors of these types, or None."""
     found = _load()[0]
     return found.get((name, *types)) if found is not None and not _left_out else None
 
@@ -71,6 +86,11 @@ def left_out() -> Iterator[None]:
         _left_out -= 1
 
 
+def is_built() -> bool:
+    """Whether there is a library."""
+    return _load()[0] is not None
+
+
 def reason() -> str:
     """Which compiler built the library, or why there is none."""
     return _load()[1]
@@ -82,20 +102,21 @@ def _load() -> tuple[Functions | None, str]:
         return None, "CSM_KERNELS_NATIVE=0"
     if platform.system() != "Linux":
         return None, f"not built on {platform.system()}"
-    compiler = _compiler()
-    if compiler is None:
-        return None, f"no C++ compiler ({', '.join(COMPILERS)}); install one, or name it in CXX"
-    try:
-        library = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, f"{compiler} could not build it: {_last_line(error)}"
-    return _bound(library), f"built by {compiler}"
+    why = f"no C++ compiler ({', '.join(COMPILERS)}); install one, or name it in CXX"
+    for compiler in _compilers():
+        try:
+            return _bound(_opened(compiler)), f"built by {' '.join(compiler)}"
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
+            why = f"{' '.join(compiler)} could not build it: {_last_line(error)}"
+    return None, why
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX", "").split()
-    candidates = [*named[:1], *COMPILERS]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+def _compilers() -> list[list[str]]:
+    """Commands to try, ``CXX`` first."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    commands = [*([named] if named else []), *([name] for name in COMPILERS)]
+    found = [[path, *rest] for name, *rest in commands if (path := shutil.which(name))]
+    return [command for i, command in enumerate(found) if command not in found[:i]]
 
 
 def _last_line(error: Exception) -> str:
@@ -104,28 +125,30 @@ def _last_line(error: Exception) -> str:
     return lines[0]
 
 
-def _built(compiler: str) -> Path:
-    """The library's file, built if it is not there. Two processes may build at once: the later one's takes over."""
+def _opened(compiler: list[str]) -> ctypes.CDLL:
+    """The library, built if its file is not there or is damaged. Two processes may build at once: the later one's file
+    takes over."""
     target = _cache() / f"cpu_passes-{_key(compiler)}.so"
     if target.exists():
-        return target
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         out = Path(scratch) / "library.so"
-        command = [compiler, *FLAGS, "-o", str(out), str(SOURCE)]
+        command = [*compiler, *FLAGS, "-o", str(out), str(SOURCE)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
         os.replace(out, target)
-    return target
+    return ctypes.CDLL(str(target))
 
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm_fast"
 
 
-def _key(compiler: str) -> str:
-    asked = [compiler, "--version"]
+def _key(compiler: list[str]) -> str:
+    asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
-    parts = (SOURCE.read_text(encoding="utf-8"), compiler, version.stdout, " ".join(FLAGS), _processor())
+    parts = (SOURCE.read_text(encoding="utf-8"), *compiler, version.stdout, " ".join(FLAGS), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -142,10 +165,10 @@ def _processor() -> str:
 def _bound(library: ctypes.CDLL) -> Functions:
     bound: Functions = {}
     for name, arguments in SIGNATURES.items():
-        for types in PAIRS if name.startswith("norm") else ALONE:
+        for types, named in _served(name):
             key = name, *types
-            bound[key] = getattr(library, "_".join((name, *(NAMES[t] for t in types))))
-            bound[key].argtypes, bound[key].restype = arguments, None
+            bound[key] = getattr(library, "_".join((name, *(NAMES[t] for t in named))))
+            bound[key].argtypes, bound[key].restype = arguments, _LONG if name == "cross_entropy" else None
     return bound
 
 
