@@ -133,8 +133,9 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_title(("free: " if free else "equal updates: ") + label, fontsize=10)
         axis.set_xlabel("rows per second, forward + backward")
         axis.tick_params(labelsize=8)
-        for y, rate in enumerate(rates):
-            axis.text(rate, y, f" {rate:,.0f}", va="bottom", fontsize=7)
+        for y, (rate, more) in enumerate(zip(rates, spread[1], strict=True)):
+            axis.text(rate + more, y, f"  {rate:,.0f}", va="center", fontsize=7)
+        axis.set_xlim(right=1.25 * max(rate + more for rate, more in zip(rates, spread[1], strict=True)))
     figure.suptitle(f"{rows[0]['shape']} shape, {rows[0]['recordings']} recordings; {provenance(rows[0])}", fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

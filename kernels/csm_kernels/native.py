@@ -107,7 +107,7 @@ def _load() -> tuple[Functions | None, str]:
         try:
             return _bound(_opened(compiler)), f"built by {' '.join(compiler)}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
-            why = f"{' '.join(compiler)} could not build it: {_last_line(error)}"
+            why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
     return None, why
 
 
@@ -119,7 +119,7 @@ def _compilers() -> list[list[str]]:
     return [command for i, command in enumerate(found) if command not in found[:i]]
 
 
-def _last_line(error: Exception) -> str:
+def _complaint(error: Exception) -> str:
     said = getattr(error, "stderr", None) or str(error)
     lines = [line.strip() for line in said.splitlines() if "error" in line] or said.strip().splitlines() or [""]
     return lines[0]
