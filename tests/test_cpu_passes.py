@@ -238,6 +238,36 @@ def test_fake_tensors_and_tensors_of_other_classes():
     assert pointwise.rms_norm(*(t.detach() for t in fake), 1e-5).shape == (4, 8)
 
 
+def operators() -> dict[str, tuple]:
+    """Arguments for each operator, by name."""
+    x, grad, scale, r = random(4, 8, dtype=BF16), random(4, 8, dtype=BF16, seed=1), random(8), torch.ones(4, 1)
+    index, cos = torch.tensor([3, 0, 7, 1]), random(4, 1, 2)
+    scores = random(2, 6, 5)
+    return {
+        "norm": (x, scale, 1e-5, BF16),
+        "normed": (x, r, scale, BF16),
+        "norm_backward": (grad, x, r, scale, x, True),
+        "swiglu": (x, grad),
+        "swiglu_backward": (grad, x, grad),
+        "gathered": (x, torch.tensor([3, 0])),
+        "rotated": (x, index, cos, cos, 0.5),
+        "rotated_back": (random(8, 4, dtype=BF16), index, cos, cos, 0.5, 1),
+        "causal_softmax_": (scores, 3, 2),
+        "causal_softmax_backward_": (scores, scores.softmax(-1), 3, 2),
+        "cross_entropy_": (random(3, 5), torch.arange(3), torch.ones(3), True, 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.csm_kernels, name).default, operators()[name])
+
+
+def test_every_operator_is_checked():
+    registered = {name for name, value in vars(cpu_passes).items() if hasattr(value, "__wrapped__")}
+    assert registered - {"_mask"} == set(operators())
+
+
 def test_profilers_and_modes_see_operators():
     a = random(8, 8)
     with torch.profiler.profile() as seen:

@@ -26,7 +26,9 @@ _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operator(schema: str, in_place: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function; without data, one that works ``in_place`` and returns nothing has nothing to do."""
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
         _LIBRARY.define(schema)
@@ -35,6 +37,8 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
         @torch.library.register_fake(f"csm_kernels::{name}", lib=_LIBRARY)
         def fake(*args: Any) -> Any:
+            if in_place:
+                return None
             with native.left_out():
                 return function(*args)
 
@@ -268,7 +272,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
 # --- softmax ----------------------------------------------------------------------------------------------------------
 
 
-@_operator("causal_softmax_(Tensor(a!) scores, int block, int before) -> ()")
+@_operator("causal_softmax_(Tensor(a!) scores, int block, int before) -> ()", in_place=True)
 def causal_softmax_(scores: Tensor, block: int, before: int) -> None:
     """Softmax over the scores that a row sees, in place; 0 in their rest.
 
@@ -296,7 +300,7 @@ def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.full((rows, columns), -torch.inf, dtype=dtype).triu_(1)
 
 
-@_operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()")
+@_operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()", in_place=True)
 def causal_softmax_backward_(grad: Tensor, p: Tensor, block: int, before: int) -> None:
     """p (grad - sum of grad p) of each row, in the place of ``grad``; both as in ``causal_softmax_``."""
     if run := native.function("causal_softmax_backward", grad.dtype, p.dtype):
