@@ -316,7 +316,7 @@ def about(trainer: Trainer) -> dict[str, Any]:
         "csm_fast": __version__,
         "date": datetime.date.today().isoformat(),
         "model": config.model.model,
-        "data": config.data.data,
+        "data": Path(config.data.data).name,
         "method": config.adapter.method,
         "precision": trainer.precision,
         "weights": config.optimizer.weights,
