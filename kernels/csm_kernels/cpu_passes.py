@@ -163,7 +163,11 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 
 @_operator("swiglu_backward(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)")
 def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(a) b again, and the gradients of a and b."""
+    """silu(a) b again, and its gradients for a and b: with s = sigmoid(a), grad b (s + a s (1 - s)) and grad a s.
+
+    Args:
+        grad, a, b: one shape; where their dtypes differ, PyTorch's promotion decides.
+    """
     if run := native.function("swiglu_backward", grad.dtype, a.dtype, b.dtype):
         grad, a, b = grad.contiguous(), a.contiguous(), b.contiguous()
         product, da, db = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
@@ -323,6 +327,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad:
 
     Returns:
         [m] in the wide dtype.
+
+    Raises:
+        RuntimeError: a target outside of [0, V).
     """
     losses = torch.empty_like(weights, memory_format=torch.contiguous_format)
     if run := native.function("cross_entropy", logits.dtype, targets.dtype, weights.dtype):
