@@ -19,7 +19,7 @@ setup(
     packages=["csm_fast", "csm_kernels"],
     # No top-level package named `kernels`: it would shadow Hugging Face's.
     package_dir={"csm_fast": "csm_fast", "csm_kernels": "kernels/csm_kernels"},
-    package_data={"csm_fast": ["py.typed"], "csm_kernels": ["*.cpp"]},
+    package_data={"csm_fast": ["py.typed"], "csm_kernels": ["*.cpp", "*.h"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -16,7 +16,7 @@ from . import ops
 
 def serves(layer: Any, x: Tensor, attend: Any) -> bool:
     """Whether ``run`` may take the place of ``model.run_layer``."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "fold"):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "order"):
         return False
     linears = _linears(layer)
     if ops.asked() == "triton" or not all(map(_is_plain, linears)):
@@ -54,5 +54,5 @@ def run(
     attn = layer.attn
     setup = ops.LayerSetup(attn.head_dim, layer.sa_norm.eps, layer.mlp_norm.eps, dtype, recompute_mlp)
     weights = (layer.sa_norm.scale, wq, wk, wv, wo, layer.mlp_norm.scale, w1, w2, w3)
-    order = attend.fold(x, attn.num_heads, attn.num_kv_heads)
+    order = attend.order(x, attn.num_heads, attn.num_kv_heads)
     return ops.llama_layer(x, cos, sin, order, weights, setup, rows)

@@ -244,9 +244,9 @@ class PackedAttend:
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
 
-    def fold(self, x: Tensor, heads: int, kv_heads: int) -> ops.Fold:
-        """The order of ``x``'s rows in ``ops.llama_layer``."""
-        return ops.plan_segments(self.segments.cu_seqlens).fold(heads, kv_heads)
+    def order(self, x: Tensor, heads: int, kv_heads: int) -> ops.Order:
+        """The segments of ``x``'s rows for ``ops.llama_layer``."""
+        return ops.plan_segments(self.segments.cu_seqlens).order(heads, kv_heads)
 
 
 def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
@@ -272,9 +272,9 @@ class DepthAttend:
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
 
-    def fold(self, x: Tensor, heads: int, kv_heads: int) -> ops.Fold:
-        """The order of ``x``'s rows in ``ops.llama_layer``."""
-        return ops.fold_uniform(x.shape[0], x.shape[1], heads, kv_heads)
+    def order(self, x: Tensor, heads: int, kv_heads: int) -> ops.Order:
+        """The segments of ``x``'s rows for ``ops.llama_layer``."""
+        return ops.uniform_order(x.shape[0], x.shape[1], heads, kv_heads)
 
 
 def projects_table(frames: int, vocab: int) -> bool:

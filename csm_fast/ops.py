@@ -15,8 +15,7 @@ import torch
 from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
-from csm_kernels.folded_attention import Fold
-from csm_kernels.folded_attention import uniform as fold_uniform
+from csm_kernels.cpu_attention import Order, uniform_order
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.llama_layer import LayerSetup, llama_layer
 from csm_kernels.native import reason as cpu_passes
@@ -27,14 +26,13 @@ from torch import Tensor
 
 __all__ = [
     "IMPLS",
-    "Fold",
     "LayerSetup",
+    "Order",
     "RowGradient",
     "asked",
     "chosen",
     "cpu_passes",
     "depth_attention",
-    "fold_uniform",
     "frame_embed",
     "frame_embed_with_codes",
     "linear_cross_entropy",
@@ -43,6 +41,7 @@ __all__ = [
     "plan_segments",
     "rms_norm",
     "rotate_pairs",
+    "uniform_order",
     "using",
     "varlen_backend",
 ]

@@ -60,7 +60,7 @@ def per_segment_sdpa(q, k, v, lengths):
 
 def by_formula(monkeypatch):
     """As on a device that has no variable-length kernels."""
-    monkeypatch.setattr(module, "_folds", lambda q: False)
+    monkeypatch.setattr(module, "_on_cpu", lambda q: False)
 
 
 @pytest.mark.parametrize("form", ["folded", "blocks", "formula"])

@@ -71,7 +71,7 @@ def test_it_is_the_layer(monkeypatch, make, some, recompute, blocks):
 def test_gradcheck():
     layer, x, cos, sin, _ = packed(torch.float64)
     attn, mlp, rows = layer.attn, layer.mlp, torch.tensor([2, 5])
-    order = PackedAttend(Segments.of([4, 3])).fold(x, 4, 2)
+    order = PackedAttend(Segments.of([4, 3])).order(x, 4, 2)
     setup = ops.LayerSetup(16, 1e-5, 1e-5, torch.float64)
     linears = [m.weight for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, mlp.w1, mlp.w2, mlp.w3)]
     scales = [norm.scale.detach().requires_grad_() for norm in (layer.sa_norm, layer.mlp_norm)]

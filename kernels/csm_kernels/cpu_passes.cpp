@@ -1,119 +1,13 @@
 // What lies between the matrix products of a layer on a CPU, one pass over memory each. Built on first use by native.py;
 // cpu_passes.py says what each function computes, and has the same in PyTorch's operators.
-//
-// Values are float32 or bf16 in memory and float32 in registers. Nothing here depends on PyTorch's headers, so building
-// takes a second or two and serves every version of it.
 
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
+
+#include "cpu_common.h"
 
 namespace {
 
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float wide(float x) { return x; }
-
-inline float wide(bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-inline void put(float& to, float x) { to = x; }
-
-// To nearest, ties to even; NaN stays NaN.
-inline void put(bf16& to, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-template <class T>
-inline float rounded(float x) {
-    T stored;
-    put(stored, x);
-    return wide(stored);
-}
-
-// Registers of floats, in the compiler's own vector types.
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-#define INLINE inline __attribute__((always_inline))
-
-INLINE int32_t whole_of(float x) { return static_cast<int32_t>(x); }
-INLINE Ints whole_of(Floats x) { return __builtin_convertvector(x, Ints); }
-INLINE float as_float(int32_t bits) {
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-INLINE Floats as_float(Ints bits) { return reinterpret_cast<Floats>(bits); }
-
-// e^x, of a float or a register of them, with an error of 2 ulp: 2^n times a polynomial over [-ln(2)/2, ln(2)/2] (Cephes'
-// expf); under -87 it stays at the smallest normal number, over 88.7 it is infinite.
-template <class F>
-INLINE F exponential(F x) {
-    const F most = F{} + 88.8f, least = F{} - 87.3f;
-    const F high = x > most ? most : x;
-    const F within = high < least ? least : high;
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const F n = (within * 1.44269504f + shift) - shift;
-    F f = within - n * 0.693359375f;
-    f -= n * -2.12194440e-4f;
-    F p = F{} + 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    // In two factors, because 2^128 is none.
-    const auto whole = whole_of(n);
-    const auto half = whole >> 1;
-    return p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
-}
-
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// [first, last) of a thread's share.
-struct Share {
-    int64_t first, last;
-};
-
-inline Share share(int64_t items, int part, int parts) {
-    return {items * part / parts, items * (part + 1) / parts};
-}
-
-// body(thread, first, last) over `items`.
-template <class Body>
-void parallel(int64_t items, int threads, Body body) {
-    if (threads <= 1) {
-        body(0, int64_t{0}, items);
-        return;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
-        const Share mine = share(items, thread, threads);
-        body(thread, mine.first, mine.last);
-    }
-}
 
 template <class X, class Y>
 void norm(const X* x, const float* scale, float eps, float* r, Y* y, int64_t rows, int64_t width, int given, int threads) {
@@ -230,42 +124,6 @@ void gather_rotated(const T* in, const int64_t* index, const float* cosine, cons
 // Rows of scores are short and end anywhere, and numbers left over behind whole registers would take longer than all
 // others. So these go by registers, of which a row's last ends where the row does and overlaps its neighbour.
 
-INLINE Floats load(const float* from) {
-    Floats out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-
-INLINE Floats load(const bf16* from) {
-    Halves bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
-}
-
-INLINE void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
-
-INLINE void store(bf16* to, Floats x) {
-    const Words bits = reinterpret_cast<Words>(x);
-    const Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Words nan = Words{} + 0x7fc0;
-    const Halves out = __builtin_convertvector(x != x ? nan : nearest, Halves);
-    std::memcpy(static_cast<void*>(to), &out, sizeof out);
-}
-
-INLINE float highest_of(Floats x) {
-    float out = x[0];
-#pragma omp simd reduction(max : out)
-    for (int i = 0; i < LANES; ++i) out = x[i] > out ? x[i] : out;
-    return out;
-}
-
-INLINE float sum_of(Floats x) {
-    float out = 0.0f;
-#pragma omp simd reduction(+ : out)
-    for (int i = 0; i < LANES; ++i) out += x[i];
-    return out;
-}
-
 // Where the registers of a row lie: `whole` of them one after the other, and one more that ends with the row.
 struct Cut {
     int64_t whole, tail;
@@ -315,23 +173,6 @@ INLINE Sum exponentials(const T* row, int64_t live, Cut cut, float* out) {
         sum += column >= static_cast<int32_t>(cut.fresh(i)) ? e : Floats{};
     }
     return {highest, sum_of(sum)};
-}
-
-// `width` numbers, and room for the registers of a row of them.
-class Buffer {
-  public:
-    explicit Buffer(int64_t width)
-        : data(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(width / 64 + 2) * 64 * sizeof(float)))) {}
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-
-    float* const data;
-};
-
-template <class T>
-INLINE void clear(T* to, int64_t count) {
-    if (count > 0) std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
 // Rows of `width` scores come in blocks of `block`; row i of a block sees its first `before` + i + 1 scores.

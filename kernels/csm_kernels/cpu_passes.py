@@ -26,19 +26,19 @@ _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
 
 
-def _operator(schema: str, in_place: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function; without data, one that works ``in_place`` and returns nothing has nothing to do."""
+def operator(schema: str, fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function. ``fake`` gives its results without data; by default PyTorch's operators in it do."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, function, "CPU")
-        operator = getattr(torch.ops.csm_kernels, name).default
+        registered = getattr(torch.ops.csm_kernels, name).default
 
         @torch.library.register_fake(f"csm_kernels::{name}", lib=_LIBRARY)
-        def fake(*args: Any) -> Any:
-            if in_place:
-                return None
+        def without_data(*args: Any) -> Any:
+            if fake is not None:
+                return fake(*args)
             with native.left_out():
                 return function(*args)
 
@@ -46,12 +46,16 @@ def _operator(schema: str, in_place: bool = False) -> Callable[[Callable[..., An
         def call(*args: Any) -> Any:
             watched = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
             if watched or not _PLAIN.issuperset(map(type, args)):  # a tensor of a Python class may have no memory
-                return operator(*args)
+                return registered(*args)
             return function(*args)
 
         return call
 
     return register
+
+
+def nothing(*_: Any) -> None:
+    """What an operator that works in place does without data."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -62,7 +66,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 # --- RMS norm ---------------------------------------------------------------------------------------------------------
 
 
-@_operator("norm(Tensor x, Tensor scale, float eps, ScalarType dtype) -> (Tensor, Tensor)")
+@operator("norm(Tensor x, Tensor scale, float eps, ScalarType dtype) -> (Tensor, Tensor)")
 def norm(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """RMS norm of rows.
 
@@ -86,7 +90,7 @@ def norm(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tens
     return r, _normed(x, r, scale, dtype)
 
 
-@_operator("normed(Tensor x, Tensor r, Tensor scale, ScalarType dtype) -> Tensor")
+@operator("normed(Tensor x, Tensor r, Tensor scale, ScalarType dtype) -> Tensor")
 def normed(x: Tensor, r: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``norm``'s y again, from its r."""
     if run := native.function("norm", x.dtype, dtype):
@@ -102,7 +106,7 @@ def _normed(x: Tensor, r: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return ((x.to(r.dtype) * r).to(x.dtype) * scale).to(dtype)
 
 
-@_operator(
+@operator(
     "norm_backward(Tensor grad, Tensor x, Tensor r, Tensor scale, Tensor? residual, bool wants_scale)"
     " -> (Tensor, Tensor)"
 )
@@ -150,7 +154,7 @@ def norm_backward(
 # --- SwiGLU -----------------------------------------------------------------------------------------------------------
 
 
-@_operator("swiglu(Tensor a, Tensor b) -> Tensor")
+@operator("swiglu(Tensor a, Tensor b) -> Tensor")
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) b, of one shape and dtype."""
     if run := native.function("swiglu", a.dtype, b.dtype):
@@ -161,7 +165,7 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     return F.silu(a).mul_(b)
 
 
-@_operator("swiglu_backward(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)")
+@operator("swiglu_backward(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)")
 def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """silu(a) b again, and its gradients for a and b: with s = sigmoid(a), grad b (s + a s (1 - s)) and grad a s.
 
@@ -182,7 +186,7 @@ def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor,
 # --- rotation and order -----------------------------------------------------------------------------------------------
 
 
-@_operator("gathered(Tensor x, Tensor index) -> Tensor")
+@operator("gathered(Tensor x, Tensor index) -> Tensor")
 def gathered(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [B] int64 of x [A, d]. Like all indices here they come from a ``Fold``, and are not checked."""
     if run := native.function("gather_rotated", x.dtype, index.dtype):
@@ -194,7 +198,7 @@ def gathered(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
-@_operator("rotated(Tensor x, Tensor index, Tensor cos, Tensor sin, float factor) -> Tensor")
+@operator("rotated(Tensor x, Tensor index, Tensor cos, Tensor sin, float factor) -> Tensor")
 def rotated(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
     """Rows of heads, rotated, scaled, and brought into another order.
 
@@ -215,7 +219,7 @@ def rotated(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float) -
     return _rotate(x, cos, sin, factor).view(-1, width).index_select(0, index)
 
 
-@_operator("rotated_back(Tensor x, Tensor index, Tensor cos, Tensor sin, float factor, int heads) -> Tensor")
+@operator("rotated_back(Tensor x, Tensor index, Tensor cos, Tensor sin, float factor, int heads) -> Tensor")
 def rotated_back(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float, heads: int) -> Tensor:
     """The way back: ``rotated``'s gradient.
 
@@ -276,7 +280,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
 # --- softmax ----------------------------------------------------------------------------------------------------------
 
 
-@_operator("causal_softmax_(Tensor(a!) scores, int block, int before) -> ()", in_place=True)
+@operator("causal_softmax_(Tensor(a!) scores, int block, int before) -> ()", fake=nothing)
 def causal_softmax_(scores: Tensor, block: int, before: int) -> None:
     """Softmax over the scores that a row sees, in place; 0 in their rest.
 
@@ -304,7 +308,7 @@ def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.full((rows, columns), -torch.inf, dtype=dtype).triu_(1)
 
 
-@_operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()", in_place=True)
+@operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()", fake=nothing)
 def causal_softmax_backward_(grad: Tensor, p: Tensor, block: int, before: int) -> None:
     """p (grad - sum of grad p) of each row, in the place of ``grad``; both as in ``causal_softmax_``."""
     if run := native.function("causal_softmax_backward", grad.dtype, p.dtype):
@@ -315,7 +319,7 @@ def causal_softmax_backward_(grad: Tensor, p: Tensor, block: int, before: int) -
     torch.ops.aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
 
 
-@_operator("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, bool wants_grad, float scale) -> Tensor")
+@operator("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, bool wants_grad, float scale) -> Tensor")
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool, scale: float) -> Tensor:
     """Weighted cross-entropy of rows of logits, which the gradient overwrites where it is wanted.
 

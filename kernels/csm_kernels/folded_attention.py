@@ -141,10 +141,10 @@ def _pieces(sequences: int, scores: int) -> Iterator[slice]:
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, heads, d] and twice [T, kv heads, d] -> folded rows [B, d]."""
+    """[T * heads, d] and twice [T, kv heads * d] -> folded rows [B, d]."""
     width = q.shape[-1]
     return (
-        gathered(q.reshape(-1, width), order.queries),
+        gathered(q, order.queries),
         gathered(k.reshape(-1, width), order.keys),
         gathered(v.reshape(-1, width), order.keys),
     )
@@ -190,11 +190,6 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tupl
         for some in _pieces(sequences, max(repeat * (last - first) * last for first, last in blocks)):
             gradients(*(x[some] for x in queries), *(x[some] for x in keys))
     return dq, dk, dv
-
-
-def in_rows(q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tuple[Tensor, Tensor, Tensor]:
-    """``gather``'s way back: [T * heads, d] and twice [T * kv heads, d]."""
-    return gathered(q, order.queries_back), gathered(k, order.keys_back), gathered(v, order.keys_back)
 
 
 def _score_gradients(p: Tensor, grad: Tensor, v: Tensor, first: int) -> Tensor:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import folded_attention
-from .cpu_passes import gathered, norm, norm_backward, normed, rotated, rotated_back, swiglu, swiglu_backward
-from .folded_attention import Fold
+from . import cpu_attention
+from .cpu_attention import Kept, Order
+from .cpu_passes import norm, norm_backward, normed, swiglu, swiglu_backward
 
 
 class LayerSetup(NamedTuple):
@@ -47,11 +47,10 @@ class _LlamaLayer(torch.autograd.Function):
     def forward(ctx, x, cos, sin, order, rows, setup, sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3):
         dtype, d = setup.dtype, setup.head_dim
         r, y = norm(x, sa_norm, setup.eps, dtype)
-        q = rotated(torch.mm(y, wq.t()), order.queries, cos, sin, d**-0.5)
-        k = rotated(torch.mm(y, wk.t()), order.keys, cos, sin, 1.0)
-        v = gathered(torch.mm(y, wv.t()).view(-1, d), order.keys)
+        q, k, v = torch.mm(y, wq.t()), torch.mm(y, wk.t()), torch.mm(y, wv.t())
         del y
-        attended = folded_attention.forward(q, k, v, order)
+        attention, attended = cpu_attention.forward(q, k, v, cos, sin, order, d)
+        del q, k, v
         middle = x
         if rows is not None:
             attended, middle = attended.index_select(0, rows), x.index_select(0, rows)
@@ -62,17 +61,17 @@ class _LlamaLayer(torch.autograd.Function):
         out = _sum_of_product(middle, swiglu(a, b), w2.t())
         kept = (None, None) if setup.recompute_mlp else (a, b)
         weights = (sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3)
-        ctx.save_for_backward(x, r, cos, sin, q, k, v, attended, middle, mlp_r, *kept, rows, *weights)
+        ctx.save_for_backward(x, r, cos, sin, *attention, attended, middle, mlp_r, *kept, rows, *weights)
         ctx.order, ctx.setup = order, setup
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, r, cos, sin, fq, fk, fv, attended, middle, mlp_r, a, b, rows, *weights = ctx.saved_tensors
+        x, r, cos, sin, q, k, v, logs, attended, middle, mlp_r, a, b, rows, *weights = ctx.saved_tensors
         sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3 = weights
         order, setup = ctx.order, ctx.setup
-        dtype, heads, kv_heads = setup.dtype, order.heads, order.kv_heads
+        dtype = setup.dtype
         wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         grads: list[Tensor | None] = [None] * 9
 
@@ -103,13 +102,10 @@ class _LlamaLayer(torch.autograd.Function):
             grads[4] = torch.mm(narrow.t(), attended)
         dout = torch.mm(narrow, wo)
         if rows is not None:
-            dout = dout.new_zeros(x.shape[0], dout.shape[1]).index_add_(0, rows, dout)
             grad = grad.new_zeros(x.shape).index_add_(0, rows, grad)
-        dq, dk, dv = folded_attention.backward(dout, fq, fk, fv, order)
-        del dout
-        dq = rotated_back(dq, order.queries_back, cos, sin, setup.head_dim**-0.5, heads)
-        dk = rotated_back(dk, order.keys_back, cos, sin, 1.0, kv_heads)
-        dv = gathered(dv, order.keys_back).view(x.shape[0], wv.shape[0])
+        attention = Kept(q, k, v, logs)
+        dq, dk, dv = cpu_attention.backward(dout, attended, rows, attention, cos, sin, order, setup.head_dim)
+        del dout, attention
         y = normed(x, r, sa_norm, dtype)
         for i, part in ((1, dq), (2, dk), (3, dv)):
             if wants[i]:
@@ -126,7 +122,7 @@ def llama_layer(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    order: Fold,
+    order: Order,
     weights: tuple[Tensor, ...],
     setup: LayerSetup,
     rows: Tensor | None = None,
@@ -136,7 +132,7 @@ def llama_layer(
     Args:
         x: [..., D] on a CPU, the rows in the order of the table; float32, float64, bf16 or fp16.
         cos, sin: [N or K, 1, d / 2] float32 (float64 for float64 layers), one per row, or per row of a frame.
-        order: of the attention's segments.
+        order: the attention's segments.
         weights: norm's scale [D], wq [H d, D], wk and wv [Hkv d, D], wo [D, H d], the MLP's norm's scale [D], w1
             [F, D], w2 [D, F], w3 [F, D]; the matrices in ``setup.dtype``.
         rows: [A] int64 of x [T, D]: those whose results are wanted, in that order.

@@ -1,4 +1,5 @@
-"""Builds ``cpu_passes.cpp`` for this processor on first use, as Triton and PyTorch's compiler build theirs.
+"""Builds the C++ sources beside this file for this processor on first use, as Triton and PyTorch's
+compiler build theirs.
 
 The library lies in the user's cache (``$XDG_CACHE_HOME/csm_fast``, ``~/.cache/csm_fast``), under a name made of the
 source, the compiler, its flags and the processor's features: a home directory shared by different machines holds one
@@ -25,7 +26,9 @@ from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu_passes.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp"))
+HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
 SECONDS = 120
@@ -40,7 +43,11 @@ SIGNATURES = {
     "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
+    "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID, _VOID, _INT),
+    "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_INT,),
 }
+# These are there only for processors that multiply bf16 (AVX512-BF16).
+OF_SOME_PROCESSORS = {"attention_forward", "attention_backward"}
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 NAMES = {BF16: "bf16", FP32: "fp32"}
 Types = tuple[torch.dtype, ...]
@@ -52,6 +59,8 @@ def _served(name: str) -> list[tuple[Types, Types]]:
     """(types of the tensors given, types in the function's name), for every form of a function."""
     if name.startswith("norm"):
         return [(pair, pair) for pair in PAIRS]
+    if name in OF_SOME_PROCESSORS:
+        return [((BF16,), (BF16,))]
     given: dict[str, Callable[[torch.dtype], list[Types]]] = {
         "swiglu": lambda t: [(t, t)],
         "swiglu_backward": lambda t: [(t, t, t)],
@@ -68,8 +77,13 @@ Functions = dict[tuple[Any, ...], Any]  # by name and types: ("swiglu", torch.bf
 
 def function(name: str, *types: torch.dtype) -> Any:
     """The library's function for tensors of these types, or None."""
+    return None if _left_out else library_function(name, *types)
+
+
+def library_function(name: str, *types: torch.dtype) -> Any:
+    """The same where the library is left out: for the second half of what it began."""
     found = _load()[0]
-    return found.get((name, *types)) if found is not None and not _left_out else None
+    return None if found is None else found.get((name, *types))
 
 
 _left_out = 0
@@ -128,14 +142,14 @@ def _complaint(error: Exception) -> str:
 def _opened(compiler: list[str]) -> ctypes.CDLL:
     """The library, built if its file is not there or is damaged. Two processes may build at once: the later one's file
     takes over."""
-    target = _cache() / f"cpu_passes-{_key(compiler)}.so"
+    target = _cache() / f"cpu-{_key(compiler)}.so"
     if target.exists():
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         out = Path(scratch) / "library.so"
-        command = [*compiler, *FLAGS, "-o", str(out), str(SOURCE)]
+        command = [*compiler, *FLAGS, "-o", str(out), *map(str, SOURCES)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
         os.replace(out, target)
     return ctypes.CDLL(str(target))
@@ -148,7 +162,8 @@ def _cache() -> Path:
 def _key(compiler: list[str]) -> str:
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
-    parts = (SOURCE.read_text(encoding="utf-8"), *compiler, version.stdout, " ".join(FLAGS), _processor())
+    sources = (path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES))
+    parts = (*sources, *compiler, version.stdout, " ".join(FLAGS), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -166,9 +181,13 @@ def _bound(library: ctypes.CDLL) -> Functions:
     bound: Functions = {}
     for name, arguments in SIGNATURES.items():
         for types, named in _served(name):
+            symbol = "_".join((name, *(NAMES[t] for t in named)))
+            if name in OF_SOME_PROCESSORS and not hasattr(library, symbol):
+                continue
+            found = getattr(library, symbol)
             key = name, *types
-            bound[key] = getattr(library, "_".join((name, *(NAMES[t] for t in named))))
-            bound[key].argtypes, bound[key].restype = arguments, _LONG if name == "cross_entropy" else None
+            bound[key], found.argtypes = found, arguments
+            found.restype = _LONG if name == "cross_entropy" else None
     return bound
 
 

@@ -4,7 +4,7 @@ On CUDA in half types the work goes to flash-attn's variable-length function or 
 are registered operators with their own backward, so they are called as they are. Everywhere else
 ``csm_kernels::packed_attention`` reads the segments when it runs, not when it is traced: segments of similar length
 share one call, padded to the longest (padding on the right is harmless under a causal mask), on a CPU through
-``folded_attention``, on other devices through the formulas of the reference. The same segments come once per layer,
+``cpu_attention``, on other devices through the formulas of the reference. The same segments come once per layer,
 forward and backward: their plan is made once and found again by the bytes of ``cu_seqlens``.
 """
 
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import folded_attention
+from . import cpu_attention, folded_attention
+from .cpu_attention import Order
 from .folded_attention import Fold
 
 # Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
@@ -40,6 +41,7 @@ class Plan:
         index: [B] int64, the packed row that each row of the flattened groups reads; padding reads the segment's last.
         padding: [P] int64, the rows of the flattened groups that are padding.
         restore: [T] int64, where each packed row lies in the flattened groups; None where the one group is the pack.
+        bounds: [S + 1] int64 on the CPU, ``cu_seqlens``.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class Plan:
     index: Tensor
     padding: Tensor
     restore: Tensor | None
+    bounds: Tensor
     folds: dict[tuple[int, int], Fold] = field(default_factory=dict, repr=False, compare=False)
 
     def fold(self, heads: int, kv_heads: int) -> Fold:
@@ -58,6 +61,10 @@ class Plan:
             self.folds[heads, kv_heads] = order
         return self.folds[heads, kv_heads]
 
+    def order(self, heads: int, kv_heads: int) -> Order:
+        """The segments for ``cpu_attention``."""
+        return Order(self.bounds, heads, kv_heads, lambda: self.fold(heads, kv_heads))
+
     def groups(self) -> tuple[Tensor, ...]:
         """``index`` per group, [segments, width] each."""
         parts = self.index.split([g * width for g, width in self.shapes])
@@ -65,7 +72,7 @@ class Plan:
 
     def to(self, device: torch.device) -> Plan:
         restore = None if self.restore is None else self.restore.to(device)
-        return Plan(self.rows, self.shapes, self.index.to(device), self.padding.to(device), restore)
+        return Plan(self.rows, self.shapes, self.index.to(device), self.padding.to(device), restore, self.bounds)
 
 
 def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
@@ -111,7 +118,7 @@ def _plan(cu_seqlens: bytes) -> Plan:
             places[flat[is_live]] = np.flatnonzero(is_live)
             restore = torch.from_numpy(places)
         padding = torch.from_numpy(np.flatnonzero(~is_live))
-        return Plan(rows, tuple(shapes), torch.from_numpy(flat), padding, restore)
+        return Plan(rows, tuple(shapes), torch.from_numpy(flat), padding, restore, torch.from_numpy(cu))
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -179,23 +186,27 @@ def _join(parts: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, plan.restore)
 
 
-def _folds(q: Tensor) -> bool:
+def _on_cpu(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def _attend_folded(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    order = plan.fold(q.shape[1], k.shape[1])
-    out = folded_attention.forward(*folded_attention.gather(q * q.shape[-1] ** -0.5, k, v, order), order)
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    order = plan.order(q.shape[1], k.shape[1])
+    kept, out = cpu_attention.forward(q.flatten(1), k.flatten(1), v.flatten(1), None, None, order, q.shape[-1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out.view(q.shape), q.new_zeros(q.shape[:2], dtype=wide)  # the backward pass needs no sums
+    sums = q.new_zeros(q.shape[:2], dtype=wide) if kept.logs is None else kept.logs.t().contiguous()
+    return out.view(q.shape), sums
 
 
-def _attend_folded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    order, width = plan.fold(q.shape[1], k.shape[1]), q.shape[-1]
-    folded = folded_attention.gather(q * width**-0.5, k, v, order)
-    gradients = folded_attention.backward(grad, *folded, order)
-    dq, dk, dv = folded_attention.in_rows(*gradients, order)
-    return (dq * width**-0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
+def _attend_on_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, width = plan.order(q.shape[1], k.shape[1]), q.shape[-1]
+    logs = sums.t().contiguous() if sums.any() else None  # without sums the forward pass went over folded rows
+    kept = cpu_attention.keep(q.flatten(1), k.flatten(1), v.flatten(1), logs, order, width)
+    grads = cpu_attention.backward(grad.flatten(1), out.flatten(1), None, kept, None, None, order, width)
+    dq, dk, dv = (g.view(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 # --- registered op ----------------------------------------------------------------------------------------------------
@@ -205,8 +216,8 @@ def _attend_folded_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan:
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The attention's output [T, H, d], and [T, H] for the backward pass in the wide dtype."""
     plan = _plan_for(q, cu_seqlens)
-    if _folds(q):
-        return _attend_folded(q, k, v, plan)
+    if _on_cpu(q):
+        return _attend_on_cpu(q, k, v, plan)
     groups = zip(*(_split(_gather(x, plan), plan) for x in (q, k, v)), strict=True)
     outs, lses = zip(*(attention_reference(*group) for group in groups), strict=True)
     return _join(outs, plan, q.dtype), _join(lses, plan, lses[0].dtype)
@@ -223,8 +234,8 @@ def _packed_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _plan_for(q, cu_seqlens)
-    if _folds(q):
-        return _attend_folded_backward(grad, q, k, v, plan)
+    if _on_cpu(q):
+        return _attend_on_cpu_backward(grad, q, k, v, plan, out, lse)
     grad = _gather(grad, plan)
     if plan.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.

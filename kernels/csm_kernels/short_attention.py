@@ -1,33 +1,34 @@
-"""Causal attention of many short sequences on a CPU, as a registered operator over ``folded_attention``."""
+"""Causal attention of many short sequences on a CPU, as a registered operator over ``cpu_attention``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import folded_attention
-from .folded_attention import Fold
+from . import cpu_attention
+from .cpu_attention import Kept, Order, uniform_order
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Fold]:
-    order = folded_attention.uniform(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return folded_attention.gather(q * q.shape[-1] ** -0.5, k, v, order), order
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Kept, Tensor, Order]:
+    order = uniform_order(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    q, k, v = (x.reshape(-1, x.shape[2] * x.shape[3]) for x in (q, k, v))
+    kept, out = cpu_attention.forward(q, k, v, None, None, order, q.shape[-1] // order.heads)
+    return kept, out, order
 
 
 @torch.library.custom_op("csm_kernels::short_attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``short_attention``, as a registered operator."""
-    folded, order = _folded(q, k, v)
-    return folded_attention.forward(*folded, order).view(q.shape)
+    return _attended(q, k, v)[1].view(q.shape)
 
 
 @torch.library.custom_op("csm_kernels::short_attention_gradients", mutates_args=())
 def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` for q, k and v."""
-    folded, order = _folded(q, k, v)
-    gradients = folded_attention.backward(grad, *folded, order)
-    dq, dk, dv = folded_attention.in_rows(*gradients, order)
-    return (dq * q.shape[-1] ** -0.5).view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    kept, out, order = _attended(q, k, v)
+    grads = cpu_attention.backward(grad.reshape(out.shape), out, None, kept, None, None, order, q.shape[-1])
+    dq, dk, dv = (g.view(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 @forward.register_fake
