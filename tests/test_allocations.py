@@ -92,6 +92,11 @@ class Rule:
         )
         vocab = config.audio_vocab_size
         self.vocab = {vocab, -(-vocab // COLUMNS) * COLUMNS}
+        # Of a thread of the library: a head's logits twice and its weight; or copies of a segment's rows of one
+        # head, and blocks of scores.
+        heads = len(self.pack.decoder_index) * vocab * 4 + decoder.embed_dim * vocab * 2
+        attention = 48 * max(self.pack.segments.lengths) * max(backbone.head_dim, decoder.head_dim)
+        self.most_scratch = torch.get_num_threads() * (int(1.25 * max(heads, attention)) + 2**17)
         self.head_widths = (backbone.embed_dim, decoder.embed_dim)
         self.dtype = self.model.audio_head.dtype
         self.shapes = {tuple(p.shape) for p in self.model.parameters()}
@@ -108,6 +113,8 @@ class Rule:
     def explain(self, a: Allocation) -> str:
         if self.is_gradient(a):
             return "gradient"
+        if a.dtype == torch.uint8:
+            return "scratch" if a.bytes <= self.most_scratch else ""
         if self.vocab & {*a.shape}:
             if a.bytes <= self.byte_budget:
                 return "logits"
@@ -284,9 +291,10 @@ def test_csm_1b_heads_within_the_budget(monkeypatch, all_threads, wide_model, im
     rule = Rule(wide_model, pack, byte_budget)
     rule.check(t)
     if byte_budget == 2**20:  # it binds: the rows of codebook 0 alone would be three times as many bytes
-        # The library makes no copies of the logits: only what the products give is counted.
+        # The library makes no copies of the logits, and has those of the other codebooks in its scratch: codebook 0's
+        # pieces are left.
         found = [a for a in t.allocations if rule.explain(a) == "logits"]
-        assert len(found) > (10 if impl == "library" else 20)
+        assert len(found) > (5 if impl == "library" else 20)
 
 
 # --- Tracked ------------------------------------------------------------------------------------------------------

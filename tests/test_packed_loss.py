@@ -145,7 +145,7 @@ def test_a_step_without_any_supervised_frame_is_zero():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers, for each operator, the largest storage that it returned (in elements)."""
+    """Remembers, for each operator, the largest storage that it returned (in elements; of scratch, as many of bf16)."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,8 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
-                size = t.untyped_storage().nbytes() // t.element_size()
+                element = 2 if t.dtype == torch.uint8 else t.element_size()
+                size = t.untyped_storage().nbytes() // element
                 self.elements[str(func)] = max(size, self.elements.get(str(func), 0))
         return out
 
@@ -167,7 +168,7 @@ def test_no_tensor_of_rows_by_codebooks_by_width_nor_rows_by_rows(monkeypatch, f
     monkeypatch.setattr(folded_attention, "SCORES", 2**16)  # a bound for true widths holds one sequence's scores here
     # The decoder is narrow here, so that its own [frames, K, width] states stay apart from the backbone's.
     config = CSMConfig(
-        TransformerConfig(1, 2, 1, 96, 128),
+        TransformerConfig(1, 6, 2, 96, 128),
         TransformerConfig(1, 1, 1, 8, 16),
         text_vocab_size=50,
         audio_vocab_size=31,

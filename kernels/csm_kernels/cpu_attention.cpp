@@ -6,6 +6,8 @@
 // The backward pass works on transposed scores, keys down and queries across, so that dV and dK read them as they lie, and
 // dQ^T = K^T dS^T reads them as pairs of rows.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -26,44 +28,16 @@ struct Pack {
     const float *cosine, *sine;  // [angles, width / 2], or null: no rotation
     int64_t angles;
     float factor;  // of the queries
+    void* scratch;
+    int64_t scratch_bytes;  // of a thread
     int threads;
 
     int64_t rows() const { return bounds[segments]; }
-    int64_t longest() const {
-        int64_t most = 0;
-        for (int64_t i = 0; i < segments; ++i) most = std::max(most, bounds[i + 1] - bounds[i]);
-        return most;
-    }
-};
-
-// A thread's memory, given out piece by piece, each on cache lines of its own.
-class Scratch {
-  public:
-    // Of no bytes: only counts what is taken.
-    explicit Scratch(int64_t bytes)
-        : data(bytes ? static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes))) : nullptr) {}
-    ~Scratch() { std::free(data); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    int64_t used = 0;
-
-    template <class T>
-    T* take(int64_t count) {
-        T* out = data ? reinterpret_cast<T*>(data + used) : nullptr;
-        used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-        return out;
-    }
-
-  private:
-    char* const data;
 };
 
 // work(first row, rows, kv head, its Place) for every segment and key-value head, long segments first.
 template <class Place, class Work>
 void each(const Pack& pack, Work work) {
-    Scratch counted(0);
-    Place(counted, pack.longest(), pack.width);
     const int64_t* bounds = pack.bounds;
     std::vector<int64_t> order(static_cast<size_t>(pack.segments));
     std::iota(order.begin(), order.end(), 0);
@@ -72,13 +46,13 @@ void each(const Pack& pack, Work work) {
     const int64_t items = pack.segments * pack.kv_heads;
 #pragma omp parallel num_threads(pack.threads)
     {
-        Scratch scratch(counted.used);
+        char* const mine = static_cast<char*>(pack.scratch) + omp_get_thread_num() * pack.scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < items; ++i) {
             const int64_t segment = order[static_cast<size_t>(i / pack.kv_heads)];
             const int64_t first = bounds[segment], rows = bounds[segment + 1] - first;
             if (rows == 0) continue;
-            scratch.used = 0;
+            Scratch scratch(mine);
             work(first, rows, i % pack.kv_heads, Place(scratch, rows, pack.width));
         }
     }
@@ -101,7 +75,7 @@ inline void put_row(const Pack& pack, const float* row, int64_t index, float fac
     const int64_t at = pack.cosine ? index % pack.angles * (pack.width / 2) : 0;
     for (int64_t j = 0; j < pack.width; j += LANE) {
         const __m512 x = _mm512_loadu_ps(row + j);
-        narrow(to + j, pack.cosine ? turned(x, pack.cosine + at, pack.sine + at, j, -1.0f, factor)
+        put_lane(to + j, pack.cosine ? turned(x, pack.cosine + at, pack.sine + at, j, -1.0f, factor)
                                    : _mm512_mul_ps(x, _mm512_set1_ps(factor)));
     }
 }
@@ -117,7 +91,7 @@ void rotate(const Pack& pack, bf16* x, int64_t heads, float factor) {
                 bf16* numbers = x + (row * heads + head) * pack.width;
                 for (int64_t j = 0; j < pack.width; j += LANE) {
                     const __m512 in = widened(numbers + j);
-                    narrow(numbers + j, pack.cosine ? turned(in, pack.cosine + at, pack.sine + at, j, 1.0f, factor)
+                    put_lane(numbers + j, pack.cosine ? turned(in, pack.cosine + at, pack.sine + at, j, 1.0f, factor)
                                                     : _mm512_mul_ps(in, _mm512_set1_ps(factor)));
                 }
             }
@@ -160,7 +134,7 @@ INLINE Total softmax_row(const float* scores, int64_t live, int64_t columns, bf1
         const __mmask16 mask = before(j, live);
         const __m512 e = _mm512_maskz_mov_ps(mask, power_of_e(_mm512_sub_ps(_mm512_loadu_ps(scores + j), shift)));
         sum = _mm512_add_ps(sum, e);
-        narrow(out + j, e);
+        put_lane(out + j, e);
     }
     return {highest, sum_of((Floats)sum)};
 }
@@ -203,7 +177,7 @@ void forward(const Pack& pack, const bf16* q, const bf16* k, const bf16* v, bf16
                 for (int64_t i = 0; i < count; ++i) {
                     for (int64_t j = 0; j < width; j += LANE) {
                         const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w.sums + i * width + j), _mm512_set1_ps(inverse[i]));
-                        narrow(out + at + i * q_stride + j, x);
+                        put_lane(out + at + i * q_stride + j, x);
                     }
                 }
             }
@@ -215,27 +189,33 @@ void forward(const Pack& pack, const bf16* q, const bf16* k, const bf16* v, bf16
 
 // Memory of one segment and key-value head. "Columns" and "rows" are pairs along those.
 struct BackwardPlace {
-    bf16* grad;                          // [rows, width]
     uint32_t *q_columns, *grad_columns;  // [width / 2, padded]
     uint32_t *q_rows, *grad_rows;        // [padded / 2, width]
-    uint32_t *k_rows, *k_transposed;     // [padded / 2, width]; and [width, key_stride], K^T with its keys in pairs
-    float *dk, *dv;                      // [rows, width]
-    float *dq, *dq_transposed;           // [padded, width] and [width, padded]
+    uint32_t* k_transposed;              // [width, key_stride], K^T with its keys in pairs
+    float *dk, *dv;                      // [padded, width]
+    float* dq_transposed;                // [width, padded]
     float *logs, *sums;                  // [padded], of the queries
     float *scores, *dp;                  // [BLOCK_ROWS, BLOCK_COLUMNS]
     bf16 *p, *ds;                        // the same
     uint32_t* ds_rows;                   // [BLOCK_ROWS / 2, columns]
     int64_t padded, key_stride;
 
+    // Where others lie before or after their time.
+    uint32_t* k_rows;  // [padded / 2, width], before q_rows
+    bf16* grad;        // [rows, width], before dq_transposed
+    float* dq;         // [padded, width], after q_columns and grad_columns
+
     BackwardPlace(Scratch& scratch, int64_t rows, int64_t width)
         : padded(whole_lanes(rows)), key_stride(whole_lanes(padded / 2)) {
-        const int64_t block = BLOCK_ROWS * BLOCK_COLUMNS;
-        grad = scratch.take<bf16>(rows * width);
-        for (uint32_t** x : {&q_columns, &grad_columns, &q_rows, &grad_rows, &k_rows}) {
-            *x = scratch.take<uint32_t>(padded * width / 2);
-        }
+        const int64_t block = BLOCK_ROWS * BLOCK_COLUMNS, size = padded * width;
+        q_columns = scratch.take<uint32_t>(size);
+        grad_columns = q_columns + size / 2;
+        dq = reinterpret_cast<float*>(q_columns);
+        q_rows = k_rows = scratch.take<uint32_t>(size / 2);
+        grad_rows = scratch.take<uint32_t>(size / 2);
         k_transposed = scratch.take<uint32_t>(key_stride * width);
-        for (float** x : {&dk, &dv, &dq, &dq_transposed}) *x = scratch.take<float>(padded * width);
+        for (float** x : {&dk, &dv, &dq_transposed}) *x = scratch.take<float>(size);
+        grad = reinterpret_cast<bf16*>(dq_transposed);
         for (float** x : {&logs, &sums}) *x = scratch.take<float>(padded);
         for (float** x : {&scores, &dp}) *x = scratch.take<float>(block);
         for (bf16** x : {&p, &ds}) *x = scratch.take<bf16>(block);
@@ -272,8 +252,8 @@ inline void score_gradients(const BackwardPlace& w, int64_t key, int64_t keys, i
             const __m512 score = _mm512_sub_ps(_mm512_loadu_ps(w.scores + row + j), _mm512_loadu_ps(w.logs + query + j));
             const __m512 p = _mm512_maskz_mov_ps(sees, power_of_e(score));
             const __m512 dp = _mm512_sub_ps(_mm512_loadu_ps(w.dp + row + j), _mm512_loadu_ps(w.sums + query + j));
-            narrow(w.p + row + j, p);
-            narrow(w.ds + row + j, _mm512_maskz_mul_ps(sees, p, dp));
+            put_lane(w.p + row + j, p);
+            put_lane(w.ds + row + j, _mm512_maskz_mul_ps(sees, p, dp));
         }
     }
 }
@@ -305,7 +285,7 @@ void backward_of_head(const BackwardPlace& w, const bf16* q, int64_t q_stride, c
                      padded, true);
         }
     }
-    transposed(reinterpret_cast<const uint32_t*>(w.dq_transposed), padded, width, padded,
+    transposed(w.dq_transposed, 2 * padded, width, 2 * padded,
                reinterpret_cast<uint32_t*>(w.dq), width);
 }
 
@@ -316,7 +296,7 @@ void backward(const Pack& pack, const bf16* grad, const bf16* out, const int64_t
     each<BackwardPlace>(pack, [=](int64_t first, int64_t rows, int64_t kv_head, const BackwardPlace& w) {
         const int64_t of_keys = first * k_stride + kv_head * width;
         pairs_of_rows(k + of_keys, k_stride, rows, width, w.padded / 2, w.k_rows);
-        transposed(w.k_rows, width, w.padded / 2, width, w.k_transposed, w.key_stride);
+        transposed(w.k_rows, 2 * width, w.padded / 2, 2 * width, w.k_transposed, w.key_stride);
         clear(w.dk, rows * width);
         clear(w.dv, rows * width);
         clear(w.logs, w.padded);
@@ -337,7 +317,7 @@ void backward(const Pack& pack, const bf16* grad, const bf16* out, const int64_t
         for (int64_t i = 0; i < rows; ++i) {
             put_row(pack, w.dk + i * width, first + i, 1.0f, dk + of_keys + i * k_stride);
             for (int64_t j = 0; j < width; j += LANE) {
-                narrow(dv + of_keys + i * k_stride + j, _mm512_loadu_ps(w.dv + i * width + j));
+                put_lane(dv + of_keys + i * k_stride + j, _mm512_loadu_ps(w.dv + i * width + j));
             }
         }
     });
@@ -345,15 +325,26 @@ void backward(const Pack& pack, const bf16* grad, const bf16* out, const int64_t
 
 }  // namespace
 
+// Bytes of scratch that a thread needs for segments of at most so many rows.
+extern "C" int64_t attention_scratch_bf16(int64_t longest, int64_t width, int is_backward) {
+    Scratch counted(nullptr);
+    if (is_backward) {
+        BackwardPlace(counted, longest, width);
+    } else {
+        ForwardPlace(counted, longest, width);
+    }
+    return counted.used;
+}
+
 // bounds: [segments + 1], from 0 to the number of rows T. q, out, grad, dq: [T, heads, width]; k, v, dk, dv: [T, kv_heads,
 // width]; logs: [heads, T]; width a multiple of 16. cosine, sine: [angles, width / 2], row t has the angles t modulo their
 // number; or null. The forward pass turns q and k where they lie, and multiplies q by the factor; the backward pass takes
 // them so, and gives the gradients of what they were before. places: [T], the row of grad and out that belongs to each row,
-// -1 for one without a gradient; or null, their own.
+// -1 for one without a gradient; or null, their own. scratch: for each thread so many bytes.
 extern "C" void attention_forward_bf16(void* q, void* k, const void* v, const float* cosine, const float* sine, int64_t angles,
                                        float factor, const int64_t* bounds, int64_t segments, int64_t heads, int64_t kv_heads,
-                                       int64_t width, void* out, float* logs, int threads) {
-    const Pack pack{bounds, segments, heads, kv_heads, width, cosine, sine, angles, factor, threads};
+                                       int64_t width, void* out, float* logs, void* scratch, int64_t bytes, int threads) {
+    const Pack pack{bounds, segments, heads, kv_heads, width, cosine, sine, angles, factor, scratch, bytes, threads};
     rotate(pack, static_cast<bf16*>(q), heads, factor);
     rotate(pack, static_cast<bf16*>(k), kv_heads, 1.0f);
     forward(pack, static_cast<const bf16*>(q), static_cast<const bf16*>(k), static_cast<const bf16*>(v),
@@ -363,8 +354,9 @@ extern "C" void attention_forward_bf16(void* q, void* k, const void* v, const fl
 extern "C" void attention_backward_bf16(const void* grad, const void* out, const int64_t* places, const void* q, const void* k,
                                         const void* v, const float* logs, const float* cosine, const float* sine,
                                         int64_t angles, float factor, const int64_t* bounds, int64_t segments, int64_t heads,
-                                        int64_t kv_heads, int64_t width, void* dq, void* dk, void* dv, int threads) {
-    const Pack pack{bounds, segments, heads, kv_heads, width, cosine, sine, angles, factor, threads};
+                                        int64_t kv_heads, int64_t width, void* dq, void* dk, void* dv, void* scratch, int64_t bytes,
+                                        int threads) {
+    const Pack pack{bounds, segments, heads, kv_heads, width, cosine, sine, angles, factor, scratch, bytes, threads};
     backward(pack, static_cast<const bf16*>(grad), static_cast<const bf16*>(out), places, static_cast<const bf16*>(q),
              static_cast<const bf16*>(k), static_cast<const bf16*>(v), logs, static_cast<bf16*>(dq), static_cast<bf16*>(dk),
              static_cast<bf16*>(dv));

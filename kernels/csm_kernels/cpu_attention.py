@@ -29,11 +29,13 @@ class Order:
 
     Attributes:
         bounds: [S + 1] int64 on the CPU, cumulative lengths from 0 to the number of rows T.
+        longest: rows of the longest segment.
         heads, kv_heads: of the queries, and of keys and values.
         fold: makes, or finds, the folded order of the rows.
     """
 
     bounds: Tensor
+    longest: int
     heads: int
     kv_heads: int
     fold: Callable[[], Fold]
@@ -59,7 +61,7 @@ def uniform_order(segments: int, rows: int, heads: int, kv_heads: int) -> Order:
     # One first made under inference_mode must still serve training afterwards.
     with torch.inference_mode(False), torch.no_grad():
         bounds = torch.arange(segments + 1) * rows
-    return Order(bounds, heads, kv_heads, lambda: folded_attention.uniform(segments, rows, heads, kv_heads))
+    return Order(bounds, rows, heads, kv_heads, lambda: folded_attention.uniform(segments, rows, heads, kv_heads))
 
 
 # --- the library's ----------------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def _forward_without_data(q: Tensor, k: Tensor, v: Tensor, cos: Any, sin: Any, b
 
 @operator(
     "attention_rows(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor? cos, Tensor? sin, Tensor bounds, int heads, "
-    "int kv_heads, float factor) -> (Tensor, Tensor)",
+    "int kv_heads, float factor, Tensor(c!) scratch) -> (Tensor, Tensor)",
     fake=_forward_without_data,
 )
 def _attention_rows(
@@ -89,6 +91,7 @@ def _attention_rows(
     heads: int,
     kv_heads: int,
     factor: float,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``q`` and ``k`` are rotated where they lie, ``q`` times the factor -> (output, logs). All contiguous bf16 [T,
     heads d], angles float32; ``factor`` 1 without a rotation."""
@@ -96,7 +99,13 @@ def _attention_rows(
     run = native.library_function("attention_forward", q.dtype)
     arguments = _arguments(cos, sin, bounds, heads, kv_heads, factor, q.shape[1] // heads)
     pointers = (x.data_ptr() for x in (q, k, v))
-    run(*pointers, *arguments, out.data_ptr(), logs.data_ptr(), native.threads(q.numel()))
+    run(
+        *pointers,
+        *arguments,
+        out.data_ptr(),
+        logs.data_ptr(),
+        *_scratch_arguments(scratch, _threads(q, bounds, kv_heads)),
+    )
     return out, logs
 
 
@@ -106,7 +115,8 @@ def _backward_without_data(grad: Any, out: Any, places: Any, q: Tensor, k: Tenso
 
 @operator(
     "attention_rows_backward(Tensor grad, Tensor out, Tensor? places, Tensor q, Tensor k, Tensor v, Tensor logs, "
-    "Tensor? cos, Tensor? sin, Tensor bounds, int heads, int kv_heads, float factor) -> (Tensor, Tensor, Tensor)",
+    "Tensor? cos, Tensor? sin, Tensor bounds, int heads, int kv_heads, float factor, Tensor(a!) scratch)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_backward_without_data,
 )
 def _attention_rows_backward(
@@ -123,6 +133,7 @@ def _attention_rows_backward(
     heads: int,
     kv_heads: int,
     factor: float,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From rotated q and k; ``places`` [T] int64: the row of grad and out that is a row's own, or -1."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -131,8 +142,24 @@ def _attention_rows_backward(
     pointers = (x.data_ptr() for x in (q, k, v, logs))
     arguments = _arguments(cos, sin, bounds, heads, kv_heads, factor, q.shape[1] // heads)
     results = (x.data_ptr() for x in (dq, dk, dv))
-    run(grad.data_ptr(), out.data_ptr(), place, *pointers, *arguments, *results, native.threads(q.numel()))
+    both = grad.data_ptr(), out.data_ptr()
+    run(*both, place, *pointers, *arguments, *results, *_scratch_arguments(scratch, _threads(q, bounds, kv_heads)))
     return dq, dk, dv
+
+
+def _scratch(order: Order, x: Tensor, width: int, backward: bool) -> Tensor:
+    """Bytes, the same number for each thread."""
+    size = native.library_function("attention_scratch", x.dtype)(order.longest, width, backward)
+    return torch.empty(_threads(x, order.bounds, order.kv_heads) * size, dtype=torch.uint8)
+
+
+def _threads(x: Tensor, bounds: Tensor, kv_heads: int) -> int:
+    """A thread has a segment and a key-value head at a time."""
+    return min(native.threads(x.numel()), (len(bounds) - 1) * kv_heads)
+
+
+def _scratch_arguments(scratch: Tensor, threads: int) -> tuple[int, int, int]:
+    return scratch.data_ptr(), len(scratch) // threads, threads
 
 
 def _arguments(
@@ -190,7 +217,8 @@ def forward(
     else:
         cos, sin = cos.contiguous(), sin.contiguous()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, logs = _attention_rows(q, k, v, cos, sin, order.bounds, order.heads, order.kv_heads, factor)
+    scratch = _scratch(order, q, width, False)
+    out, logs = _attention_rows(q, k, v, cos, sin, order.bounds, order.heads, order.kv_heads, factor, scratch)
     return Kept(q, k, v, logs), out
 
 
@@ -232,7 +260,8 @@ def backward(
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
     grad, out, heads = grad.contiguous(), out.contiguous(), (order.heads, order.kv_heads)
-    return _attention_rows_backward(grad, out, places, q, k, v, logs, cos, sin, order.bounds, *heads, width**-0.5)
+    scratch, factor = _scratch(order, q, width, True), width**-0.5
+    return _attention_rows_backward(grad, out, places, q, k, v, logs, cos, sin, order.bounds, *heads, factor, scratch)
 
 
 def _backward_folded(

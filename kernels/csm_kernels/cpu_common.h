@@ -167,4 +167,46 @@ INLINE void clear(T* to, int64_t count) {
     if (count > 0) std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
+// A thread's memory, given out piece by piece, each on cache lines of its own. Of null: only counts what is taken.
+class Scratch {
+  public:
+    explicit Scratch(void* data_) : data(static_cast<char*>(data_)) {}
+
+    int64_t used = 0;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* out = data ? reinterpret_cast<T*>(data + used) : nullptr;
+        used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+        return out;
+    }
+
+  private:
+    char* const data;
+};
+
+// Weighted cross-entropy of a row of logits; its gradient, times `scale`, overwrites them where it is wanted. e: `vocab`
+// numbers of scratch.
+template <class T>
+INLINE float cross_entropy_row(T* row, int64_t vocab, int64_t target, float weight, float scale, bool wants_grad, float* e) {
+    float highest = wide(row[0]), sum = 0.0f;
+#pragma omp simd reduction(max : highest)
+    for (int64_t j = 0; j < vocab; ++j) {
+        const float x = wide(row[j]);
+        highest = x > highest ? x : highest;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < vocab; ++j) {
+        e[j] = exponential(wide(row[j]) - highest);
+        sum += e[j];
+    }
+    const float loss = (__builtin_logf(sum) - (wide(row[target]) - highest)) * weight;
+    if (!wants_grad) return loss;
+    const float coefficient = weight * scale, each = coefficient / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < vocab; ++j) put(row[j], e[j] * each);
+    put(row[target], (e[target] / sum - 1.0f) * coefficient);
+    return loss;
+}
+
 }  // namespace

@@ -246,27 +246,8 @@ int64_t cross_entropy(T* logits, const int64_t* targets, const float* weights, f
     }
     parallel(rows, threads, [=](int, int64_t first, int64_t last) {
         const Buffer buffer(vocab);
-        float* e = buffer.data;
         for (int64_t i = first; i < last; ++i) {
-            T* row = logits + i * vocab;
-            float highest = wide(row[0]), sum = 0.0f;
-#pragma omp simd reduction(max : highest)
-            for (int64_t j = 0; j < vocab; ++j) {
-                const float x = wide(row[j]);
-                highest = x > highest ? x : highest;
-            }
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < vocab; ++j) {
-                e[j] = exponential(wide(row[j]) - highest);
-                sum += e[j];
-            }
-            const int64_t target = targets[i];
-            losses[i] = (__builtin_logf(sum) - (wide(row[target]) - highest)) * weights[i];
-            if (!wants_grad) continue;
-            const float coefficient = weights[i] * scale, each = coefficient / sum;
-#pragma omp simd
-            for (int64_t j = 0; j < vocab; ++j) put(row[j], e[j] * each);
-            put(row[target], (e[target] / sum - 1.0f) * coefficient);
+            losses[i] = cross_entropy_row(logits + i * vocab, vocab, targets[i], weights[i], scale, wants_grad, buffer.data);
         }
     });
     return -1;

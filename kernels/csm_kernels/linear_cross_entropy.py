@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_passes
+from . import cpu_heads, cpu_passes
 
 try:
     import triton
@@ -169,11 +169,16 @@ def _losses_and_gradients(
     vocab = weight.shape[-1]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     wants_grad = wants_hidden or wants_weight
+    row_weights = weights.to(wide).masked_fill(targets == IGNORE, 0.0).expand(rows, heads)
+    targets = targets.masked_fill(targets == IGNORE, 0)
+    if hidden.device.type == "cpu" and not use_triton and cpu_heads.serves(hidden, weight, targets, byte_budget):
+        per_head, grad_hidden, grad_weight = cpu_heads.heads_cross_entropy(
+            hidden, weight, targets, row_weights, scale, wants_hidden, wants_weight
+        )
+        return per_head.sum() * scale, per_head, grad_hidden, grad_weight
     grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     grad_weight = torch.empty_like(weight) if wants_weight else hidden.new_empty(0)
     per_head = torch.zeros(heads, dtype=wide, device=hidden.device)
-    row_weights = weights.to(wide).masked_fill(targets == IGNORE, 0.0).expand(rows, heads)
-    targets = targets.masked_fill(targets == IGNORE, 0)
 
     columns = -(-vocab // COLUMNS) * COLUMNS if use_triton else vocab
     element = hidden.element_size()

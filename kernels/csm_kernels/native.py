@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp"))
+SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp", "cpu_heads.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
@@ -43,11 +43,16 @@ SIGNATURES = {
     "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
-    "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID, _VOID, _INT),
-    "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_INT,),
+    "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
+    "attention_scratch": (_LONG, _LONG, _INT),
+    "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 4 + (_LONG, _INT),
+    "heads_cross_entropy": (_VOID, _LONG, _LONG) + (_VOID,) * 3 + (_FLOAT,) + (_LONG,) * 4 + (_VOID,) * 4 + (_INT,),
+    "heads_scratch": (_LONG,) * 4,
 }
 # These are there only for processors that multiply bf16 (AVX512-BF16).
-OF_SOME_PROCESSORS = {"attention_forward", "attention_backward"}
+OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads"))}
+# A row that is not as it must be, or bytes.
+ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch"}
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 NAMES = {BF16: "bf16", FP32: "fp32"}
 Types = tuple[torch.dtype, ...]
@@ -187,7 +192,7 @@ def _bound(library: ctypes.CDLL) -> Functions:
             found = getattr(library, symbol)
             key = name, *types
             bound[key], found.argtypes = found, arguments
-            found.restype = _LONG if name == "cross_entropy" else None
+            found.restype = _LONG if name in ANSWERING else None
     return bound
 
 

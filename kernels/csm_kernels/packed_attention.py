@@ -42,6 +42,7 @@ class Plan:
         padding: [P] int64, the rows of the flattened groups that are padding.
         restore: [T] int64, where each packed row lies in the flattened groups; None where the one group is the pack.
         bounds: [S + 1] int64 on the CPU, ``cu_seqlens``.
+        longest: rows of the longest segment.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Plan:
     padding: Tensor
     restore: Tensor | None
     bounds: Tensor
+    longest: int
     folds: dict[tuple[int, int], Fold] = field(default_factory=dict, repr=False, compare=False)
 
     def fold(self, heads: int, kv_heads: int) -> Fold:
@@ -63,7 +65,7 @@ class Plan:
 
     def order(self, heads: int, kv_heads: int) -> Order:
         """The segments for ``cpu_attention``."""
-        return Order(self.bounds, heads, kv_heads, lambda: self.fold(heads, kv_heads))
+        return Order(self.bounds, self.longest, heads, kv_heads, lambda: self.fold(heads, kv_heads))
 
     def groups(self) -> tuple[Tensor, ...]:
         """``index`` per group, [segments, width] each."""
@@ -72,7 +74,9 @@ class Plan:
 
     def to(self, device: torch.device) -> Plan:
         restore = None if self.restore is None else self.restore.to(device)
-        return Plan(self.rows, self.shapes, self.index.to(device), self.padding.to(device), restore, self.bounds)
+        return Plan(
+            self.rows, self.shapes, self.index.to(device), self.padding.to(device), restore, self.bounds, self.longest
+        )
 
 
 def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
@@ -118,7 +122,9 @@ def _plan(cu_seqlens: bytes) -> Plan:
             places[flat[is_live]] = np.flatnonzero(is_live)
             restore = torch.from_numpy(places)
         padding = torch.from_numpy(np.flatnonzero(~is_live))
-        return Plan(rows, tuple(shapes), torch.from_numpy(flat), padding, restore, torch.from_numpy(cu))
+        return Plan(
+            rows, tuple(shapes), torch.from_numpy(flat), padding, restore, torch.from_numpy(cu), int(size.max())
+        )
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
