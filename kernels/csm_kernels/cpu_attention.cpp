@@ -166,14 +166,14 @@ void forward(const Pack& pack, const bf16* q, const bf16* k, const bf16* v, bf16
             for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
                 const int64_t count = std::min(BLOCK_ROWS, rows - row), columns = whole_lanes(row + count);
                 const int64_t at = (first + row) * q_stride + head * width;
-                multiply(q + at, q_stride, count, w.keys, padded, columns, width / 2, w.scores, padded, false);
+                multiply(q + at, q_stride, count, w.keys, padded, columns, width / 2, w.scores, padded);
                 float inverse[BLOCK_ROWS];
                 for (int64_t i = 0; i < count; ++i) {
                     const Total total = softmax_row(w.scores + i * padded, row + i + 1, columns, w.p + i * padded);
                     inverse[i] = 1.0f / total.sum;
                     logs[head * pack.rows() + first + row + i] = total.highest + __builtin_logf(total.sum);
                 }
-                multiply(w.p, padded, count, w.values, width, width, columns / 2, w.sums, width, false);
+                multiply(w.p, padded, count, w.values, width, width, columns / 2, w.sums, width);
                 for (int64_t i = 0; i < count; ++i) {
                     for (int64_t j = 0; j < width; j += LANE) {
                         const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w.sums + i * width + j), _mm512_set1_ps(inverse[i]));
@@ -273,16 +273,18 @@ void backward_of_head(const BackwardPlace& w, const bf16* q, int64_t q_stride, c
         for (int64_t query = key; query < padded; query += BLOCK_COLUMNS) {
             const int64_t columns = std::min(BLOCK_COLUMNS, padded - query), pairs = columns / 2;
             multiply(k + key * k_stride, k_stride, keys, w.q_columns + query, padded, columns, width / 2, w.scores,
-                     BLOCK_COLUMNS, false);
+                     BLOCK_COLUMNS);
             multiply(v + key * k_stride, k_stride, keys, w.grad_columns + query, padded, columns, width / 2, w.dp,
-                     BLOCK_COLUMNS, false);
+                     BLOCK_COLUMNS);
             score_gradients(w, key, keys, query, columns);
             pairs_of_rows(w.ds, BLOCK_COLUMNS, keys, columns, key_pairs, w.ds_rows);
             const int64_t at = query / 2 * width;
-            multiply(w.p, BLOCK_COLUMNS, keys, w.grad_rows + at, width, width, pairs, w.dv + key * width, width, true);
-            multiply(w.ds, BLOCK_COLUMNS, keys, w.q_rows + at, width, width, pairs, w.dk + key * width, width, true);
+            multiply(w.p, BLOCK_COLUMNS, keys, w.grad_rows + at, width, width, pairs, w.dv + key * width, width,
+                     w.dv + key * width);
+            multiply(w.ds, BLOCK_COLUMNS, keys, w.q_rows + at, width, width, pairs, w.dk + key * width, width,
+                     w.dk + key * width);
             multiply(turned_keys, 2 * w.key_stride, width, w.ds_rows, columns, columns, key_pairs, w.dq_transposed + query,
-                     padded, true);
+                     padded, w.dq_transposed + query);
         }
     }
     transposed(w.dq_transposed, 2 * padded, width, 2 * padded,

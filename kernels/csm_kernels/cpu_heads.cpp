@@ -82,7 +82,7 @@ void logits_of(const Heads& sizes, const Place& at, const bf16* hidden, const bf
         const Share piece = pieces.at(i);
         const int64_t columns = whole_lanes(piece.last - piece.first);
         multiply(hidden, sizes.hidden_row, sizes.rows, at.weight + piece.first * pairs, columns, columns, pairs,
-                 at.logits + piece.first, at.stride, false);
+                 at.logits + piece.first, at.stride);
     }
 }
 
@@ -93,7 +93,7 @@ void gradient_of_hidden(const Heads& sizes, const Place& at, const bf16* weight,
     for (int64_t i = 0; i < pieces.count; ++i) {
         const Share piece = pieces.at(i);
         multiply(at.logits + piece.first, at.stride, sizes.rows, at.weight + piece.first / 2 * stride, stride, sizes.width,
-                 (piece.last - piece.first + 1) / 2, at.dh, sizes.width, i > 0);
+                 (piece.last - piece.first + 1) / 2, at.dh, sizes.width, i > 0 ? at.dh : nullptr);
     }
     for (int64_t row = 0; row < sizes.rows; ++row) {
         for (int64_t j = 0; j < sizes.width; j += LANE) {
@@ -121,7 +121,7 @@ void gradient_of_weight(const Heads& sizes, const Place& at, const bf16* hidden,
     for (int64_t row = 0; row < sizes.width; row += GRADIENT_ROWS) {
         const int64_t some = std::min(GRADIENT_ROWS, sizes.width - row);
         multiply(turned + row * 2 * at.pair_stride, 2 * at.pair_stride, some, at.gradient, at.stride, at.stride, at.pairs,
-                 at.dw, sizes.vocab, false);
+                 at.dw, sizes.vocab);
         stream(at.dw, out + row * sizes.vocab, some * sizes.vocab);
     }
 }

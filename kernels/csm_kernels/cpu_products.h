@@ -31,10 +31,10 @@ INLINE void put_lane(bf16* to, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// c[R, 16 C] = a b, plus what c holds where `add` says so. Strides count numbers of their own type.
+// c[R, 16 C] = a b, or plus + a b; plus has c's stride, and may be c. Strides count numbers of their own type.
 template <int R, int C, class T>
 inline __attribute__((noinline)) void tile(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
-                                           int64_t pairs, T* c, int64_t c_stride, bool add) {
+                                           int64_t pairs, T* c, int64_t c_stride, const T* plus) {
     __m512 sum[R][C];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -58,8 +58,8 @@ inline __attribute__((noinline)) void tile(const bf16* a, int64_t a_stride, cons
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) {
-            T* to = c + i * c_stride + j * LANE;
-            put_lane(to, add ? _mm512_add_ps(sum[i][j], (__m512)load(to)) : sum[i][j]);
+            const int64_t at = i * c_stride + j * LANE;
+            put_lane(c + at, plus ? _mm512_add_ps(sum[i][j], (__m512)load(plus + at)) : sum[i][j]);
         }
     }
 }
@@ -67,7 +67,7 @@ inline __attribute__((noinline)) void tile(const bf16* a, int64_t a_stride, cons
 constexpr int TILE_ROWS = 6, TILE_LANES = 4;
 
 template <class T>
-using Tile = void (*)(const bf16*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, bool);
+using Tile = void (*)(const bf16*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, const T*);
 
 template <class T>
 constexpr Tile<T> TILES[TILE_ROWS][TILE_LANES] = {
@@ -76,11 +76,11 @@ constexpr Tile<T> TILES[TILE_ROWS][TILE_LANES] = {
     {tile<5, 1, T>, tile<5, 2, T>, tile<5, 3, T>, tile<5, 4, T>}, {tile<6, 1, T>, tile<6, 2, T>, tile<6, 3, T>, tile<6, 4, T>},
 };
 
-// c[rows, columns] = a b, or plus what it holds, with a [rows, 2 pairs] and b [pairs, columns] of pairs; columns a multiple
+// c[rows, columns] = a b, or plus + a b, with a [rows, 2 pairs] and b [pairs, columns] of pairs; columns a multiple
 // of 16. From the last columns to the first: what a row writes too much behind itself is the next row's, and written again.
 template <class T>
 inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t columns,
-                     int64_t pairs, T* c, int64_t c_stride, bool add) {
+                     int64_t pairs, T* c, int64_t c_stride, const T* plus = nullptr) {
     // Tiles of about the same size: a small one at the end would wait for its own results.
     const int64_t lanes = columns / LANE, across = (lanes + TILE_LANES - 1) / TILE_LANES;
     const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -90,7 +90,8 @@ inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32
             const Share row = share(rows, static_cast<int>(y), static_cast<int>(down));
             TILES<T>[row.last - row.first - 1][lane.last - lane.first - 1](
                 a + row.first * a_stride, a_stride, b + lane.first * LANE, b_stride, pairs,
-                c + row.first * c_stride + lane.first * LANE, c_stride, add);
+                c + row.first * c_stride + lane.first * LANE, c_stride,
+                plus ? plus + row.first * c_stride + lane.first * LANE : nullptr);
         }
     }
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import cpu_attention
 from .cpu_attention import Kept, Order
+from .cpu_linear import product
 from .cpu_passes import norm, norm_backward, normed, swiglu, swiglu_backward
 
 
@@ -35,30 +36,23 @@ class LayerSetup(NamedTuple):
     recompute_mlp: bool = False
 
 
-def _sum_of_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a b."""
-    if x.dtype == a.dtype:
-        return torch.addmm(x, a, b)
-    return x + torch.mm(a, b)
-
-
 class _LlamaLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, order, rows, setup, sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3):
         dtype, d = setup.dtype, setup.head_dim
         r, y = norm(x, sa_norm, setup.eps, dtype)
-        q, k, v = torch.mm(y, wq.t()), torch.mm(y, wk.t()), torch.mm(y, wv.t())
+        q, k, v = product(y, wq.t()), product(y, wk.t()), product(y, wv.t())
         del y
         attention, attended = cpu_attention.forward(q, k, v, cos, sin, order, d)
         del q, k, v
         middle = x
         if rows is not None:
             attended, middle = attended.index_select(0, rows), x.index_select(0, rows)
-        middle = _sum_of_product(middle, attended, wo.t())
+        middle = product(attended, wo.t(), middle)
         mlp_r, y = norm(middle, mlp_norm, setup.mlp_eps, dtype)
-        a, b = torch.mm(y, w1.t()), torch.mm(y, w3.t())
+        a, b = product(y, w1.t()), product(y, w3.t())
         del y
-        out = _sum_of_product(middle, swiglu(a, b), w2.t())
+        out = product(swiglu(a, b), w2.t(), middle)
         kept = (None, None) if setup.recompute_mlp else (a, b)
         weights = (sa_norm, wq, wk, wv, wo, mlp_norm, w1, w2, w3)
         ctx.save_for_backward(x, r, cos, sin, *attention, attended, middle, mlp_r, *kept, rows, *weights)
@@ -78,19 +72,19 @@ class _LlamaLayer(torch.autograd.Function):
         # The MLP.
         y = normed(middle, mlp_r, mlp_norm, dtype)
         if a is None:
-            a, b = torch.mm(y, w1.t()), torch.mm(y, w3.t())
+            a, b = product(y, w1.t()), product(y, w3.t())
         narrow = grad.to(dtype)
-        product, da, db = swiglu_backward(torch.mm(narrow, w2), a, b)
+        gated, da, db = swiglu_backward(product(narrow, w2), a, b)
         del a, b
         if wants[7]:
-            grads[7] = torch.mm(narrow.t(), product)
-        del product
+            grads[7] = product(narrow.t(), gated)
+        del gated
         if wants[6]:
-            grads[6] = torch.mm(da.t(), y)
+            grads[6] = product(da.t(), y)
         if wants[8]:
-            grads[8] = torch.mm(db.t(), y)
+            grads[8] = product(db.t(), y)
         del y
-        dy = torch.addmm(torch.mm(da, w1), db, w3)
+        dy = product(db, w3, product(da, w1))
         del da, db
         grad, dscale = norm_backward(dy, middle, mlp_r, mlp_norm, grad, wants[5])
         grads[5] = dscale if wants[5] else None
@@ -99,8 +93,8 @@ class _LlamaLayer(torch.autograd.Function):
         # The attention.
         narrow = grad.to(dtype)
         if wants[4]:
-            grads[4] = torch.mm(narrow.t(), attended)
-        dout = torch.mm(narrow, wo)
+            grads[4] = product(narrow.t(), attended)
+        dout = product(narrow, wo)
         if rows is not None:
             grad = grad.new_zeros(x.shape).index_add_(0, rows, grad)
         attention = Kept(q, k, v, logs)
@@ -109,10 +103,10 @@ class _LlamaLayer(torch.autograd.Function):
         y = normed(x, r, sa_norm, dtype)
         for i, part in ((1, dq), (2, dk), (3, dv)):
             if wants[i]:
-                grads[i] = torch.mm(part.t(), y)
+                grads[i] = product(part.t(), y)
         if not (wants_x or wants[0]):
             return None, None, None, None, None, None, *grads
-        dy = torch.addmm(torch.addmm(torch.mm(dq, wq), dk, wk), dv, wv)
+        dy = product(dv, wv, product(dk, wk, product(dq, wq)))
         dx, dscale = norm_backward(dy, x, r, sa_norm, grad, wants[0])
         grads[0] = dscale if wants[0] else None
         return dx if wants_x else None, None, None, None, None, None, *grads

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp", "cpu_heads.cpp"))
+SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp", "cpu_heads.cpp", "cpu_linear.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
@@ -48,11 +48,13 @@ SIGNATURES = {
     "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 4 + (_LONG, _INT),
     "heads_cross_entropy": (_VOID, _LONG, _LONG) + (_VOID,) * 3 + (_FLOAT,) + (_LONG,) * 4 + (_VOID,) * 4 + (_INT,),
     "heads_scratch": (_LONG,) * 4,
+    "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
+    "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
 # These are there only for processors that multiply bf16 (AVX512-BF16).
-OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads"))}
+OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
 # A row that is not as it must be, or bytes.
-ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch"}
+ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 NAMES = {BF16: "bf16", FP32: "fp32"}
 Types = tuple[torch.dtype, ...]

@@ -1,0 +1,204 @@
+// Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
+//
+// A thread takes 64 columns of the right matrix at a time, brings them into pairs (cpu_products.h) that its second-level
+// cache holds, and goes down the rows of the left one. Where the left matrix comes transposed, as for the gradient of a
+// weight, the smaller of both is brought into its order once for all threads.
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "cpu_products.h"
+
+#ifdef HAS_PRODUCTS
+
+namespace {
+
+constexpr int64_t PANEL = 64;  // columns of the right matrix at once
+constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
+
+struct Matrix {
+    const bf16* data;
+    int64_t stride;
+    bool is_turned;  // lies as its transpose
+};
+
+struct Product {
+    Matrix a, b;                   // [rows, inner] and [inner, columns]
+    int64_t rows, inner, columns;  // inner even, if a is not turned
+    const bf16* plus;              // [rows, columns], added, or null; may be c
+    bf16* c;                       // [rows, columns]
+    int threads;
+
+    int64_t pairs() const { return (inner + 1) / 2; }
+    // Of a turned left matrix's rows, in pairs: no power of two, or a column of it would fall into one set of a cache.
+    int64_t left_stride() const { return whole_lanes(pairs()) + LANE; }
+    int64_t panels() const { return (columns + PANEL - 1) / PANEL; }
+    int64_t panel_size() const { return pairs() * PANEL; }
+    // As many as give each thread the same, of at most `most` rows.
+    int64_t blocks(int64_t most) const {
+        const int64_t least = (rows + most - 1) / most;
+        return std::min(rows, (least + threads - 1) / threads * threads);
+    }
+    bool shares_left() const { return rows <= columns; }
+};
+
+// Panel `i` of b as pairs, [pairs, its columns rounded up to 16].
+void pack(const Product& p, int64_t i, uint32_t* out) {
+    const int64_t first = i * PANEL, width = std::min(PANEL, p.columns - first);
+    if (p.b.is_turned) {
+        pairs_of_columns(p.b.data + first * p.b.stride, p.b.stride, width, p.inner, out, whole_lanes(width));
+    } else {
+        pairs_of_rows(p.b.data + first, p.b.stride, p.inner, width, p.pairs(), out);
+    }
+}
+
+// Columns [first, last) of a turned matrix as rows, their pairs along it: [last - first, left stride].
+void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
+    const int64_t stride = p.a.stride, to_stride = p.left_stride();
+    for (int64_t pair = 0; pair < p.pairs(); pair += LANE) {
+        const bf16* rows = p.a.data + 2 * pair * stride;
+        const int64_t left = std::min<int64_t>(2 * LANE, p.inner - 2 * pair);
+        // Rows are far apart, which no processor foresees.
+        for (int64_t k = 2 * LANE; k < 4 * LANE && 2 * pair + k < p.inner; ++k) {
+            for (int64_t column = first; column < last; column += 32) __builtin_prefetch(rows + k * stride + column, 0, 2);
+        }
+        for (int64_t column = first; column < last; column += 32) {
+            const __mmask32 some = first_halves(last - column);
+            __m512i low[16], high[16];
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; ++k) {
+                const bf16* row = rows + 2 * k * stride + column;
+                const __m512i even = _mm512_maskz_loadu_epi16(2 * k < left ? some : 0, row);
+                const __m512i odd = _mm512_maskz_loadu_epi16(2 * k + 1 < left ? some : 0, row + stride);
+                low[k] = _mm512_unpacklo_epi16(even, odd);
+                high[k] = _mm512_unpackhi_epi16(even, odd);
+            }
+            transpose(low);
+            transpose(high);
+            // Of each quarter of a register of 32 columns, `low` has the first four and `high` the others.
+            uint32_t* to = out + (column - first) * to_stride + pair;
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; ++k) {
+                const int64_t at = k / 4 * 8 + k % 4;
+                if (column + at < last) _mm512_storeu_si512(to + at * to_stride, low[k]);
+                if (column + at + 4 < last) _mm512_storeu_si512(to + (at + 4) * to_stride, high[k]);
+            }
+        }
+    }
+}
+
+// Rows [first, last) of c in the columns of a panel. a: at row `first`.
+void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf16* a, int64_t a_stride, int64_t first,
+                   int64_t last) {
+    const int64_t column = panel * PANEL, width = std::min(PANEL, p.columns - column), padded = whole_lanes(width);
+    bf16* c = p.c + first * p.columns + column;
+    const bf16* plus = p.plus ? p.plus + first * p.columns + column : nullptr;
+    if (padded == width) {
+        multiply(a, a_stride, last - first, b, padded, padded, p.pairs(), c, p.columns, plus);
+        return;
+    }
+    bf16 rows[TILE_ROWS * PANEL];
+    for (int64_t i = 0; i < last - first; i += TILE_ROWS) {
+        const int64_t count = std::min<int64_t>(TILE_ROWS, last - first - i);
+        for (int64_t k = 0; plus && k < count; ++k) {
+            std::memcpy(static_cast<void*>(rows + k * PANEL), plus + (i + k) * p.columns, static_cast<size_t>(width) * 2);
+            clear(rows + k * PANEL + width, padded - width);
+        }
+        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.pairs(), rows, PANEL, plus ? rows : nullptr);
+        for (int64_t k = 0; k < count; ++k) {
+            std::memcpy(static_cast<void*>(c + (i + k) * p.columns), rows + k * PANEL, static_cast<size_t>(width) * 2);
+        }
+    }
+}
+
+// Each panel, and where those are too few for the threads, pieces of the rows: body(panel, first row, last row).
+template <class Body>
+void each_panel(const Product& p, Body body) {
+    const int64_t pieces = std::max<int64_t>(1, std::min(p.rows / BLOCK, 2 * p.threads / p.panels()));
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < p.panels() * pieces; ++i) {
+        const Share some = share(p.rows, static_cast<int>(i % pieces), static_cast<int>(pieces));
+        body(i / pieces, some.first, some.last);
+    }
+}
+
+void product(const Product& p, uint32_t* shared, uint32_t* own) {
+    const int64_t stride = p.left_stride();
+    if (!p.a.is_turned) {
+        each_panel(p, [=](int64_t panel, int64_t first, int64_t last) {
+            pack(p, panel, own);
+            panel_product(p, panel, own, p.a.data + first * p.a.stride, p.a.stride, first, last);
+        });
+        return;
+    }
+    const bf16 *all = reinterpret_cast<const bf16*>(shared), *mine = reinterpret_cast<const bf16*>(own);
+    if (p.shares_left()) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < (p.rows + LANE - 1) / LANE; ++i) {
+            turn(p, i * LANE, std::min(p.rows, (i + 1) * LANE), shared + i * LANE * stride);
+        }
+        each_panel(p, [=](int64_t panel, int64_t first, int64_t last) {
+            pack(p, panel, own);
+            panel_product(p, panel, own, all + first * 2 * stride, 2 * stride, first, last);
+        });
+        return;
+    }
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < p.panels(); ++panel) pack(p, panel, shared + panel * p.panel_size());
+    const int64_t blocks = p.blocks(BLOCK);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < blocks; ++i) {
+        const Share rows = share(p.rows, static_cast<int>(i), static_cast<int>(blocks));
+        turn(p, rows.first, rows.last, own);
+        for (int64_t panel = 0; panel < p.panels(); ++panel) {
+            panel_product(p, panel, shared + panel * p.panel_size(), mine, 2 * stride, rows.first, rows.last);
+        }
+    }
+}
+
+// 32-bit numbers that all threads share, and that each has for itself.
+struct Sizes {
+    int64_t shared, own;
+
+    explicit Sizes(const Product& p) {
+        if (!p.a.is_turned) {
+            shared = 0, own = p.panel_size();
+        } else if (p.shares_left()) {
+            shared = p.rows * p.left_stride(), own = p.panel_size();
+        } else {
+            shared = p.panels() * p.panel_size(), own = BLOCK * p.left_stride();
+        }
+        shared = whole_lanes(shared), own = whole_lanes(own);
+    }
+};
+
+Product described(int64_t rows, int64_t inner, int64_t columns, int turned_a, int threads) {
+    return {{nullptr, 0, turned_a != 0}, {}, rows, inner, columns, nullptr, nullptr, threads};
+}
+
+}  // namespace
+
+// Bytes of scratch that `product_bf16` needs.
+extern "C" int64_t product_scratch_bf16(int64_t rows, int64_t inner, int64_t columns, int turned_a, int threads) {
+    const Sizes sizes(described(rows, inner, columns, turned_a, threads));
+    return 4 * (sizes.shared + threads * sizes.own);
+}
+
+// c [rows, columns] = a b, or plus + a b (`plus` may be c). a is [rows, inner], or lies as [inner, rows] (`turned_a`); b is
+// [inner, columns], or lies as [columns, inner]. Rows have strides, and are contiguous in c and plus.
+extern "C" void product_bf16(const void* a, int64_t a_stride, int turned_a, const void* b, int64_t b_stride, int turned_b,
+                             int64_t rows, int64_t inner, int64_t columns, const void* plus, void* c, void* scratch,
+                             int threads) {
+    Product p = described(rows, inner, columns, turned_a, threads);
+    p.a = {static_cast<const bf16*>(a), a_stride, turned_a != 0};
+    p.b = {static_cast<const bf16*>(b), b_stride, turned_b != 0};
+    p.plus = static_cast<const bf16*>(plus);
+    p.c = static_cast<bf16*>(c);
+    const Sizes sizes(p);
+    uint32_t* const shared = static_cast<uint32_t*>(scratch);
+#pragma omp parallel num_threads(threads)
+    product(p, shared, shared + sizes.shared + omp_get_thread_num() * sizes.own);
+}
+
+#endif
