@@ -155,7 +155,7 @@ def _scratch(order: Order, x: Tensor, width: int, backward: bool) -> Tensor:
 
 def _threads(x: Tensor, bounds: Tensor, kv_heads: int) -> int:
     """A thread has a segment and a key-value head at a time."""
-    return min(native.threads(x.numel()), (len(bounds) - 1) * kv_heads)
+    return max(1, min(native.threads(x.numel()), (len(bounds) - 1) * kv_heads))
 
 
 def _scratch_arguments(scratch: Tensor, threads: int) -> tuple[int, int, int]:

@@ -34,7 +34,7 @@ struct Product {
     // Of a turned left matrix's rows, in pairs: no power of two, or a column of it would fall into one set of a cache.
     int64_t left_stride() const { return whole_lanes(pairs()) + LANE; }
     int64_t panels() const { return (columns + PANEL - 1) / PANEL; }
-    int64_t panel_size() const { return pairs() * PANEL; }
+    int64_t panel_size() const { return pairs() * whole_lanes(std::min(PANEL, columns)); }
     // As many as give each thread the same, of at most `most` rows.
     int64_t blocks(int64_t most) const {
         const int64_t least = (rows + most - 1) / most;
@@ -167,7 +167,7 @@ struct Sizes {
         } else if (p.shares_left()) {
             shared = p.rows * p.left_stride(), own = p.panel_size();
         } else {
-            shared = p.panels() * p.panel_size(), own = BLOCK * p.left_stride();
+            shared = p.panels() * p.panel_size(), own = std::min(BLOCK, p.rows) * p.left_stride();
         }
         shared = whole_lanes(shared), own = whole_lanes(own);
     }

@@ -6,14 +6,35 @@ PyTorch's.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native
-from .cpu_passes import operator
+from .cpu_passes import is_watched, operator
+
+Size = tuple[int, ...]
+
+
+class _Plan(NamedTuple):
+    """How the library is called for two matrices.
+
+    Attributes:
+        turned_a, turned_b: they lie as their transposes.
+        sizes: rows, inner, columns.
+        strides: of the rows of both, as they lie.
+        scratch: bytes.
+    """
+
+    turned_a: bool
+    turned_b: bool
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int]
+    scratch: int
+    threads: int
 
 
 def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
@@ -23,31 +44,63 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
         a: [m, k].  b: [k, n]. Either may be a transposed view.
         plus: [m, n]; where its dtype is another, so is the result's: it is then added to the rounded product.
     """
-    fits = plus is None or (plus.dtype == a.dtype and plus.is_contiguous())
-    turned_a, turned_b = _turned(a, a.shape[1] % 2 == 0), _turned(b, True)
-    if turned_a is None or turned_b is None or not fits or not _serves(a, b):
+    dtype = a.dtype
+    run = native.function("product", dtype)
+    fits = b.dtype == dtype and (plus is None or (plus.dtype == dtype and plus.is_contiguous()))
+    plan = None
+    if run is not None and fits and a.device.type == "cpu":
+        plan = _plan(a.shape, a.stride(), b.shape, b.stride(), dtype, torch.get_num_threads())
+    if plan is None:
         if plus is None:
             return torch.mm(a, b)
-        return torch.addmm(plus, a, b) if plus.dtype == a.dtype else plus + torch.mm(a, b)
-    (rows, inner), columns, threads = a.shape, b.shape[1], native.threads(a.shape[0] * b.numel())
-    size = native.library_function("product_scratch", a.dtype)(rows, inner, columns, turned_a, threads)
-    scratch = torch.empty(size, dtype=torch.uint8)
-    # Operators take tensors that lie as they say.
-    return _product(a.t() if turned_a else a, turned_a, b.t() if turned_b else b, turned_b, plus, scratch)
+        return torch.addmm(plus, a, b) if plus.dtype == dtype else plus + torch.mm(a, b)
+    scratch = torch.empty(plan.scratch, dtype=torch.uint8)
+    if is_watched(a, b, plus):
+        left, right = a.t() if plan.turned_a else a, b.t() if plan.turned_b else b
+        return torch.ops.csm_kernels.product(left, plan.turned_a, right, plan.turned_b, plus, scratch)
+    return _run(run, plan, a, b, plus, scratch)
 
 
-def _serves(a: Tensor, b: Tensor) -> bool:
-    same = a.dtype == b.dtype and a.device.type == "cpu" and a.numel() > 0 and b.numel() > 0
-    return same and native.function("product", a.dtype) is not None
+@functools.lru_cache(maxsize=4096)
+def _plan(a: Size, a_stride: Size, b: Size, b_stride: Size, dtype: torch.dtype, most_threads: int) -> _Plan | None:
+    (rows, inner), columns = a, b[1]
+    # Rows as they lie are read two numbers at a time: of an odd number, the last would come with its neighbour.
+    turned_a, turned_b = _is_turned(a, a_stride, inner % 2 == 0), _is_turned(b, b_stride, True)
+    if turned_a is None or turned_b is None or not rows * inner * columns or b[0] != inner:
+        return None
+    threads = min(native.threads(rows * inner * columns), most_threads)
+    scratch = native.library_function("product_scratch", dtype)(rows, inner, columns, turned_a, threads)
+    strides = a_stride[1 if turned_a else 0], b_stride[1 if turned_b else 0]
+    return _Plan(turned_a, turned_b, (rows, inner, columns), strides, scratch, threads)
 
 
-def _turned(x: Tensor, may_lie: bool) -> bool | None:
-    """Whether the rows of ``x`` are contiguous and apart (False), or its transpose's (True), or none's. Rows as they
-    lie are read two numbers at a time: of an odd number, the last would come with its neighbour."""
-    (rows, columns), (down, across) = x.shape, x.stride()
+def _is_turned(shape: Size, stride: Size, may_lie: bool) -> bool | None:
+    """Whether a matrix's rows are contiguous and apart (False), or its transpose's (True), or none's."""
+    (rows, columns), (down, across) = shape, stride
     if may_lie and across == 1 and down >= columns:
         return False
     return True if down == 1 and across >= rows else None
+
+
+def _run(run: Any, plan: _Plan, a: Tensor, b: Tensor, plus: Tensor | None, scratch: Tensor) -> Tensor:
+    rows, inner, columns = plan.sizes
+    out = torch.empty((rows, columns), dtype=a.dtype)
+    run(
+        a.data_ptr(),
+        plan.strides[0],
+        plan.turned_a,
+        b.data_ptr(),
+        plan.strides[1],
+        plan.turned_b,
+        rows,
+        inner,
+        columns,
+        None if plus is None else plus.data_ptr(),
+        out.data_ptr(),
+        scratch.data_ptr(),
+        plan.threads,
+    )
+    return out
 
 
 def _without_data(a: Tensor, turned_a: bool, b: Tensor, turned_b: bool, *_: Any) -> Tensor:
@@ -59,14 +112,12 @@ def _without_data(a: Tensor, turned_a: bool, b: Tensor, turned_b: bool, *_: Any)
     fake=_without_data,
 )
 def _product(a: Tensor, turned_a: bool, b: Tensor, turned_b: bool, plus: Tensor | None, scratch: Tensor) -> Tensor:
-    out = _without_data(a, turned_a, b, turned_b)
-    rows, columns, inner = *out.shape, a.shape[0 if turned_a else 1]
-    run = native.library_function("product", a.dtype)
-    left, right = (a.data_ptr(), a.stride(0), turned_a), (b.data_ptr(), b.stride(0), turned_b)
-    added = None if plus is None else plus.data_ptr()
-    threads = native.threads(rows * b.numel())
-    run(*left, *right, rows, inner, columns, added, out.data_ptr(), scratch.data_ptr(), threads)
-    return out
+    """``product`` of matrices whose rows are contiguous; a turned one is given as its transpose."""
+    a, b = a.t() if turned_a else a, b.t() if turned_b else b
+    plan = _plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, torch.get_num_threads())
+    if plan is None:
+        raise ValueError("csm_kernels::product takes matrices whose rows are contiguous")
+    return _run(native.library_function("product", a.dtype), plan, a, b, plus, scratch)
 
 
 @register_flop_formula(torch.ops.csm_kernels.product)

@@ -26,6 +26,12 @@ _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
 
 
+def is_watched(*args: Any) -> bool:
+    """Whether a mode or a profiler watches operators, or an argument has a class that may have no memory."""
+    modes = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+    return bool(modes) or not _PLAIN.issuperset(map(type, args))
+
+
 def operator(schema: str, fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function. ``fake`` gives its results without data; by default PyTorch's operators in it do."""
 
@@ -44,10 +50,7 @@ def operator(schema: str, fake: Callable[..., Any] | None = None) -> Callable[[C
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            watched = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
-            if watched or not _PLAIN.issuperset(map(type, args)):  # a tensor of a Python class may have no memory
-                return registered(*args)
-            return function(*args)
+            return registered(*args) if is_watched(*args) else function(*args)
 
         return call
 

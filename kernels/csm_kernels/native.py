@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp", "cpu_heads.cpp", "cpu_linear.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120
 
 _VOID, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -51,7 +52,7 @@ SIGNATURES = {
     "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
     "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
-# These are there only for processors that multiply bf16 (AVX512-BF16).
+# These are there only for processors that multiply bf16 in registers (AVX512-BF16) and not in tiles (AMX).
 OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
 # A row that is not as it must be, or bytes.
 ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
@@ -126,7 +127,9 @@ def _load() -> tuple[Functions | None, str]:
     why = f"no C++ compiler ({', '.join(COMPILERS)}); install one, or name it in CXX"
     for compiler in _compilers():
         try:
-            return _bound(_opened(compiler)), f"built by {' '.join(compiler)}"
+            functions = _bound(_opened(compiler))
+            rest = "" if ("product", BF16) in functions else "; matrix products are PyTorch's (no AVX512-BF16, or AMX)"
+            return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
             why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
     return None, why
@@ -155,11 +158,19 @@ def _opened(compiler: list[str]) -> ctypes.CDLL:
             return ctypes.CDLL(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in SOURCES]
+        pairs = zip(SOURCES, objects, strict=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda pair: _compile(compiler, "-c", "-o", str(pair[1]), str(pair[0])), pairs))
         out = Path(scratch) / "library.so"
-        command = [*compiler, *FLAGS, "-o", str(out), *map(str, SOURCES)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        _compile(compiler, "-shared", "-o", str(out), *map(str, objects))
         os.replace(out, target)
     return ctypes.CDLL(str(target))
+
+
+def _compile(compiler: list[str], *arguments: str) -> None:
+    command = [*compiler, *FLAGS, *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
 
 def _cache() -> Path:
