@@ -220,7 +220,7 @@ class Running:
         torch.stack(losses).tolist()  # waits for the device
         return time.perf_counter() - started
 
-    def optimizer_seconds(self, label: str, plain: bool = False, repeats: int = 5) -> float:
+    def optimizer_seconds(self, label: str, plain: bool = False, repeats: int = 3) -> float:
         """Median seconds of an AdamW update with clipping, each after a backward pass of its own: csm_fast's own, or,
         ``plain`` and for the others, PyTorch's fused one on the weights as they are."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
