@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from csm_kernels import cpu_linear, native
 from csm_kernels.short_attention import short_attention
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -95,6 +96,15 @@ def test_views_are_no_operators():
 def test_a_registered_operator_is_one_operator_with_all_it_calls():
     q, k = torch.randn(3, 5, 2, 4), torch.randn(3, 5, 1, 4)
     assert set(clocked(lambda: short_attention(q, k, k))) == {"csm_kernels::short_attention"}
+
+
+@pytest.mark.skipif(native.function("product", torch.bfloat16) is None, reason="the library has no products here")
+def test_scratch_is_nobodys_business():
+    a, b = torch.ones(6, 4, dtype=torch.bfloat16), torch.ones(4, 5, dtype=torch.bfloat16)
+    seen = clocked(lambda: cpu_linear.product(a, b))
+    shapes, types, found = seen["csm_kernels::product"]
+    assert shapes == ((6, 4), (4, 5)) and types == "bf16"
+    assert (found.flops, found.bytes) == (240, 2 * (24 + 20 + 30))
 
 
 def test_the_clock_sees_all_products_of_a_training_step(tmp_path):
