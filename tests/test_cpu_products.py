@@ -251,7 +251,7 @@ def operators() -> dict[str, tuple]:
     weights = weights.expand(3, 5).contiguous()
     places = torch.tensor([0, -1, 1, 2, 3, 4, 5, 6, 7])
     return {
-        "product": (random(5, 16), False, random(12, 16), True, random(5, 12), scratch),
+        "product": (random(5, 16), random(12, 16).t(), random(5, 12), scratch),
         "attention_rows": (q, k, v, cos, cos, bounds, 2, 1, 0.25, scratch),
         "attention_rows_backward": (q, q, places, q, k, v, logs, cos, cos, bounds, 2, 1, 0.25, scratch),
         "heads_cross_entropy": (hidden, weight, targets, weights, 0.5, True, True, scratch),

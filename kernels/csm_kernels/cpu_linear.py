@@ -56,8 +56,7 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
         return torch.addmm(plus, a, b) if plus.dtype == dtype else plus + torch.mm(a, b)
     scratch = torch.empty(plan.scratch, dtype=torch.uint8)
     if is_watched(a, b, plus):
-        left, right = a.t() if plan.turned_a else a, b.t() if plan.turned_b else b
-        return torch.ops.csm_kernels.product(left, plan.turned_a, right, plan.turned_b, plus, scratch)
+        return torch.ops.csm_kernels.product(a, b, plus, scratch)
     return _run(run, plan, a, b, plus, scratch)
 
 
@@ -103,23 +102,19 @@ def _run(run: Any, plan: _Plan, a: Tensor, b: Tensor, plus: Tensor | None, scrat
     return out
 
 
-def _without_data(a: Tensor, turned_a: bool, b: Tensor, turned_b: bool, *_: Any) -> Tensor:
-    return a.new_empty(a.shape[1 if turned_a else 0], b.shape[0 if turned_b else 1])
+def _without_data(a: Tensor, b: Tensor, *_: Any) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
-@operator(
-    "product(Tensor a, bool turned_a, Tensor b, bool turned_b, Tensor? plus, Tensor(a!) scratch) -> Tensor",
-    fake=_without_data,
-)
-def _product(a: Tensor, turned_a: bool, b: Tensor, turned_b: bool, plus: Tensor | None, scratch: Tensor) -> Tensor:
-    """``product`` of matrices whose rows are contiguous; a turned one is given as its transpose."""
-    a, b = a.t() if turned_a else a, b.t() if turned_b else b
+@operator("product(Tensor a, Tensor b, Tensor? plus, Tensor(a!) scratch) -> Tensor", fake=_without_data)
+def _product(a: Tensor, b: Tensor, plus: Tensor | None, scratch: Tensor) -> Tensor:
+    """``product`` of matrices that the library takes."""
     plan = _plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, torch.get_num_threads())
     if plan is None:
-        raise ValueError("csm_kernels::product takes matrices whose rows are contiguous")
+        raise ValueError("csm_kernels::product takes matrices whose rows are contiguous, or their transposes'")
     return _run(native.library_function("product", a.dtype), plan, a, b, plus, scratch)
 
 
 @register_flop_formula(torch.ops.csm_kernels.product)
-def _flops(a: Any, turned_a: bool, b: Any, turned_b: bool, *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[0 if turned_b else 1]
+def _flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
