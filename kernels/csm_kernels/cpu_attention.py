@@ -67,9 +67,12 @@ def uniform_order(segments: int, rows: int, heads: int, kv_heads: int) -> Order:
 # --- the library's ----------------------------------------------------------------------------------------------------
 
 
-def _serves(x: Tensor, cos: Tensor | None, width: int) -> bool:
-    angles = cos is None or cos.dtype == torch.float32
-    return width % LANES == 0 and angles and native.function("attention_forward", x.dtype) is not None
+def _serves(q: Tensor, cos: Tensor | None, order: Order, width: int) -> bool:
+    if width % LANES or (cos is not None and cos.dtype != torch.float32):
+        return False
+    # Batched products of a long segment are shared by all threads.
+    busy = 2 * (len(order.bounds) - 1) * order.kv_heads >= torch.get_num_threads() or order.longest <= 512
+    return busy and native.function("attention_forward", q.dtype) is not None
 
 
 def _forward_without_data(q: Tensor, k: Tensor, v: Tensor, cos: Any, sin: Any, bounds: Any, heads: int, *_: Any) -> Any:
@@ -210,7 +213,7 @@ def forward(
         What ``backward`` needs, and the output [T, heads d].
     """
     factor = width**-0.5
-    if not _serves(q, cos, width):
+    if not _serves(q, cos, order, width):
         return _forward_folded(q, k, v, cos, sin, order, width)
     if cos is None or sin is None:
         q, factor = q * factor, 1.0
