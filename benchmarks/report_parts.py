@@ -122,10 +122,17 @@ def profile(rows: list[Row]) -> str:
     )
 
 
+def last_runs(rows: list[Row]) -> list[Row]:
+    """Of each axis the rows of its last run; a run may have had some of the axes only."""
+    newest: dict[str, str] = {}
+    for row in rows:
+        newest[row["axis"]] = max(row["run"], newest.get(row["axis"], ""))
+    return [row for row in rows if row["run"] == newest[row["axis"]]]
+
+
 def scaling(rows: list[Row]) -> str:
-    """Time and memory along each axis of the last run."""
-    newest = max((row["run"] for row in rows), default=None)
-    rows = rows_of(rows, run=newest)
+    """Time and memory along each axis, of its last run."""
+    rows = last_runs(rows)
     if not rows:
         return "Not measured.\n"
     text = f"`{rows[0]['shape']}` shape. {provenance(rows[0])}.\n"
@@ -162,8 +169,7 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    newest = max(row["run"] for row in rows)
-    rows = rows_of(rows, run=newest)
+    rows = last_runs(rows)
     axes_found = list(dict.fromkeys(row["axis"] for row in rows))
     figure, axes = plt.subplots(2, len(axes_found), figsize=(3.6 * len(axes_found), 6), squeeze=False)
     names = sorted({name for row in rows for name in row["memory"] if name != "besides"})
