@@ -162,12 +162,20 @@ def scaling(rows: list[Row]) -> str:
     return text
 
 
+def tick(value: float) -> str:
+    """Of an axis of powers of two: 65536 is 64k, 0.0625 is 1/16."""
+    if 0 < value < 1 and (1 / value).is_integer():
+        return f"1/{1 / value:.0f}"
+    return f"{value / 1024:.0f}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+
+
 def draw_scaling(rows: list[Row], path: Path) -> None:
     """A panel per axis: milliseconds over the value, memory by part below it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = last_runs(rows)
     axes_found = list(dict.fromkeys(row["axis"] for row in rows))
@@ -175,13 +183,21 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
     names = sorted({name for row in rows for name in row["memory"] if name != "besides"})
     for column, axis in enumerate(axes_found):
         some = rows_of(rows, axis=axis)
-        labels = [f"{r['value']:g}" if isinstance(r["value"], (int, float)) else r["value"] for r in some]
+        is_number = isinstance(some[0]["value"], (int, float))
+        labels = [tick(r["value"]) if is_number else r["value"] for r in some]
         top, low = axes[0][column], axes[1][column]
         slope = f", exponent {some[0]['exponent']:.2f}" if "exponent" in some[0] else ""
         top.plot(labels, [r["median_s"] * 1e3 for r in some], marker="o", color="black")
         top.set_title(axis + slope, fontsize=9)
         top.set_ylabel("forward + backward, ms")
-        top.set_ylim(bottom=0)
+        if is_number:  # values double from one to the next, so that a power of them is a straight line
+            top.set_yscale("log")
+            top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            top.yaxis.set_minor_locator(NullLocator())
+            top.yaxis.set_major_formatter("{x:,g}")
+            top.set_ylim(min(r["median_s"] for r in some) * 700, max(r["median_s"] for r in some) * 1400)
+        else:
+            top.set_ylim(0, max(r["median_s"] for r in some) * 1150)
         base = [0.0] * len(some)
         for name in names:
             sizes = [r["memory"].get(name, 0) / MIB for r in some]
@@ -189,9 +205,9 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
             base = [b + s for b, s in zip(base, sizes, strict=True)]
         low.set_ylabel("MiB besides weights and gradients")
         for panel in (top, low):
-            panel.tick_params(labelsize=7)
+            panel.tick_params(which="both", labelsize=7)
             panel.grid(True, axis="y", alpha=0.3)
-        if isinstance(some[0]["value"], str):
+        if not is_number:
             low.tick_params(axis="x", rotation=20)
             top.tick_params(axis="x", rotation=20)
     axes[1][0].legend(fontsize=7, frameon=False)
