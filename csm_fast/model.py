@@ -217,8 +217,8 @@ def run_stack(
             these and tensors that it holds, so a compiled layer may take it in.
         recompute: what runs again in the backward pass so that its activations need not be kept: "off" nothing,
             "selective" the MLP of each layer, 17 of some 23 D per row and half of the time of a layer, "full" all.
-        rows: [A], of x [T, D], those whose states are wanted, [A, D]. The last layer takes the others as keys and
-            values only, so their part of its output projection and MLP is not computed.
+        rows: [A], of x [T, D], all different: those whose states are wanted, [A, D]. The last layer takes the others
+            as keys and values only, so their part of its output projection and MLP is not computed.
     """
     spec = rope_spec(stack.layers[0].attn)
     cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))

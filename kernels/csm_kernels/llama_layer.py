@@ -1,8 +1,8 @@
 """A pre-norm Llama layer on a CPU in one autograd node, written with few calls and little kept.
 
 A pack of a few hundred rows is so little work that PyTorch's calls, a few microseconds each and a thousand per layer,
-take a quarter of the layer's time. Here a layer is some forty calls forward and ninety backward; sums go into the
-products (``addmm``). Of the MLP the two products w1 y and w3 y are kept, of the norms the factors: silu, product and
+take a quarter of the layer's time. Here a layer is some fifteen calls forward and thirty backward; sums go into the
+products. Of the MLP the two products w1 y and w3 y are kept, of the norms the factors: silu, product and
 normed rows are computed again, in less time than a wider layer's memory takes to come back.
 """
 
@@ -129,7 +129,7 @@ def llama_layer(
         order: the attention's segments.
         weights: norm's scale [D], wq [H d, D], wk and wv [Hkv d, D], wo [D, H d], the MLP's norm's scale [D], w1
             [F, D], w2 [D, F], w3 [F, D]; the matrices in ``setup.dtype``.
-        rows: [A] int64 of x [T, D]: those whose results are wanted, in that order.
+        rows: [A] int64 of x [T, D], all different: those whose results are wanted, in that order.
 
     Returns:
         Like ``x``, or [A, D]. Norms, rotation and softmax are computed in float32 (float64 for float64). Gradients of
