@@ -161,6 +161,13 @@ def test_empty_segments_and_segments_of_a_uniform_order():
         assert torch.equal(a, b)
 
 
+def test_segments_of_other_rows():
+    case, _ = attention_case([6, 6], 2, 1, 16, False)
+    for segments in (1, 3):
+        with pytest.raises(ValueError, match=f"end at {6 * segments}, but there are 12 rows"):
+            run_attention(case, cpu_attention.uniform_order(segments, 6, 2, 1), 16)
+
+
 def test_no_segments():
     case, _ = attention_case([3], 2, 1, 16, False)
     nothing = cpu_attention.uniform_order(0, 6, 2, 1)

@@ -211,7 +211,12 @@ def forward(
 
     Returns:
         What ``backward`` needs, and the output [T, heads d].
+
+    Raises:
+        ValueError: segments that do not end at T.
     """
+    if order.bounds[-1].item() != q.shape[0]:  # the library would read and write behind the rows
+        raise ValueError(f"the segments end at {int(order.bounds[-1])}, but there are {q.shape[0]} rows")
     factor = width**-0.5
     if not _serves(q, cos, order, width):
         return _forward_folded(q, k, v, cos, sin, order, width)
