@@ -70,7 +70,7 @@ BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
 benchmarks: setup
 	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
 	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
-	$(COMPARE) --repeats 3 --slow-repeats 1
+	$(COMPARE) --repeats 3
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast transformers
 	$(COMPARE) --shape csm-1b --middle 16 --batches 16 --systems csm_fast $(BLOG) --no-optimizer
 	$(BIN)/python -m benchmarks.report

@@ -14,7 +14,10 @@ Every system sees the same recordings, weights (random) and, at equal updates, t
 of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
 csm_fast in packs of ``--pack-rows``, the others in their buckets. Times are of forward and backward passes, batches
 built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, medians are
-shown. A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
+shown. A system that takes minutes (SLOW) runs the first of ``--batches`` only, and a part of them per repetition, every
+third of three: times are those of a part, scaled by the rows laid out, and all parts together are an epoch.
+
+A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
 ranking.
 
 "blog" is the published forward: sesame-finetune's on Sesame's own ``Model`` (``--sesame-csm``, see benchmarks/parity.py
@@ -125,9 +128,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--pack-rows", type=int, default=2048, help="of csm_fast's free packing")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--slow-repeats", type=int, default=2, help=f"of {', '.join(SLOW)}, which run the first of --batches only"
-    )
     parser.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's time out")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing, where there is one")
     parser.add_argument("--memory-only", action="store_true", help="no times")
@@ -165,16 +165,15 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
             share = 1.0 if row["system"].startswith("csm_fast") else 1 / 16 if row["system"] in SLOW else 1 / 4
             workers[row["system"]].ask("run", row["label"], share)
             row["seconds"] = []
+            row["parts"] = args.repeats if row["system"] in SLOW else 1
         for repeat in range(args.repeats):
             for row in rows:
-                if repeat < (args.slow_repeats if row["system"] in SLOW else args.repeats):
-                    row["seconds"].append(workers[row["system"]].ask("run", row["label"]))
+                which = (repeat, row["parts"]) if row["parts"] > 1 else ()
+                row["seconds"].append(workers[row["system"]].ask("run", row["label"], 1.0, *which))
         for row in rows:
             row["median_s"] = statistics.median(row["seconds"])
             if not args.no_optimizer:
                 row["optimizer_s"] = workers[row["system"]].ask("optimizer", row["label"]) * row["updates"]
-                if row["system"] == "csm_fast":  # whose own is another recipe
-                    row["plain_optimizer_s"] = workers["csm_fast"].ask("optimizer", row["label"], True) * row["updates"]
             if row["flops"]:
                 row["matmul_rate"] = workers[row["system"]].ask("rate", row["label"])
     for row in rows:

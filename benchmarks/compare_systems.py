@@ -25,7 +25,7 @@ from csm_fast.config import AdapterSection, DataSection, LossSection, OptimizerS
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.machine import keep_freed_memory
-from csm_fast.optim import TableGradients, make_optimizer
+from csm_fast.optim import TableGradients, clip, gradient_norm, make_optimizer
 from csm_fast.packing import Pack, pack_padded
 
 SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
@@ -209,22 +209,32 @@ class Running:
         if self.tables:
             self.tables.clear(whole=False)
 
-    def run(self, label: str, share: float = 1.0) -> float:
-        """Seconds of one pass, forward and backward of every batch, gradients dropped in between."""
-        batches = self.passes[label][:: max(1, round(1 / share))]
+    def run(self, label: str, share: float = 1.0, part: int = 0, parts: int = 1) -> float:
+        """Seconds of one pass, forward and backward of every batch, gradients dropped in between.
+
+        Args:
+            share: of the batches, for warming up.
+            part, parts: only the batches ``part``, ``part + parts`` and so on; the seconds are scaled to all batches by
+                the rows that they lay out.
+        """
+        every = self.passes[label]
+        batches = every[part :: max(parts, round(1 / share))]
+        laid_out = sum(map(self._laid_out, every)) / sum(map(self._laid_out, batches))
         started = time.perf_counter()
         losses = []
         for i, batch in enumerate(batches):
             losses.append(self.backward(batch, i))
             self.drop_gradients()
         torch.stack(losses).tolist()  # waits for the device
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) * (laid_out if parts > 1 else 1.0)
 
-    def optimizer_seconds(self, label: str, plain: bool = False, repeats: int = 3) -> float:
-        """Median seconds of an AdamW update with clipping, each after a backward pass of its own: csm_fast's own, or,
-        ``plain`` and for the others, PyTorch's fused one on the weights as they are."""
+    def optimizer_seconds(self, label: str, repeats: int = 3) -> float:
+        """Median seconds of an AdamW update with clipping, each after a backward pass of its own: csm_fast's as its
+        trainer calls it, for the others PyTorch's fused one on the weights as they are. As after an epoch, every token
+        of the recordings has had a gradient."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self.system.code == "csm_fast" and not plain:
+        own = self.system.code == "csm_fast"
+        if own:
             weights = "fp32" if self.system.autocast or self.system.weights == WIDE else "bf16-stochastic"
             optimizer: Any = make_optimizer(self.model, OptimizerSection(weights=weights), 0)  # type: ignore[arg-type]
             optimizer.found_inf = torch.zeros((), device=self.device)
@@ -233,17 +243,38 @@ class Running:
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # the weights stay those of the comparison
             group["weight_decay"] = 0.0
+        if own:
+            self._update_every_token(optimizer, self.passes[label])
         batch, timed = self.passes[label][len(self.passes[label]) // 2], []
         for i in range(repeats + 1):
             self.backward(batch, i)
             self._wait()
             started = time.perf_counter()
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            if own:
+                clip(optimizer, 1.0, gradient_norm(trained, self.tables))
+            else:
+                nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             self._wait()
             timed.append(time.perf_counter() - started)
             self.drop_gradients()
         return statistics.median(timed[1:])
+
+    def _update_every_token(self, optimizer: torch.optim.Optimizer, packs: list[Pack]) -> None:
+        """An update from gradients for every row of the tables that the packs hold."""
+        text, audio = self.model.text_embeddings.weight, self.model.audio_embeddings.weight
+        books = torch.arange(self.config.num_codebooks, device=self.device) * self.config.audio_vocab_size
+        for table in (text, audio):
+            table.grad = torch.zeros_like(table) if table.requires_grad else None
+        for pack in packs:
+            for table, keys in (
+                (text, pack.tokens[~pack.is_audio][:, -1]),
+                (audio, pack.tokens[pack.is_audio][:, :-1] + books),
+            ):
+                if table.grad is not None:
+                    table.grad[keys.flatten().long()] = 1e-3
+        optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
     def memory(self, label: str) -> dict[str, int]:
         """Bytes of a forward and backward pass of the label's middle batch: the most at once, and that without weights
@@ -275,6 +306,11 @@ class Running:
         self.drop_gradients()
         return {**figures, "weights": weights, "rows": self._rows(batch)}
 
+    @staticmethod
+    def _laid_out(batch: Any) -> int:
+        """Rows with padding."""
+        return batch.tokens.shape[0] if isinstance(batch, Pack) else batch[0][..., 0].numel()
+
     def _rows(self, batch: Any) -> int:
         return batch.rows if isinstance(batch, Pack) else int(batch[1].any(-1).sum())
 
@@ -286,12 +322,10 @@ class Running:
     def about(self) -> dict[str, Any]:
         labels = {}
         for label, batches in self.passes.items():
-            if self.system.code == "csm_fast":
-                laid = sum(pack.tokens.shape[0] for pack in batches)
-                flops = sum(step_flops(self.config, pack) for pack in batches)
-            else:
-                laid, flops = sum(tokens[..., 0].numel() for tokens, _ in batches), 0
-            labels[label] = {"updates": len(batches), "laid_out": laid, "flops": flops}
+            ours = self.system.code == "csm_fast"
+            flops = sum(step_flops(self.config, pack) for pack in batches) if ours else 0
+            laid_out = sum(map(self._laid_out, batches))
+            labels[label] = {"updates": len(batches), "laid_out": laid_out, "flops": flops}
         return {
             "labels": labels,
             "rows": self.subset.rows,

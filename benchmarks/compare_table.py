@@ -21,11 +21,23 @@ def is_free(row: Row) -> bool:
     return row["label"].startswith("packs")
 
 
+def quotient(row: Row, than: Row) -> tuple[float, float, float]:
+    """How many times as long as ``than`` the row takes: by medians, and least and most of any two repetitions."""
+    return (
+        row["median_s"] / than["median_s"],
+        min(row["seconds"]) / max(than["seconds"]),
+        max(row["seconds"]) / min(than["seconds"]),
+    )
+
+
 def faster(row: Row, than: Row | None) -> str:
-    """How many times as long as ``than`` the row takes, or why that is not said."""
+    """``quotient`` with its spread, or why that is not said."""
     if than is None or row is than:
         return ""
-    return f"{row['median_s'] / than['median_s']:.2f}x" if row["ranked"] else "not ranked"
+    if not row["ranked"]:
+        return "not ranked"
+    middle, least, most = quotient(row, than)
+    return f"{middle:.2f}x ({least:.1f}-{most:.1f})"
 
 
 def time_tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -51,7 +63,7 @@ def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], li
     flops = ours["flops"] if ours else 0
     rate = ours.get("matmul_rate") if ours else None
     head = ["system", "recipe", "s", "spread", "csm_fast is faster", "rows/s", "audio s/s", "padding", "updates"]
-    head += ["GFLOP/s", "of matmul rate", "optimizer s", "loss differs by"]
+    head += ["GFLOP/s", "of matmul rate", "optimizer s", "with optimizer s", "loss differs by"]
     lines = []
     for row in rows:
         median = row["median_s"]
@@ -63,7 +75,7 @@ def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], li
                 row["system"] + (f", {row['label']}" if free else ""),
                 row["recipe"] + (", compiled" if row["compiled"] else ""),
                 f"{median:.2f}",
-                f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f} ({len(row['seconds'])})",
+                f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f} ({_repeats(row)})",
                 faster(row, ours),
                 f"{row['rows'] / median:,.0f}",
                 f"{row['frames'] * FRAME_SECONDS / median:,.0f}",
@@ -71,19 +83,27 @@ def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], li
                 str(row["updates"]),
                 f"{own / median / 1e9:,.0f}" if own and not all_frames else "",
                 share,
-                _optimizer(row),
+                f"{row['optimizer_s']:.1f}" if "optimizer_s" in row else "",
+                _with_optimizer(row, ours),
                 f"{row['loss_difference']:.0e}",
             ]
         )
     return head, lines
 
 
-def _optimizer(row: Row) -> str:
-    """Seconds per epoch; for csm_fast also with the others' recipe, PyTorch's fused AdamW on bf16 weights."""
+def _with_optimizer(row: Row, than: Row | None) -> str:
+    """Seconds per epoch, the optimizer included, and how many times that of ``than``."""
     if "optimizer_s" not in row:
         return ""
-    plain = f" ({row['plain_optimizer_s']:.1f} as theirs)" if "plain_optimizer_s" in row else ""
-    return f"{row['optimizer_s']:.1f}{plain}"
+    whole = row["median_s"] + row["optimizer_s"]
+    if than is None or row is than or not row["ranked"]:
+        return f"{whole:.1f}"
+    return f"{whole:.1f} ({whole / (than['median_s'] + than['optimizer_s']):.2f}x)"
+
+
+def _repeats(row: Row) -> str:
+    count = len(row["seconds"])
+    return f"{count} parts" if row.get("parts", 1) > 1 else str(count)
 
 
 def memory_table(rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:

@@ -32,7 +32,7 @@ from benchmarks.record import append, environment
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 8.0  # to print the table and leave
 # Part of the minutes that are left when it begins; the last one has the rest.
-SHARES = {"tests": 0.3, "step": 0.35, "kernels": 1.0}
+SHARES = {"tests": 0.3, "step": 0.35, "updates": 0.2, "kernels": 1.0}
 EMBED_GOAL, HEADS_GOAL, DEPTH_GOAL = 0.8, 0.6, 2.0
 STEP_GOAL, MEMORY_GOAL = 0.6, 1 / 3
 RIVALS_GOALS = {"padded-autocast": 2.5, "padded-fp32": 10.0, "transformers": 2.0}
@@ -137,8 +137,15 @@ def compare_command(args: argparse.Namespace, results: Path) -> list[str]:
     if args.rehearse:
         command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
         return [*command, "--systems", "csm_fast"]
-    command += ["3", "--slow-repeats", "1", "--synthetic", "400", "--device", "cuda", "--shape", "csm-1b"]
+    command += ["3", "--synthetic", "400", "--device", "cuda", "--shape", "csm-1b"]
     return [*command, "--batches", "64", "--pack-rows", "16384", "--systems", *systems]
+
+
+def optimizers_command(args: argparse.Namespace, results: Path) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.optimizers", "--results", str(results)]
+    if args.rehearse:
+        return [*command, "--shape", "tiny", "--repeats", "1"]
+    return [*command, "--device", "cuda", "--shape", "csm-1b", "--repeats", "5"]
 
 
 def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> list[str]:
@@ -232,6 +239,17 @@ def kernel_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
     return [*lines, *([Line("kernels", problem)] if problem else [])]
 
 
+def optimizer_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
+    """Every update against the time that its bytes take."""
+    lines = []
+    for row in rows:
+        floor = row["bytes"] / row["copy_bytes_per_s"]
+        share = floor / row["median_s"]
+        figure = f"{milliseconds(row['median_s'])} ms, {share:.0%} of the copy's rate"
+        lines.append(Line(f"update: {', '.join(row['way'])}", figure, value=share))
+    return [*lines, *([Line("updates", problem)] if problem else [])]
+
+
 def _at(row: dict[str, Any]) -> str:
     fraction = "" if row["fraction"] is None else f", fraction {row['fraction']:g}"
     return f"{row['op']} {row['rows']:,} rows{fraction}"
@@ -311,6 +329,11 @@ def main() -> int:
     before = size(step_file)
     problem = call(compare_command(args, step_file), seconds("step"))
     lines = [*test_lines(counts), *compare_lines(rows_after(step_file, before), problem)]
+
+    updates_file = results / "gpu_optimizers.jsonl"
+    before = size(updates_file)
+    problem = call(optimizers_command(args, updates_file), seconds("updates"))
+    lines += optimizer_lines(rows_after(updates_file, before), problem)
 
     before, limit = size(kernels_file), seconds("kernels")
     # It stops by itself between two points; a few seconds more are for the point it is at.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_parts
-from benchmarks.compare_table import Row, is_free, markdown, memory_table, rows_of, time_tables
+from benchmarks.compare_table import Row, is_free, markdown, memory_table, quotient, rows_of, time_tables
 from benchmarks.report_parts import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +71,43 @@ def compare(rows: list[Row]) -> str:
     return text
 
 
+RUNS = 3  # that are shown side by side
+
+
+def runs(rows: list[Row]) -> str:
+    """The quotients of the last runs side by side: what a table is worth on another day."""
+    some = [row for row in rows if "median_s" in row]
+    names = sorted({row["run"] for row in some if row["system"] != "csm_fast"}, reverse=True)[:RUNS]
+    if len(names) < 2:
+        return "Run once.\n"
+    tables = [_quotients(rows_of(some, run=name)) for name in names]
+    last, *others = tables
+    head = ["csm_fast in", "against"]
+    for name in names:
+        first = rows_of(some, run=name)[0]
+        head.append(f"{name[:16].replace('T', ' ')} ({first['commit']})")
+    lines, inside, compared = [], 0, 0
+    for key, (middle, least, most) in last.items():
+        found = [table.get(key) for table in others]
+        lines.append([*key, f"{middle:.2f}x ({least:.1f}-{most:.1f})", *(f"{f[0]:.2f}x" if f else "" for f in found)])
+        compared += sum(f is not None for f in found)
+        inside += sum(f is not None and least <= f[0] <= most for f in found)
+    return (
+        f"{markdown(head, lines)}\n\n{inside} of {compared} quotients of the earlier runs lie within the spread of the "
+        "last one (the least and the most of any two repetitions).\n"
+    )
+
+
+def _quotients(rows: list[Row]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """By csm_fast's label and the other system with its label."""
+    found = {}
+    for ours in rows_of(rows, system="csm_fast"):
+        for row in rows:
+            if row["system"] != "csm_fast" and row["ranked"] and (is_free(ours) or row["label"] == ours["label"]):
+                found[ours["label"], f"{row['system']}, {row['label']}"] = quotient(row, ours)
+    return found
+
+
 def _of_compare(**wanted: Any) -> Callable[[Path], str]:
     return lambda results: compare(last_run(read(results, "compare"), **wanted))
 
@@ -84,8 +121,13 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "compare-cpu-checkpointing": _of_compare(shape="small", data="recordings", checkpointing=True),
     "compare-cpu-csm-1b": _of_compare(shape="csm-1b", data="recordings", checkpointing=False),
     "compare-gpu": _on_gpu,
+    "compare-cpu-runs": lambda results: runs(
+        rows_of(read(results, "compare"), shape="small", data="recordings", checkpointing=False)
+    ),
     "pretokenize": lambda results: report_parts.pretokenize(read(results, "pretokenize")),
     "data-path": lambda results: report_parts.data_path(read(results, "data_path")),
+    "optimizers-cpu": lambda results: report_parts.optimizers(read(results, "optimizers")),
+    "optimizers-gpu": lambda results: report_parts.optimizers(read(results, "gpu_optimizers")),
     "profile-cpu": lambda results: report_parts.profile(read(results, "profile_small_cpu")),
     "scaling-cpu": lambda results: report_parts.scaling(read(results, "scaling")),
 }

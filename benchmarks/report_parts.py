@@ -57,6 +57,40 @@ def pretokenize(rows: list[Row]) -> str:
     )
 
 
+def optimizer_lines(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """A line per way to make an update."""
+    head = ["update of", "", "ms", "spread", "needs, bytes a weight", "floor, ms", "of the floor", "small updates"]
+    lines = []
+    for row in rows:
+        low, high = min(row["seconds"]) * 1e3, max(row["seconds"]) * 1e3
+        floor = row["bytes"] / row["copy_bytes_per_s"]
+        lines.append(
+            [
+                *row["way"],
+                f"{row['median_s'] * 1e3:.1f}",
+                f"{low:.1f}-{high:.1f} ({len(row['seconds'])})",
+                f"{row['bytes'] / row['weights']:.1f}",
+                f"{floor * 1e3:.1f}",
+                f"{row['median_s'] / floor:.1f}x",
+                "survive" if row["learns"] else "are lost",
+            ]
+        )
+    return head, lines
+
+
+def optimizers(rows: list[Row]) -> str:
+    """Updates with clipping, of the last run."""
+    if not rows:
+        return "Not measured.\n"
+    some = rows_of(rows, run=rows[-1]["run"])
+    first, (text, audio) = some[0], some[0]["read"]
+    return (
+        f"{first['weights'] / 1e6:,.0f} million weights, `{first['shape']}` shape; {text:.2%} of the text table's rows "
+        f"and {audio:.0%} of the audio table's ever had a gradient. {provenance(first)}.\n\n"
+        f"{markdown(*optimizer_lines(some))}\n"
+    )
+
+
 def data_path(rows: list[Row]) -> str:
     """Opening, memory and time per row of stores of many sizes."""
     streams = latest(rows_of(rows, kind="stream", cold=False), "hours", "by", "pack_rows")

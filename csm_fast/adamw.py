@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .errors import InputError
 
 log = logging.getLogger("csm_fast")
@@ -42,9 +43,14 @@ def chunk_on(device: torch.device) -> int:
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), the mathematics of ``torch.optim.AdamW``.
 
-    Every parameter is updated in float32 by PyTorch's fused kernel, a chunk at a time. Nothing asks the device for a
-    value: where the attribute ``found_inf`` (a 0-dim float32 tensor on the parameters' device) is 1, weights, moments
-    and step count stay as they are.
+    Every parameter is updated in float32: in one pass over memory, on CUDA by a Triton kernel and on a CPU, where
+    moments are in float32, by the library built for the processor; else by PyTorch's fused kernel, a chunk at a time.
+    Nothing asks the device for a value: where the attribute ``found_inf`` (a 0-dim float32 tensor on the parameters'
+    device) is 1, weights, moments and step count stay as they are. Gradients are divided by the attribute
+    ``grad_scale`` (such a tensor too) where there is one; PyTorch's kernel may do so where they lie.
+
+    Where a matrix does not decay, what never had a gradient has no moments and stays as it is under any update: the one
+    pass goes past it, by rows on a CPU. Of a table of embeddings these are the tokens that no recording holds.
 
     State of a parameter p, plain tensors all: ``step`` [] float32; ``exp_avg`` and ``exp_avg_sq`` like p in float32,
     or in uint8 with ``exp_avg_absmax`` and ``exp_avg_sq_absmax`` [ceil(numel / 256)] float32 beside them (blockwise
@@ -67,6 +73,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
         self.bits, self.rounding, self.seed, self.paged, self.chunk = bits, rounding, seed, paged, chunk
         self._functional = _bitsandbytes_functional() if bits == 8 else None
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._live: dict[Tensor, tuple[Tensor, Tensor]] = {}  # (exp_avg, which rows had a gradient)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
@@ -161,10 +169,71 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state.update(self.initial_state(p))
         step, skip = state["step"].add_(1), self.found_inf
+        draws = drawing(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
+        form = ops.adamw_form(p, grad, state["exp_avg"])
+        if form == "torch":
+            self._live.pop(p, None)
+            self._update_in_chunks(p, grad, group, state, draws)
+        else:
+            self._update_in_one_pass(form, p, grad, group, state, draws)
+        if skip is not None:
+            step.sub_(skip)
+
+    def _update_in_one_pass(
+        self, form: str, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], draws: Keys | None
+    ) -> None:
+        quantized = "exp_avg_absmax" in state
+        moments = ops.Moments(
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            (state["exp_avg_absmax"], state["exp_avg_sq_absmax"]) if quantized else None,
+            self._code_maps(p.device) if quantized else None,
+        )
+        beta1, beta2 = group["betas"]
+        settings = ops.AdamWSettings(group["lr"], beta1, beta2, group["weight_decay"], group["eps"], draws)
+        ops.adamw_(
+            form,
+            p.detach(),
+            grad.contiguous(),
+            moments,
+            state.get("compensation"),
+            self._live_parts(form, p, group, state),
+            state["step"],
+            self.found_inf,
+            self.grad_scale,
+            settings,
+        )
+
+    def _live_parts(self, form: str, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor | None:
+        """uint8, one for each ``ops.adamw_part``: 0 where the moments are zero, which an update without a gradient
+        leaves so; None where everything changes, because weights decay."""
+        if p.dim() != 2 or group["weight_decay"] or not group["eps"]:
+            self._live.pop(p, None)
+            return None
+        moments, live = self._live.get(p, (None, None))
+        if moments is state["exp_avg"]:
+            return live
+        # The state is new, or was loaded.
+        size = ops.adamw_part(form, p)
+        live = torch.zeros(-(-p.numel() // size), dtype=torch.uint8, device=p.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            scales = state.get(f"{name}_absmax")
+            values, each = (state[name], size) if scales is None else (scales, size // BLOCK)
+            for first in range(0, len(live), 1024):
+                some = values.view(-1)[first * each : (first + 1024) * each].ne(0)
+                some = nn.functional.pad(some, (0, -len(some) % each)).view(-1, each).any(1)
+                live[first : first + 1024] |= some
+        self._live[p] = state["exp_avg"], live
+        return live
+
+    def _update_in_chunks(
+        self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], keys: Keys | None
+    ) -> None:
+        step, skip = state["step"], self.found_inf
         flat = {name: t.view(-1) for name, t in state.items() if name != "step"}
         weights, grads = p.view(-1), grad.reshape(-1)
         bf16 = p.dtype == torch.bfloat16
-        draws = Draws(self.seed, index, step, p.numel()) if bf16 and self.rounding == "stochastic" else None
+        draws = None if keys is None else Draws(keys, step, p.numel())
         maps = self._code_maps(p.device) if "exp_avg_absmax" in flat else None
         chunk = self.chunk or chunk_on(p.device)
         for first in range(0, p.numel(), chunk):
@@ -182,10 +251,10 @@ class AdamW(torch.optim.Optimizer):
                     )
                     for name, code in zip(("exp_avg", "exp_avg_sq"), maps, strict=True)
                 ]
-            _adamw(weight, grads[some].float(), moments, step, group, skip)
+            _adamw(weight, grads[some].float(), moments, step, group, skip, self.grad_scale)
             if maps is not None:
                 for name, code in zip(("exp_avg", "exp_avg_sq"), maps, strict=True):
-                    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(moments.pop(0), code, BLOCK)
+                    codes, absmax = _quantized(moments.pop(0), code, of_square=name == "exp_avg_sq")
                     # Quantising again what was dequantised is not the identity: a skipped update must not store it.
                     _store(flat[name][some], codes, skip)
                     _store(flat[f"{name}_absmax"][blocks], absmax, skip)
@@ -196,8 +265,6 @@ class AdamW(torch.optim.Optimizer):
             elif bf16:
                 # A bf16 number is its own rounding, either way, so a skipped update changes nothing.
                 weights[some].copy_(weight if draws is None else _round_stochastically(weight, first, draws))
-        if skip is not None:
-            step.sub_(skip)
 
     def _code_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """[256] float32 each: the values in [-1, 1] and in [0, 1] that the codes of both moments stand for."""
@@ -209,7 +276,13 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _adamw(
-    weight: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor, group: dict[str, Any], skip: Tensor | None
+    weight: Tensor,
+    grad: Tensor,
+    moments: list[Tensor],
+    step: Tensor,
+    group: dict[str, Any],
+    skip: Tensor | None,
+    scale: Tensor | None,
 ) -> None:
     """``weight`` and ``moments`` in place: one kernel, and none of their elements is touched where ``skip`` is 1."""
     beta1, beta2 = group["betas"]
@@ -227,8 +300,16 @@ def _adamw(
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
+        grad_scale=scale,
         found_inf=skip,
     )
+
+
+def _quantized(values: Tensor, code: Tensor, of_square: bool) -> tuple[Tensor, Tensor]:
+    """Codes [n] and the largest magnitude of each block. A second moment gets no code of zero: where the gradient then
+    is zero, as in rows of a table that a step does not read, the first moment would be divided by ``eps`` alone."""
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, code, BLOCK)
+    return codes.clamp_(min=1) if of_square else codes, absmax
 
 
 def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
@@ -239,8 +320,19 @@ def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
 # ---------------------------------------------------------------------------------------------- stochastic rounding
 
 
+Keys = tuple[int, int, int]  # where the counters of draws begin, of the step's salt and of the tiles' keys
+
+
+def drawing(seed: int, index: int) -> Keys:
+    """What the draws of the parameter number ``index`` depend on besides its step count."""
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=12).digest()
+    counters, salt, tiles = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4, 8))
+    return counters, salt, tiles
+
+
 class Draws:
     """The draws of one parameter's update, one of 16 bits for each element: a function of (seed, index, step, place).
+    ``cpu_adamw.cpp`` draws the same.
 
     Counters through an integer hash (xor-shift-multiply, the constants of "lowbias32" by C. Wellons). A counter needs
     no generator, whose seed would have to know the step count that only the device knows, and it draws the same on
@@ -249,13 +341,13 @@ class Draws:
     for all that: within a tile they are hashes of two counters, and u and u xor k are independent if k is uniform.
 
     Args:
+        keys: ``drawing(seed, index)``.
         step: [] float32, the parameter's step count, on its device.
         numel: how many elements the parameter has.
     """
 
-    def __init__(self, seed: int, index: int, step: Tensor, numel: int):
-        digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=12).digest()
-        counters, salt, tiles = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4, 8))
+    def __init__(self, keys: Keys, step: Tensor, numel: int):
+        counters, salt, tiles = keys
         moment = _mix(_mix(step.to(torch.int32).add_(salt)))
         self.tile = self._hash(counters, (min(numel, TILE) + 1) // 2, moment)[: min(numel, TILE)]
         if numel > TILE:

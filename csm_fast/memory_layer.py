@@ -24,7 +24,7 @@ from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from .memory_weights import LAYER_LINEARS, SMALLEST_8BIT, Weight
 
 MOST_SCORES = 2**21  # that a CPU's attention holds at once
-OPTIMIZER_CHUNK = {"cpu": 2**19, "cuda": 2**22}  # elements that an update of bf16 weights widens to float32 at a time
+OPTIMIZER_CHUNK = 2**19  # elements that a CPU's update with moments in 8 bits widens to float32 at a time
 BLOCK_ROWS = 64  # of queries that it takes at a time, of a segment of speech
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
@@ -109,10 +109,12 @@ class Layers:
             ledger.drop(WORKSPACE, first)
 
     def update_scratch(self, elements: int, width: int) -> int:
-        """Bytes that the update of a tensor takes while it runs: pieces of weight and gradient widened to float32, of
-        both moments and what becomes of one in 8 bits."""
-        eighth = self.setup.moments_8bit and elements >= SMALLEST_8BIT
-        return (8 * (width < 4) + 9 * eighth) * min(elements, OPTIMIZER_CHUNK[self.setup.device])
+        """Bytes that the update of a tensor takes while it runs: none where it is one pass over memory, else pieces of
+        weight and gradient widened to float32, of both moments and what becomes of one in 8 bits."""
+        if not self.setup.moments_8bit or self.setup.device != "cpu":
+            return 0
+        quantized = elements >= SMALLEST_8BIT
+        return (8 * (width < 4) + 9) * min(elements, OPTIMIZER_CHUNK) * quantized
 
     def is_cast(self, weight: Weight) -> bool:
         """Whether autocast makes a copy of the weight."""

@@ -240,7 +240,7 @@ class Walk(Layers):
         ledger.drop(ACTIVATIONS, x)
 
     def update(self) -> None:
-        """Fused AdamW works in place; weights in bf16 are updated by pieces widened to float32."""
+        """AdamW works in place, but on a CPU with moments in 8 bits."""
         self.ledger.phase = "update"
         for table in (self.text, self.audio):
             if table.masters:  # the gradients of their rows are taken out of the table's, which goes

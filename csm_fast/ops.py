@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
+from csm_kernels import adamw as _adamw
+from csm_kernels import cpu_adamw as _cpu_adamw
 from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
+from csm_kernels.adamw import Moments
+from csm_kernels.adamw import Settings as AdamWSettings
 from csm_kernels.cpu_attention import Order, uniform_order
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.llama_layer import LayerSetup, llama_layer
@@ -26,9 +30,14 @@ from torch import Tensor
 
 __all__ = [
     "IMPLS",
+    "AdamWSettings",
     "LayerSetup",
+    "Moments",
     "Order",
     "RowGradient",
+    "adamw_",
+    "adamw_form",
+    "adamw_part",
     "asked",
     "chosen",
     "cpu_passes",
@@ -41,6 +50,7 @@ __all__ = [
     "plan_segments",
     "rms_norm",
     "rotate_pairs",
+    "sum_of_squares",
     "uniform_order",
     "using",
     "varlen_backend",
@@ -132,3 +142,58 @@ def linear_cross_entropy(
 def depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tensor:
     """Rotation and causal attention inside each frame; shapes and errors as in ``csm_kernels.depth_attention``."""
     return _depth_attention.depth_attention(q, k, v, cos, sin, impl=impl if impl is not None else asked())
+
+
+def adamw_form(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> str:
+    """How an update of AdamW runs: "library" (on a CPU) or "triton", in one pass; "torch": PyTorch's operators."""
+    if weight.device.type == "cpu" and _impl.get() != "triton":
+        return "library" if _cpu_adamw.serves_adamw(weight, grad, exp_avg) else "torch"
+    return chosen(weight.device, weight.dtype)[0]
+
+
+def adamw_part(form: str, weight: Tensor) -> int:
+    """How many elements of a table ``adamw_`` takes or leaves together: a row, or a program's of the kernel."""
+    return weight.shape[-1] if form == "library" else _adamw.BLOCK
+
+
+def adamw_(
+    form: str,
+    weight: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    compensation: Tensor | None,
+    live: Tensor | None,
+    step: Tensor,
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    settings: AdamWSettings,
+) -> None:
+    """An update by the "library" or "triton"; arguments and errors as in ``csm_kernels.adamw.adamw_``, with a mark in
+    ``live`` for each ``adamw_part`` elements."""
+    if form == "triton":
+        _adamw.adamw_(weight, grad, moments, compensation, live, step, found_inf, grad_scale, settings)
+        return
+    lr, beta1, beta2, weight_decay, eps, draws = settings
+    _cpu_adamw.adamw_(
+        weight,
+        grad,
+        moments.exp_avg,
+        moments.exp_avg_sq,
+        compensation,
+        live,
+        step,
+        found_inf,
+        grad_scale,
+        lr,
+        beta1,
+        beta2,
+        weight_decay,
+        eps,
+        draws is not None,
+        *(draws or (0, 0, 0)),
+    )
+
+
+def sum_of_squares(x: Tensor, rows: Tensor | None = None) -> Tensor | None:
+    """[] float64, of all of x or of its ``rows`` (int64 [n]); None where PyTorch's operators are to do it."""
+    return _cpu_adamw.sum_of_squares(x, rows) if _cpu_adamw.serves_sum(x) else None

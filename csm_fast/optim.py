@@ -45,7 +45,7 @@ def cast_weights(model: nn.Module, section: OptimizerSection) -> None:
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW for float32 weights and moments, ``csm_fast.adamw.AdamW`` for all else.
+    """``csm_fast.adamw.AdamW``; for float32 weights and moments PyTorch's fused AdamW, where ours has no faster form.
 
     The ``found_inf`` attribute of both skips an update on the device, without asking the host. ``model`` is on its
     device, frozen and cast as the run wants it; ``seed`` is that of stochastic rounding.
@@ -55,10 +55,12 @@ def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -
     """
     groups = parameter_groups(model, section.weight_decay)
     lr, betas, eps = peak_learning_rate(section), (section.beta1, section.beta2), section.adam_eps
-    if section.optimizer == "adamw" and section.weights == "fp32":
+    trained = [p for group in groups for p in group["params"]]
+    ours = all(ops.adamw_form(p, p, p) == "library" for p in trained)
+    if section.optimizer == "adamw" and section.weights == "fp32" and not ours:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     rounding = "stochastic" if section.weights == "fp32" else section.weights.removeprefix("bf16-")
-    paged = section.optimizer == "paged-adamw-8bit" and can_page(p for g in groups for p in g["params"])
+    paged = section.optimizer == "paged-adamw-8bit" and can_page(trained)
     bits: Any = 32 if section.optimizer == "adamw" else 8
     return AdamW(groups, lr, betas, eps, bits=bits, rounding=rounding, seed=seed, paged=paged)  # type: ignore[arg-type]
 
@@ -68,8 +70,45 @@ _NORM_PIECE = 2**22  # values
 
 def _norm(x: Tensor) -> Tensor:
     """[] float32. In pieces: a CPU widens a bf16 tensor as a whole for this, twice what is to be dropped."""
+    if (squares := ops.sum_of_squares(x)) is not None:
+        return squares.sqrt().float()
     pieces = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in x.flatten().split(_NORM_PIECE)]
     return torch.linalg.vector_norm(torch.stack(pieces))
+
+
+def gradient_norm(parameters: Iterable[Tensor], tables: TableGradients | None = None) -> Tensor:
+    """[] float32 (float64 where gradients are): the norm of all gradients together, summed up in that type also where
+    they are in bf16.
+
+    Args:
+        tables: whose gradients are zero but for some rows, if they are kept from step to step.
+    """
+    few = tables.touched() if tables else {}
+    squares, others = [], []
+    for p in parameters:
+        if p.grad is None:
+            continue
+        if (square := ops.sum_of_squares(p.grad, few.get(p))) is not None:
+            squares.append(square)
+        else:
+            others.append(p.grad)
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in others) else torch.float32
+    if others:
+        squares += [norm.square() for norm in torch._foreach_norm(others, 2, dtype=dtype)]
+    return torch.stack(squares).sum().sqrt().to(dtype) if squares else torch.zeros(())
+
+
+def clip(optimizer: torch.optim.Optimizer, most: float, norm: Tensor) -> None:
+    """Has the next update take the gradients as if their norm, ``norm`` [], were at most ``most``; 0: as they are.
+
+    ``csm_fast.adamw.AdamW`` scales what it reads, so no pass over memory is made for it; gradients of other optimizers
+    are scaled where they lie. Sizes are those of ``torch.nn.utils.clip_grad_norm_``.
+    """
+    if isinstance(optimizer, AdamW):
+        optimizer.grad_scale = ((norm + 1e-6) / most).clamp(min=1.0).float() if most else None
+    elif most:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
 
 class in_backward:  # noqa: N801 - reads as the statement that it is used in
@@ -171,6 +210,10 @@ class TableGradients:
                 rows.add(weight.grad)
                 self.others_wrote = True
             weight.grad = rows.dense
+
+    def touched(self) -> dict[Tensor, Tensor]:
+        """By table: int64 [n], the rows besides which its gradient is zero. Empty if tables are used otherwise, too."""
+        return {} if self.others_wrote else {weight: rows.touched() for weight, rows in self.kept}
 
     def clear(self, whole: bool) -> None:
         for _, rows in self.kept:

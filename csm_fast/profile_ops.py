@@ -174,6 +174,10 @@ def bytes_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         return indices.numel() * weight.shape[-1] * weight.element_size() + _size(indices) + _size(out[0])
     if name in SCATTERS:
         return _scattered(name, named)
+    if name == "adamw_":
+        return _updated(named)
+    if name == "sum_of_squares" and named["rows"] is not None:
+        return _size(named["rows"]) + len(named["rows"]) * _size(named["x"][:1])
     if name in GATHERS:
         indices = [x for a, value in named.items() if a in ("index", "indices") for x in _tensors(value)]
         return 2 * sum(_size(x) for x in _tensors(out)) + sum(_size(x) for x in indices)
@@ -189,6 +193,14 @@ def bytes_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     fresh = [r.alias_info is None for r in func._schema.returns]
     outs = out if isinstance(out, list | tuple) and len(fresh) > 1 else [out]
     return total + sum(_size(x) for value, new in zip(outs, fresh, strict=False) if new for x in _tensors(value))
+
+
+def _updated(named: dict[str, Any]) -> int:
+    """AdamW reads every gradient; the rest, read and written, of the rows that ever had one."""
+    there = [named[name] for name in ("weight", "exp_avg", "exp_avg_sq", "compensation")]
+    live = named["live"]
+    share = 1.0 if live is None else live.float().mean().item()
+    return _size(named["grad"]) + round(2 * share * sum(_size(x) for x in there if x is not None))
 
 
 def _scattered(name: str, named: dict[str, Any]) -> int:

@@ -15,7 +15,15 @@ from . import checkpoint as ckpt
 from .config import OptimizerSection
 from .loader import StepBatch
 from .machine import compute_dtype
-from .optim import TableGradients, in_backward, learning_rate, make_optimizer, warn_without_gradient
+from .optim import (
+    TableGradients,
+    clip,
+    gradient_norm,
+    in_backward,
+    learning_rate,
+    make_optimizer,
+    warn_without_gradient,
+)
 from .packing import draw
 
 DROPOUT = 4  # purpose of a draw
@@ -112,10 +120,8 @@ class Update:
             rows.pull()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = at_once.norm() if at_once else nn.utils.get_total_norm(gradients)
-        if self.section.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.section.max_grad_norm, norm)
+        norm = at_once.norm() if at_once else gradient_norm(self.parameters, self.tables)
+        clip(self.optimizer, self.section.max_grad_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         # The optimizers leave parameters, moments and their step count alone where this flag is 1.
         self.optimizer.found_inf = bad.float()

@@ -360,7 +360,7 @@ def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--rehearse"])
     monkeypatch.chdir(tmp_path)
     assert gpu_suite.main() == 1  # pytest wrote no report
-    assert [c[2] for c in commands] == ["benchmarks.compare", "benchmarks.kernels"]
+    assert [c[2] for c in commands] == ["benchmarks.compare", "benchmarks.optimizers", "benchmarks.kernels"]
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"gpu_tests.jsonl", "gpu_summary.jsonl"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "gpu_summary.jsonl").read_text().splitlines()]
     assert all(row["rehearsal"] and row["met"] is None and row["torch"] for row in rows)

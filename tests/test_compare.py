@@ -114,9 +114,26 @@ def test_another_loss_is_not_ranked(monkeypatch):
     with torch.no_grad():
         system.model.decoder.layers[0].sa_norm.scale[0] += 0.2
     assert abs(system.check() - truth) > 1e-5 * truth
-    row = {"median_s": 2.0, "ranked": False}
-    assert compare_table.faster(row, {"median_s": 1.0}) == "not ranked"
-    assert compare_table.faster({**row, "ranked": True}, {"median_s": 1.0}) == "2.00x"
+    row, other = (
+        {"median_s": 2.0, "seconds": [1.9, 2.0, 2.4], "ranked": False},
+        {"median_s": 1.0, "seconds": [0.8, 1.0]},
+    )
+    assert compare_table.faster(row, other) == "not ranked"
+    assert compare_table.faster({**row, "ranked": True}, other) == "2.00x (1.9-3.0)"
+
+
+def test_parts_of_a_slow_system_are_all_its_batches(monkeypatch):
+    system = running(monkeypatch, "padded-fp32")
+    (label,) = system.passes
+    ran = []
+    monkeypatch.setattr(system, "backward", lambda batch, seed: ran.append(batch) or torch.zeros(()))
+    monkeypatch.setattr(compare_systems.time, "perf_counter", iter([0.0, 3.0] * 5).__next__)
+    rows = [tokens[..., 0].numel() for tokens, _ in system.passes[label]]
+    assert len(rows) == 2 and rows[0] < rows[1]
+    for part in (0, 1):
+        assert system.run(label, 1.0, part, 2) == pytest.approx(3.0 * sum(rows) / rows[part])
+    assert [tokens.shape[1] for tokens, _ in ran] == [tokens.shape[1] for tokens, _ in system.passes[label]]
+    assert system.run(label) == 3.0 and len(ran) == 4
 
 
 def test_memory_besides_weights_and_gradients(monkeypatch):

@@ -255,6 +255,12 @@ class RowGradient:
         self._touched.clear()
         self._zero = True
 
+    def touched(self) -> Tensor:
+        """int64 [n], the rows that backward passes added to, without repeats."""
+        if not self._touched:
+            return torch.empty(0, dtype=torch.int64)
+        return self._touched[0] if len(self._touched) == 1 else torch.cat(self._touched).unique()
+
     def _add(self, grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor) -> None:
         # Into zeros, rows are copied: in half the time of adding.
         touched = _cpu_backward(grad, more, keys, source, len(self.dense), self.dense, add=not self._zero)

@@ -28,13 +28,14 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("cpu_passes.cpp", "cpu_attention.cpp", "cpu_heads.cpp", "cpu_linear.cpp"))
+NOUNS = "passes", "attention", "heads", "linear", "adamw"
+SOURCES = tuple(FOLDER / f"cpu_{noun}.cpp" for noun in NOUNS)
 HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120
 
-_VOID, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_VOID, _LONG, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 SIGNATURES = {
     "norm": (_VOID, _VOID, _FLOAT, _VOID, _VOID, _LONG, _LONG, _INT, _INT),
     "norm_backward": (_VOID,) * 7 + (_LONG, _LONG, _INT),
@@ -44,6 +45,8 @@ SIGNATURES = {
     "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
+    "adamw": (_VOID,) * 6 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
+    "sums_of_squares": (_VOID, _VOID, _LONG, _LONG, _VOID, _INT),
     "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
     "attention_scratch": (_LONG, _LONG, _INT),
     "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 4 + (_LONG, _INT),
@@ -76,6 +79,8 @@ def _served(name: str) -> list[tuple[Types, Types]]:
         "causal_softmax": lambda t: [(t,)],
         "causal_softmax_backward": lambda t: [(t, t)],
         "cross_entropy": lambda t: [(t, INT64, FP32)],
+        "adamw": lambda t: [(t, t)],
+        "sums_of_squares": lambda t: [(t,)],
     }
     return [(types, (t,)) for t in (BF16, FP32) for types in given[name](t)]
 

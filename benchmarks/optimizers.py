@@ -1,0 +1,197 @@
+"""The optimizer's update with clipping, on every weight of a shape, in the ways that one can be made.
+
+    python -m benchmarks.optimizers --results benchmarks/results/optimizers.jsonl
+    python -m benchmarks.optimizers --device cuda --shape csm-1b
+
+Weights and gradients are random; of the tables, the rows that a corpus reads have had gradients (--read), the others
+never. Updates of all ways take turns, medians are shown. The floor is the time at the rate of a copy between two large
+buffers, for the bytes that an update cannot leave out: gradients read; weights and moments of what ever had a gradient
+read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from csm_kernels import native
+from torch import Tensor, nn
+
+from benchmarks.compare_systems import SHAPES
+from benchmarks.compare_table import text
+from benchmarks.kernel_device import ceilings, timed
+from benchmarks.record import append, environment
+from benchmarks.report_parts import optimizer_lines
+from csm_fast import CSM, ops
+from csm_fast.adamw import AdamW
+from csm_fast.machine import keep_freed_memory
+from csm_fast.optim import clip, gradient_norm, parameter_groups
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an update is made.
+
+    Attributes:
+        kind: "csm_fast", "csm_fast by PyTorch's operators", "torch.optim.AdamW(fused)", "bitsandbytes AdamW8bit".
+        learns: whether small updates survive in these weights.
+        moment_bytes: of both moments of a weight.
+    """
+
+    kind: str
+    weights: torch.dtype
+    rounding: str = "nearest"
+    bits: int = 32
+    learns: bool = True
+    moment_bytes: float = 8.0
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Who, and of what."""
+        weights = {BF16: "bf16", FP32: "float32"}[self.weights]
+        rounding = f", {self.rounding}" if self.weights == BF16 and self.kind.startswith("csm_fast") else ""
+        return self.kind, f"{weights}{rounding}" + (", 8-bit moments" if self.bits == 8 else "")
+
+
+EIGHTH = 2 * (1 + 4 / 256)
+OURS, PLAIN = "csm_fast", "csm_fast by PyTorch's operators"
+WAYS = [
+    *(Way(kind, BF16, "stochastic") for kind in (OURS, PLAIN)),
+    *(Way(kind, BF16, "kahan") for kind in (OURS, PLAIN)),
+    Way("torch.optim.AdamW(fused)", BF16, learns=False, moment_bytes=4.0),
+    *(Way(kind, BF16, "stochastic", 8, moment_bytes=EIGHTH) for kind in (OURS, PLAIN)),
+    Way("bitsandbytes AdamW8bit", BF16, bits=8, learns=False, moment_bytes=EIGHTH),
+    Way(OURS, FP32),
+    Way("torch.optim.AdamW(fused)", FP32),
+]
+
+
+@contextlib.contextmanager
+def form(way: Way) -> Iterator[None]:
+    """PyTorch's operators instead of the one pass."""
+    with native.left_out(), ops.using("torch"):
+        yield
+
+
+def optimizer_of(way: Way, model: nn.Module) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, 0.002)
+    if way.kind.startswith("torch"):
+        return torch.optim.AdamW(groups, lr=1e-5, fused=True)
+    if way.kind.startswith("bitsandbytes"):
+        from csm_fast.quantize import load_bitsandbytes
+
+        for group in groups:
+            group.pop("names")
+        return load_bitsandbytes().optim.AdamW8bit(groups, lr=1e-5)
+    return AdamW(groups, lr=1e-5, rounding=way.rounding, bits=way.bits)  # type: ignore[arg-type]
+
+
+def update_of(way: Way, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Callable[[], None]:
+    """One update with clipping, as the trainer makes it, or as users of the others do."""
+
+    def ours() -> None:
+        clip(optimizer, 1.0, gradient_norm(parameters))
+        optimizer.step()
+
+    def without_pass() -> None:
+        with form(way):
+            ours()
+
+    def theirs() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return ours if way.kind == OURS else without_pass if way.kind == PLAIN else theirs
+
+
+def needed_bytes(way: Way, model: Any, read: tuple[float, float]) -> float:
+    """Gradients read, twice with the norm; weight, moments (and what rounding took off) read and written."""
+    width = way.weights.itemsize
+    held = width + way.moment_bytes + 2 * (way.rounding == "kahan")
+    total = 0.0
+    for name, p in model.named_parameters():
+        live = read[0] if "text_embeddings" in name else read[1] if "audio_embeddings" in name else 1.0
+        total += p.numel() * (2 * width + 2 * held * live)
+    return total
+
+
+def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> list[dict[str, Any]]:
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = CSM(SHAPES[args.shape]())
+    model.to(dtype)
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_(std=0.02)
+            p.grad = torch.randn_like(p) * 1e-3
+        tables = model.text_embeddings.weight, model.audio_embeddings.weight
+        for table, share in zip(tables, args.read, strict=True):
+            table.grad[int(share * len(table)) :] = 0
+    updates = [update_of(way, optimizer_of(way, model), parameters) for way in ways]
+    seconds: list[list[float]] = [[] for _ in ways]
+    for repeat in range(args.repeats + 2):  # the first makes the state, the second is warm
+        for update, some in zip(updates, seconds, strict=True):
+            took = timed(update, device)
+            if repeat > 1:
+                some.append(took)
+    return [
+        {
+            "way": way.name,
+            "learns": way.learns,
+            "seconds": some,
+            "median_s": statistics.median(some),
+            "bytes": needed_bytes(way, model, tuple(args.read)),
+            "weights": sum(p.numel() for p in parameters),
+        }
+        for way, some in zip(ways, seconds, strict=True)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--read",
+        type=float,
+        nargs=2,
+        default=[0.0075, 0.58],
+        metavar=("TEXT", "AUDIO"),
+        help="shares of the tables' rows that a corpus reads; default: those of 26 minutes of recordings",
+    )
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()
+    about = {**environment(), "shape": args.shape, "read": args.read}
+    run = f"{about['date']} {about['commit']}"
+    copies = ceilings(torch.device(args.device), BF16)["copy"]
+    there = importlib.util.find_spec("bitsandbytes") is not None
+    rows = []
+    for dtype in (BF16, FP32):
+        ways = [way for way in WAYS if way.weights == dtype and (there or way.bits == 32)]
+        rows += measure(args, dtype, ways)
+    for row in rows:
+        row.update(about, benchmark="optimizers", run=run, copy_bytes_per_s=copies)
+        if args.results:
+            append(args.results, row)
+    print(f"{about['device']}, {args.shape} shape, {rows[0]['weights'] / 1e6:,.0f} million weights")
+    print(text(*optimizer_lines(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""AdamW's kernel in every form that a run can choose. Cards without bf16 train float32 weights, also under fp16."""
+
+from csm_kernels import adamw as op
+from kernel_cases import AotCase
+
+FORMS = {  # by type of the weights: name, rounding, moments in 8 bits
+    "bf16": [
+        ("stochastic", op.STOCHASTIC, False),
+        ("stochastic, 8 bits", op.STOCHASTIC, True),
+        ("kahan", op.KAHAN, False),
+        ("kahan, 8 bits", op.KAHAN, True),
+        ("nearest", op.NEAREST, False),
+    ],
+    "fp32": [("float32", op.NEAREST, False), ("float32, 8 bits", op.NEAREST, True)],
+}
+SETTINGS = ("keep", "size", "log_beta1", "log_beta2", "fresh", "fresh_square", "eps")
+
+
+def cases(dtype: str, arch: int) -> list[AotCase]:
+    weights = "bf16" if dtype == "bf16" else "fp32"
+    listed = []
+    for name, rounding, eight in FORMS[weights]:
+        scales = "*fp32"
+        listed.append(
+            AotCase(
+                f"adamw, {name}",
+                op._adamw_kernel,
+                {
+                    "p_weight": f"*{weights}",
+                    "p_grad": f"*{weights}",
+                    "p_mean": "*u8" if eight else "*fp32",
+                    "p_square": "*u8" if eight else "*fp32",
+                    **dict.fromkeys(("p_mean_scale", "p_square_scale", "p_mean_map", "p_square_map"), scales),
+                    "p_rest": "*bf16",
+                    "p_live": "*u8",
+                    **dict.fromkeys(("p_step", "p_found_inf", "p_grad_scale"), "*fp32"),
+                    "n": "i32",
+                    **dict.fromkeys(SETTINGS, "fp32"),
+                    **dict.fromkeys(("counters", "salt", "tiles"), "i32"),
+                },
+                {
+                    "ROUNDING": rounding,
+                    "EIGHT": eight,
+                    "LIVE": True,
+                    "MAY_SKIP": True,
+                    "SCALES": True,
+                    "BLOCK": op.BLOCK,
+                    "TILE": op.TILE,
+                    "QUANTIZED": op.QUANTIZED,
+                },
+                num_warps=op.WARPS,
+            )
+        )
+    return listed

@@ -1,0 +1,356 @@
+"""AdamW in one pass over memory: the CPU's library and the Triton kernel against float64 and PyTorch's operators."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+from csm_kernels import cpu_adamw, native
+from kernel_cases import assert_within_budget, interpreted
+
+from csm_fast import adamw, ops
+from csm_fast.adamw import TILE, AdamW, Draws, drawing
+from csm_fast.optim import TableGradients, clip, gradient_norm
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LIBRARY = pytest.param("library", marks=pytest.mark.skipif(not native.is_built(), reason=native.reason()))
+FORMS = [LIBRARY, "interpreter", pytest.param("cuda", marks=GPU)]
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="8-bit moments need bitsandbytes"
+)
+WAYS = [  # dtype of the weights, rounding, bits of the moments
+    (F32, "nearest", 32),
+    (BF16, "stochastic", 32),
+    (BF16, "kahan", 32),
+    (BF16, "nearest", 32),
+    pytest.param(F32, "nearest", 8, marks=needs_bitsandbytes),
+    pytest.param(BF16, "stochastic", 8, marks=needs_bitsandbytes),
+    pytest.param(BF16, "kahan", 8, marks=needs_bitsandbytes),
+]
+
+
+@pytest.fixture(autouse=True)
+def nearest_codes(monkeypatch):
+    """bitsandbytes takes the nearest code on CUDA; on a CPU it looks up a near one, and another in 3 of 100 cases."""
+
+    def quantized(values, code, of_square):
+        padded = torch.nn.functional.pad(values, (0, -len(values) % 256)).view(-1, 256)
+        absmax = padded.abs().amax(1)
+        scaled = values / absmax.repeat_interleave(256)[: len(values)].masked_fill_(values == 0, 1)
+        codes = torch.cat([(x[:, None] - code).abs().argmin(1) for x in scaled.split(4096)])
+        return codes.clamp(min=int(of_square)).to(torch.uint8), absmax
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(adamw, "_quantized", quantized)
+
+
+@contextlib.contextmanager
+def running(form: str):
+    """Within it, updates go through ``form``; yields how often it ran, for what can be counted."""
+    if form == "interpreter":
+        with ops.using("triton"), interpreted() as launches:
+            yield launches
+    elif form == "PyTorch":
+        with ops.using("torch"), native.left_out():
+            yield None
+    else:
+        yield None
+
+
+def device_of(form: str) -> str:
+    return "cuda" if form == "cuda" else "cpu"
+
+
+def start(*shape: int, dtype=F32, device="cpu", seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (x + x.sign() * 0.1).to(BF16).to(device, dtype)
+
+
+def gradients(*shape: int, steps=4, seed=1):
+    """Uneven in size over places and steps, all representable in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.rand(shape, generator=generator) * 1e-2
+    return [(torch.randn(shape, generator=generator) * sizes).to(BF16).float() for _ in range(steps)]
+
+
+def descend(form, grads, dtype=F32, found_inf=None, grad_scale=None, **options):
+    """The weight and its state after an update per gradient."""
+    device = device_of(form)
+    p = torch.nn.Parameter(start(*grads[0].shape, dtype=dtype, device=device))
+    optimizer = AdamW([p], **{**SETTINGS, **options})
+    optimizer.found_inf, optimizer.grad_scale = found_inf, grad_scale
+    with running(form) as launches:
+        for grad in grads:
+            p.grad = grad.to(device, dtype)
+            optimizer.step()
+    if launches is not None:
+        assert launches["_adamw_kernel"] == len(grads) * bool(p.numel())
+    return p.detach(), optimizer.state[p]
+
+
+def truth(grads):
+    """Weight and moments in float64, nothing rounded."""
+    p = torch.nn.Parameter(start(*grads[0].shape, dtype=F64))
+    optimizer = torch.optim.AdamW([p], **SETTINGS)
+    for grad in grads:
+        p.grad = grad.double()
+        optimizer.step()
+    return p.detach(), optimizer.state[p]
+
+
+@pytest.mark.parametrize("numel", [1, 255, 1024, 5001])
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_against_float64(form, numel):
+    grads = gradients(numel)
+    (weight, state), (plain, plain_state) = descend(form, grads), descend("PyTorch", grads)
+    right, right_state = truth(grads)
+    moved = start(numel, dtype=F64)
+    assert_within_budget("the way", weight.cpu() - moved.float(), right - moved, plain - moved.float())
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert_within_budget(name, state[name].cpu(), right_state[name], plain_state[name])
+    assert state["step"] == 4
+
+
+@pytest.mark.parametrize("dtype, rounding, bits", WAYS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_as_pytorchs_operators(form, dtype, rounding, bits):
+    """But where float32's last bit decides how a number is rounded: then it is the neighbour."""
+    numel = 6001 if form == "interpreter" else 2 * TILE + 6001
+    # Of a second step the update may differ by as much as it is where the first one's codes are neighbours.
+    grads = gradients(numel, steps=1 if bits == 8 else 2)
+    options = {"dtype": dtype, "rounding": rounding, "bits": bits}
+    got, state = descend(form, grads, **options)
+    want, other = descend("PyTorch", grads, **options)
+    got = got.cpu()
+    spacing = 2.0**-7 if dtype == BF16 else 2.0**-22
+    assert ((got.float() - want.float()).abs() <= spacing * want.float().abs()).all()
+    assert dtype == F32 or (got != want).float().mean() < 1e-3
+    for name, value in state.items():
+        value = value.cpu()
+        if value.dtype == torch.uint8:
+            assert (value != other[name]).float().mean() < 2e-3
+            assert (value.int() - other[name].int()).abs().max() <= 1
+        elif name == "compensation":  # of a weight that was rounded the other way it is as much larger
+            assert ((got.float() + value.float()) - (want.float() + other[name].float())).abs().max() < 2e-5
+        else:
+            # A moment near zero is the difference of larger ones.
+            torch.testing.assert_close(value, other[name], rtol=1e-5, atol=2.0**-22 * float(other[name].max()))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_8_bits_stay_with_pytorchs_operators(form):
+    grads = gradients(5000, steps=20)
+    (got, _), (want, _) = descend(form, grads, bits=8), descend("PyTorch", grads, bits=8)
+    assert (got.cpu() - want).norm() < 1e-3 * (want - start(5000)).norm()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", [*FORMS[1:], "PyTorch"])
+def test_small_second_moments_in_8_bits_divide_by_no_eps(form):
+    """Of a gradient that spans four orders of magnitude, the squares span eight, the codes seven."""
+    grad = torch.logspace(-4, 0, 4096).view(256, 16).T.flatten() * 0.1  # in each block
+    (before, _), (after, _) = (descend(form, [grad, grad * 0][:n], bits=8, weight_decay=0.0) for n in (1, 2))
+    assert (after - before).abs().max() < SETTINGS["lr"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_draws_are_those_of_the_class(form):
+    """Weights between two bf16 numbers: their rounding shows whether a draw was at least as large as what they lack."""
+    rows, width = (3, 5) if form == "interpreter" else (3, TILE - 1000)  # borders of tiles anywhere
+    numel = rows * width
+    p = torch.nn.Parameter(torch.ones(rows, width, dtype=BF16, device=device_of(form)))
+    optimizer = AdamW([p], lr=2.0**-9, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, seed=5)
+    p.grad = torch.full_like(p, -1.0)  # 1 becomes 1 + 2^-9, a quarter of the way to the next bf16 number
+    with running(form):
+        optimizer.step()
+    draws = Draws(drawing(5, 0), torch.tensor(1.0), numel).of(0, numel).view(rows, width)
+    want = torch.where(draws >= 0x10000 - 0x4000, 1 + 2.0**-7, 1.0)
+    assert 0.2 < (want > 1).float().mean() < 0.3 or numel < 100
+    assert torch.equal(p.detach().cpu().float(), want)
+
+
+@pytest.mark.parametrize("dtype, rounding, bits", WAYS)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_skipped_stays(form, dtype, rounding, bits):
+    numel, device = 5000, device_of(form)
+    p = torch.nn.Parameter(start(10, numel // 10, dtype=dtype, device=device))
+    optimizer = AdamW([p], **{**SETTINGS, "weight_decay": 0.0}, rounding=rounding, bits=bits)
+    with running(form):
+        optimizer.found_inf = torch.tensor(1.0, device=device)
+        p.grad = torch.full_like(p, torch.nan)
+        optimizer.step()
+        assert torch.equal(p.detach(), start(10, numel // 10, dtype=dtype, device=device))
+        optimizer.found_inf.zero_()
+        p.grad = gradients(10, numel // 10)[0].to(device, dtype)
+        optimizer.step()
+        before = [p.detach().clone(), *(x.clone() for x in optimizer.state[p].values())]
+        optimizer.found_inf.fill_(1.0)
+        p.grad = torch.full_like(p, torch.inf)
+        optimizer.step()
+    for a, b in zip([p.detach(), *optimizer.state[p].values()], before, strict=True):
+        assert torch.equal(a, b)
+
+
+def moments(optimizer, p):
+    """The state of p, flat, with the values of codes in their place: those of a scale of 0 are all the same."""
+    state = optimizer.state[p]
+    for name, value in state.items():
+        if value.dtype == torch.uint8:
+            code = optimizer._code_maps(p.device)[name == "exp_avg_sq"]
+            value = code[value.view(-1).long()] * state[f"{name}_absmax"].repeat_interleave(256)[: value.numel()]
+        yield value.view(-1)
+
+
+@pytest.mark.parametrize("dtype, rounding, bits", WAYS)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bits):
+    """A table that does not decay is updated as if it were a vector, of which every element is."""
+    if form == "library" and bits == 8:
+        pytest.skip("on a CPU moments in 8 bits go through PyTorch's operators")
+    rows, width, device = 12, 100 if form == "library" else 1024, device_of(form)
+    touched = [[1, 5], [5, 7], [], [0, 11], [1]]
+    results = []
+    for shape in ((rows, width), (rows * width,)):
+        p = torch.nn.Parameter(start(rows, width, dtype=dtype, device=device).view(shape).clone())
+        optimizer = AdamW([p], **{**SETTINGS, "weight_decay": 0.0}, rounding=rounding, bits=bits)
+        generator = torch.Generator().manual_seed(0)
+        with running(form):
+            for step, some in enumerate(touched):
+                grad = torch.zeros(rows, width)
+                grad[some] = torch.randn(len(some), width, generator=generator)
+                p.grad = grad.view(shape).to(device, dtype)
+                if step == 3:  # a run goes on from what was saved
+                    optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.step()
+        assert (p.dim() == 2) == (p in optimizer._live)
+        results.append([p.detach().view(-1), *moments(optimizer, p)])
+        if p.dim() == 2:
+            marked = optimizer._live[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
+            assert marked == [0, 1, 5, 7, 11]
+            assert torch.equal(p.detach()[[2, 3]], start(rows, width, dtype=dtype, device=device)[[2, 3]])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_that_begins_to_decay(form):
+    """Then every row changes; and what got gradients meanwhile is known when it no longer does."""
+    device = device_of(form)
+    results = []
+    for shape in ((4, 1024), (4096,)):
+        p = torch.nn.Parameter(start(4, 1024, device=device).view(shape).clone())
+        optimizer = AdamW([p], lr=1e-2, weight_decay=0.0)
+        with running(form):
+            for row, decay in enumerate((0.0, 0.5, 0.0)):
+                optimizer.param_groups[0]["weight_decay"] = decay
+                p.grad = torch.zeros_like(p)
+                p.grad.view(4, 1024)[row] = 1.0
+                optimizer.step()
+        results.append(p.detach().view(-1))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0].view(4, 1024)[3], start(4, 1024, device=device)[3])
+
+
+@pytest.mark.parametrize("form", [*FORMS, "PyTorch"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_scale_divides_the_gradients(form, dtype):
+    grads = gradients(5000)
+    got, state = descend(form, [g * 8 for g in grads], dtype, grad_scale=torch.tensor(8.0, device=device_of(form)))
+    want, other = descend(form, grads, dtype)
+    assert torch.equal(got, want) and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def test_threads_change_nothing(all_threads):
+    if not native.is_built():
+        pytest.skip(native.reason())
+    most = torch.get_num_threads()
+    results = []
+    for threads in {1, most, 3}:
+        torch.set_num_threads(threads)
+        x = torch.randn(300_001, generator=torch.Generator().manual_seed(0)).bfloat16()
+        weight, state = descend("library", gradients(300, 111), BF16)
+        table, _ = descend("library", gradients(300, 111), BF16, weight_decay=0.0)
+        results.append([weight, table, *state.values(), cpu_adamw.sum_of_squares(x, None)])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+# ------------------------------------------------------------------------------------------------ norms and clipping
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("numel", [0, 1, 17, 65536, 200_003])
+def test_sums_of_squares(numel, dtype):
+    x = start(numel, dtype=dtype)
+    got = ops.sum_of_squares(x)
+    if got is None:
+        pytest.skip(native.reason())
+    want = x.double().square().sum()
+    assert got.dtype == F64 and abs(got - want) <= 1e-5 * want
+    table = start(40, 33, dtype=dtype)
+    rows = torch.tensor([3, 39, 0])
+    torch.testing.assert_close(ops.sum_of_squares(table, rows), table[rows].double().square().sum(), rtol=1e-6, atol=0)
+    assert ops.sum_of_squares(table, rows[:0]) == 0
+    assert ops.sum_of_squares(torch.tensor([1.0, torch.nan]).to(dtype)).isnan()
+
+
+@pytest.mark.parametrize("most", [0.0, 0.3, 1e6])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_clipping_is_pytorchs(cpu_form, dtype, own, most):
+    if own and dtype == F64:
+        pytest.skip("ours takes none")
+    shapes = [(40, 30), (7,), (3, 5)]
+    grads = [g.to(dtype) for shape in shapes for g in gradients(*shape, steps=1)]
+    grads = [g * 100 for g in grads]
+    results = []
+    for theirs in (True, False):
+        wide = F64 if theirs else dtype
+        params = [torch.nn.Parameter(start(*shape, dtype=wide)) for shape in shapes]
+        optimizer = AdamW(params, rounding="kahan") if own and not theirs else torch.optim.AdamW(params, fused=True)
+        optimizer.param_groups[0].update(lr=1e-2, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-2)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.to(wide, copy=True)
+        if theirs:
+            norm = torch.nn.utils.clip_grad_norm_(params, most or torch.inf)
+        else:
+            norm = gradient_norm(params)
+            assert norm.dtype == (F64 if dtype == F64 else F32)
+            clip(optimizer, most, norm)
+        optimizer.step()
+        results.append((norm, params))
+    (norm, params), (got_norm, got) = results
+    torch.testing.assert_close(got_norm.double(), norm, rtol=1e-6, atol=0)
+    assert norm > 0.3
+    for p, q in zip(params, got, strict=True):
+        rtol, atol = (2.0**-8, 2e-5) if dtype == BF16 else (1e-6, 1e-7)
+        torch.testing.assert_close(q.double(), p, rtol=rtol, atol=atol)
+
+
+def test_no_gradients_have_no_norm():
+    assert gradient_norm([torch.nn.Parameter(torch.ones(3))]) == 0
+
+
+def test_the_norm_of_kept_tables_is_that_of_their_rows(cpu_form):
+    from model_cases import MICRO, random_model
+    from test_optim import batches
+
+    from csm_fast.loss import packed_loss
+
+    model = random_model(MICRO)
+    parameters = list(model.parameters())
+    tables = TableGradients(model)
+    packs = batches()[0]
+    assert len(packs) > 1  # their rows overlap
+    with tables:
+        for pack in packs:
+            packed_loss(model, pack, 0.5, 0.5)[0].backward()
+    want = torch.cat([p.grad.double().flatten() for p in parameters]).norm()
+    torch.testing.assert_close(gradient_norm(parameters, tables).double(), want, rtol=1e-6, atol=0)
+    few = tables.touched()[model.text_embeddings.weight]
+    assert 0 < len(few) == len(few.unique()) < len(model.text_embeddings.weight)
