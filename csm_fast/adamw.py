@@ -43,11 +43,11 @@ def chunk_on(device: torch.device) -> int:
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), the mathematics of ``torch.optim.AdamW``.
 
-    Every parameter is updated in float32: in one pass over memory, on CUDA by a Triton kernel and on a CPU, where
-    moments are in float32, by the library built for the processor; else by PyTorch's fused kernel, a chunk at a time.
-    Nothing asks the device for a value: where the attribute ``found_inf`` (a 0-dim float32 tensor on the parameters'
-    device) is 1, weights, moments and step count stay as they are. Gradients are divided by the attribute
-    ``grad_scale`` (such a tensor too) where there is one; PyTorch's kernel may do so where they lie.
+    Every parameter is updated in float32: in one pass over memory, on CUDA by a Triton kernel and on a CPU by the
+    library built for the processor; else by PyTorch's fused kernel, a chunk at a time. Nothing asks the device for a
+    value: where the attribute ``found_inf`` (a 0-dim float32 tensor on the parameters' device) is 1, weights, moments
+    and step count stay as they are. Gradients are divided by the attribute ``grad_scale`` (such a tensor too) where
+    there is one; PyTorch's kernel may do so where they lie.
 
     Where a matrix does not decay, what never had a gradient has no moments and stays as it is under any update: the one
     pass goes past it, by rows on a CPU. Of a table of embeddings these are the tokens that no recording holds.
@@ -93,7 +93,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"chunk is {chunk}; use a multiple of {BLOCK}")
         self.bits, self.rounding, self.seed, self.paged, self.chunk = bits, rounding, seed, paged, chunk
         self._functional = _bitsandbytes_functional() if bits == 8 else None
-        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._maps: dict[torch.device, Tensor] = {}
         self._live: dict[Tensor, tuple[Tensor, Tensor]] = {}  # (exp_avg, which rows had a gradient)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -207,14 +207,14 @@ class AdamW(torch.optim.Optimizer):
     def _live_parts(self, form: str, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor | None:
         """uint8, one for each ``ops.adamw_part``: 0 where the moments are zero, which an update without a gradient
         leaves so; None where everything changes, because weights decay."""
-        if p.dim() != 2 or group["weight_decay"] or not group["eps"]:
+        size = ops.adamw_part(form, p, "exp_avg_absmax" in state) if p.dim() == 2 else 0
+        if not size or group["weight_decay"] or not group["eps"]:
             self._live.pop(p, None)
             return None
         moments, live = self._live.get(p, (None, None))
         if moments is state["exp_avg"]:
             return live
         # The state is new, or was loaded.
-        size = ops.adamw_part(form, p)
         live = torch.zeros(-(-p.numel() // size), dtype=torch.uint8, device=p.device)
         for name in ("exp_avg", "exp_avg_sq"):
             scales = state.get(f"{name}_absmax")
@@ -266,12 +266,12 @@ class AdamW(torch.optim.Optimizer):
                 # A bf16 number is its own rounding, either way, so a skipped update changes nothing.
                 weights[some].copy_(weight if draws is None else _round_stochastically(weight, first, draws))
 
-    def _code_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[256] float32 each: the values in [-1, 1] and in [0, 1] that the codes of both moments stand for."""
+    def _code_maps(self, device: torch.device) -> Tensor:
+        """[2, 256] float32: the values in [-1, 1] and in [0, 1] that the codes of both moments stand for."""
         if device not in self._maps:
             assert self._functional is not None
-            signed, unsigned = (self._functional.create_dynamic_map(signed=s).to(device) for s in (True, False))
-            self._maps[device] = signed, unsigned
+            maps = [self._functional.create_dynamic_map(signed=signed) for signed in (True, False)]
+            self._maps[device] = torch.stack(maps).to(device)
         return self._maps[device]
 
 

@@ -118,7 +118,6 @@ def estimate(
         config.model.activation_checkpointing,
         config.adapter.lora_dropout > 0,
         section.optimizer_in_backward,
-        section.optimizer != "adamw",
         packs,
     )
     state = sum(optimizer_state(elements, section) for elements, _ in tensors)

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 from .config import TransformerConfig
 from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
-from .memory_weights import LAYER_LINEARS, SMALLEST_8BIT, Weight
+from .memory_weights import LAYER_LINEARS, Weight
 
 MOST_SCORES = 2**21  # that a CPU's attention holds at once
-OPTIMIZER_CHUNK = 2**19  # elements that a CPU's update with moments in 8 bits widens to float32 at a time
 BLOCK_ROWS = 64  # of queries that it takes at a time, of a segment of speech
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
@@ -42,7 +41,6 @@ class Setup:
         checkpointing: "off", "selective" or "full".
         dropout: the adapters have one.
         in_backward: each weight is updated as soon as its gradient is there.
-        moments_8bit: the optimizer's state is in 8 bits.
         packs: per optimizer step; from the second on, gradients are there from the start.
     """
 
@@ -53,7 +51,6 @@ class Setup:
     checkpointing: str
     dropout: bool = False
     in_backward: bool = False
-    moments_8bit: bool = False
     packs: int = 1
 
 
@@ -102,19 +99,10 @@ class Layers:
                 ledger.touch(elements * width)  # then added to what earlier packs gave
             elif self.setup.in_backward:
                 ledger.hold(GRADIENTS, elements * width)
-                ledger.touch(self.update_scratch(elements, width))
                 ledger.drop(GRADIENTS, elements * width)
             else:
                 ledger.hold(GRADIENTS, elements * width)
             ledger.drop(WORKSPACE, first)
-
-    def update_scratch(self, elements: int, width: int) -> int:
-        """Bytes that the update of a tensor takes while it runs: none where it is one pass over memory, else pieces of
-        weight and gradient widened to float32, of both moments and what becomes of one in 8 bits."""
-        if not self.setup.moments_8bit or self.setup.device != "cpu":
-            return 0
-        quantized = elements >= SMALLEST_8BIT
-        return (8 * (width < 4) + 9) * min(elements, OPTIMIZER_CHUNK) * quantized
 
     def is_cast(self, weight: Weight) -> bool:
         """Whether autocast makes a copy of the weight."""

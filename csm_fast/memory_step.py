@@ -240,11 +240,9 @@ class Walk(Layers):
         ledger.drop(ACTIVATIONS, x)
 
     def update(self) -> None:
-        """AdamW works in place, but on a CPU with moments in 8 bits."""
+        """AdamW works in place."""
         self.ledger.phase = "update"
         for table in (self.text, self.audio):
             if table.masters:  # the gradients of their rows are taken out of the table's, which goes
                 self.ledger.hold(GRADIENTS, 4 * table.masters * table.inputs)
                 self.ledger.drop(GRADIENTS, table.numel * table.width * (not self.kept_tables))
-        tensors = [t for w in self.weights.values() for t in w.trained_tensors()]
-        self.ledger.touch(max((self.update_scratch(*t) for t in tensors), default=0))

@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tracked import Tracked
-from csm_fast.adamw import TILE, AdamW, Draws, _round_stochastically, chunk_on, drawing
-from csm_fast.memory_layer import OPTIMIZER_CHUNK
+from csm_fast.adamw import TILE, AdamW, Draws, _round_stochastically, drawing
 from csm_fast.optim import in_backward
 from csm_fast.quantize import load_bitsandbytes
 
@@ -126,7 +125,9 @@ def test_stochastic_rounding_follows_the_true_weights_on_average():
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("numel", [5000, 4000], ids=["in blocks, the last one cut", "small: float32 moments"])
-def test_8_bits_are_those_of_bitsandbytes(numel):
+def test_8_bits_are_those_of_bitsandbytes(form, numel):
+    if form == "library":
+        pytest.skip("takes the nearest code, as bitsandbytes on CUDA, which on a CPU takes one nearby")
     bnb = load_bitsandbytes()
     grads = gradients(numel)
     p = torch.nn.Parameter(start(numel))
@@ -316,7 +317,7 @@ def test_scratch_memory_is_bounded_whatever_the_size(form, bits, rounding, dtype
         with Tracked() as tracked:
             optimizer.step()
         peaks.append(tracked.peak)
-    if form == "library" and bits == 32:
+    if form == "library":
         assert not any(peaks)
         return
     # Weight, gradient and two moments in float32, codes; stochastic rounding has its hashed tile, and a key per tile.
@@ -353,10 +354,6 @@ def test_nothing_asks_the_device_for_a_value(bits, rounding, dtype):
             p.sum().backward()
         at_once.norm()
     assert asked.waits == 1 and at_once.updated[0] is p
-
-
-def test_the_memory_plan_knows_the_size_of_a_chunk():
-    assert chunk_on(torch.device("cpu")) == OPTIMIZER_CHUNK
 
 
 @needs_bitsandbytes

@@ -142,7 +142,7 @@ def test_the_same_as_pytorchs_operators(form, dtype, rounding, bits):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", FORMS)
 def test_8_bits_stay_with_pytorchs_operators(form):
     grads = gradients(5000, steps=20)
     (got, _), (want, _) = descend(form, grads, bits=8), descend("PyTorch", grads, bits=8)
@@ -150,7 +150,7 @@ def test_8_bits_stay_with_pytorchs_operators(form):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("form", [*FORMS[1:], "PyTorch"])
+@pytest.mark.parametrize("form", [*FORMS, "PyTorch"])
 def test_small_second_moments_in_8_bits_divide_by_no_eps(form):
     """Of a gradient that spans four orders of magnitude, the squares span eight, the codes seven."""
     grad = torch.logspace(-4, 0, 4096).view(256, 16).T.flatten() * 0.1  # in each block
@@ -201,7 +201,7 @@ def moments(optimizer, p):
     state = optimizer.state[p]
     for name, value in state.items():
         if value.dtype == torch.uint8:
-            code = optimizer._code_maps(p.device)[name == "exp_avg_sq"]
+            code = optimizer._code_maps(p.device)[int(name == "exp_avg_sq")]
             value = code[value.view(-1).long()] * state[f"{name}_absmax"].repeat_interleave(256)[: value.numel()]
         yield value.view(-1)
 
@@ -210,9 +210,7 @@ def moments(optimizer, p):
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bits):
     """A table that does not decay is updated as if it were a vector, of which every element is."""
-    if form == "library" and bits == 8:
-        pytest.skip("on a CPU moments in 8 bits go through PyTorch's operators")
-    rows, width, device = 12, 100 if form == "library" else 1024, device_of(form)
+    rows, width, device = 12, 1024 if form != "library" else 512 if bits == 8 else 100, device_of(form)
     touched = [[1, 5], [5, 7], [], [0, 11], [1]]
     results = []
     for shape in ((rows, width), (rows * width,)):
@@ -235,6 +233,42 @@ def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bi
             assert torch.equal(p.detach()[[2, 3]], start(rows, width, dtype=dtype, device=device)[[2, 3]])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", [LIBRARY])
+def test_rows_that_share_scales_are_all_updated(form):
+    p = torch.nn.Parameter(start(60, 100))
+    optimizer = AdamW([p], lr=1e-2, weight_decay=0.0, bits=8)
+    with running(form):
+        for grad in gradients(60, 100):
+            p.grad = grad
+            optimizer.step()
+    assert p not in optimizer._live
+    got, _ = descend(
+        form, [g.flatten() for g in gradients(60, 100)], lr=1e-2, weight_decay=0.0, bits=8, betas=(0.9, 0.999)
+    )
+    assert torch.equal(p.detach().flatten(), got)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_8_bits_are_the_nearest(signed):
+    """By the table, for numbers of every size and on both sides of every border."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    code = functional.create_dynamic_map(signed=signed)
+    first, border = cpu_adamw._code_table(code.numpy().tobytes())
+    middles = (code[:-1].double() + code[1:].double()) / 2
+    near = torch.cat([middles * (1 - 2e-7), middles * (1 + 2e-7), code.double()]).float()
+    x = torch.cat([near, torch.logspace(-12, 0, 20_000), torch.tensor([0.0, -0.0, 1.0, 1e-30])])
+    x = torch.cat([x, -x]) if signed else x.abs()
+    place = ((x.view(torch.int32) & 0x7FFFFFFF) >> 16).clamp(min=(127 - 24) << 7) - ((127 - 24) << 7)
+    negative = torch.signbit(x).long()
+    got = first[negative, place.long()] + (x > border[negative, place.long()])
+    distances = (x.double()[:, None] - code.double()).abs()
+    mine = distances.gather(1, got.long()[:, None]).squeeze(1)
+    assert torch.equal(mine, distances.amin(1))
+    with pytest.raises(ValueError, match="too near"):
+        cpu_adamw._code_table(torch.linspace(0.9, 1.0, 256).numpy().tobytes())
 
 
 @pytest.mark.parametrize("form", FORMS)

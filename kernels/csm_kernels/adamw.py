@@ -206,13 +206,13 @@ class Moments(NamedTuple):
     Attributes:
         exp_avg, exp_avg_sq: like the weight, in float32 or uint8.
         scales: of uint8: the largest magnitude of each 256, [ceil(n / 256)] float32, of both.
-        maps: of uint8: the ascending values in [-1, 1] and [0, 1] that codes stand for, [256] float32 each.
+        maps: of uint8: the ascending values in [-1, 1] and [0, 1] that codes stand for, [2, 256] float32.
     """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     scales: tuple[Tensor, Tensor] | None = None
-    maps: tuple[Tensor, Tensor] | None = None
+    maps: Tensor | None = None
 
 
 class Settings(NamedTuple):
@@ -277,7 +277,7 @@ def adamw_(
         moments.exp_avg,
         moments.exp_avg_sq,
         *(moments.scales or (step, step)),  # what a form does not have is not looked at
-        *(moments.maps or (step, step)),
+        *((step, step) if moments.maps is None else moments.maps),
         weight if compensation is None else compensation,
         step if live is None else live,
         step,

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t PIECE = 1024;      // places whose draws are made at once
 constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/adamw.py
+constexpr int64_t QUANTIZED = 256;   // numbers of a moment in 8 bits that share a scale
 constexpr int64_t SUMMED = 1 << 16;  // numbers of a partial sum
 constexpr int64_t ROWS = 32;         // rows of a table that a thread takes at once
 
@@ -61,36 +62,99 @@ struct Settings {
     float size;         // lr / (1 - beta1^t)
 };
 
-// The places [first, last).
+// `count` numbers, one after the other.
 template <class T, Rounding ROUNDING>
-void update(T* weight, const T* grad, float* mean, float* square, bf16* rest, int64_t first, int64_t last, Settings s,
-            const Draws& draws) {
+INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_t* drawn, int64_t count, const Settings& s) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const float slope = wide(g[i]) * s.factor;
+        float x = wide(w[i]);
+        if constexpr (ROUNDING == KAHAN) x += wide(c[i]);
+        x *= s.keep;
+        m[i] += s.fresh * (slope - m[i]);
+        v[i] = v[i] * s.beta2 + s.fresh_square * slope * slope;
+        x -= s.size * m[i] / (__builtin_sqrtf(v[i]) / s.root + s.eps);
+        if constexpr (ROUNDING == STOCHASTIC) {
+            // Cut after noise below one spacing was added to the magnitude.
+            uint32_t bits;
+            std::memcpy(&bits, &x, sizeof bits);
+            w[i].bits = static_cast<uint16_t>((bits + drawn[i]) >> 16);
+        } else {
+            put(w[i], x);
+            if constexpr (ROUNDING == KAHAN) put(c[i], x - wide(w[i]));
+        }
+    }
+}
+
+// A moment in 8 bits: codes, and a scale for each QUANTIZED of them. `map` is what codes stand for. `codes` and `bounds` are
+// cpu_adamw.py's `code_table`: of numbers whose magnitude begins with the same 16 bits, those above the bound have the code
+// after the other ones'.
+struct Eighths {
+    uint8_t* codes;
+    float* scales;
+    const float* map;
+    const int32_t* first_codes;
+    const float* bounds;
+    int32_t least;  // code; that of zero is no second moment's (csm_fast/adamw.py)
+};
+
+constexpr int32_t LOW = (127 - 24) << 7, PREFIXES = (24 << 7) + 1;  // of magnitudes from 2^-24 to 1
+
+INLINE void widen(const Eighths& e, int64_t at, int64_t count, float* out) {
+    const uint8_t* codes = e.codes + at;
+    const float scale = e.scales[at / QUANTIZED];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] = e.map[codes[i]] * scale;
+}
+
+INLINE void narrow(const Eighths& e, int64_t at, int64_t count, const float* x) {
+    float highest = 0.0f;
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < count; ++i) {
+        const float size = __builtin_fabsf(x[i]);
+        highest = size > highest ? size : highest;
+    }
+    e.scales[at / QUANTIZED] = highest;
+    const float by = highest > 0.0f ? highest : 1.0f;
+    uint8_t* codes = e.codes + at;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const float within = x[i] / by;
+        int32_t bits;
+        std::memcpy(&bits, &within, sizeof bits);
+        const int32_t prefix = (bits & 0x7FFFFFFF) >> 16;
+        int32_t place = (prefix < LOW ? LOW : prefix) - LOW;
+        place = place < PREFIXES ? place : PREFIXES - 1;  // NaN, which nobody's moments are
+        place += bits < 0 ? PREFIXES : 0;
+        const int32_t code = e.first_codes[place] + (within > e.bounds[place]);
+        codes[i] = static_cast<uint8_t>(code > e.least ? code : e.least);
+    }
+}
+
+// Where the moments are: in float32, or (`eighths`) in 8 bits.
+struct Moments {
+    float *mean, *square;
+    const Eighths *mean_eighths, *square_eighths;
+};
+
+// The places [first, last); of moments in 8 bits, `first` divides by QUANTIZED.
+template <class T, Rounding ROUNDING>
+void update(T* weight, const T* grad, Moments moments, bf16* rest, int64_t first, int64_t last, Settings s, const Draws& draws) {
     alignas(64) uint16_t room[PIECE + 2];
+    alignas(64) float mean[QUANTIZED], square[QUANTIZED];
+    const int64_t piece = moments.mean ? PIECE : QUANTIZED;
     for (int64_t at = first; at < last;) {
-        const int64_t end = at / PIECE * PIECE + PIECE, count = (end < last ? end : last) - at;
-        T* w = weight + at;
-        const T* g = grad + at;
-        float *m = mean + at, *v = square + at;
+        const int64_t end = at / piece * piece + piece, count = (end < last ? end : last) - at;
         bf16* c = ROUNDING == KAHAN ? rest + at : nullptr;
         const uint16_t* drawn = ROUNDING == STOCHASTIC ? draws.of(at, count, room) : room;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-            const float slope = wide(g[i]) * s.factor;
-            float x = wide(w[i]);
-            if constexpr (ROUNDING == KAHAN) x += wide(c[i]);
-            x *= s.keep;
-            m[i] += s.fresh * (slope - m[i]);
-            v[i] = v[i] * s.beta2 + s.fresh_square * slope * slope;
-            x -= s.size * m[i] / (__builtin_sqrtf(v[i]) / s.root + s.eps);
-            if constexpr (ROUNDING == STOCHASTIC) {
-                // Cut after noise below one spacing was added to the magnitude.
-                uint32_t bits;
-                std::memcpy(&bits, &x, sizeof bits);
-                w[i].bits = static_cast<uint16_t>((bits + drawn[i]) >> 16);
-            } else {
-                put(w[i], x);
-                if constexpr (ROUNDING == KAHAN) put(c[i], x - wide(w[i]));
-            }
+        if (moments.mean) {
+            advance<T, ROUNDING>(weight + at, grad + at, moments.mean + at, moments.square + at, c, drawn, count, s);
+        } else {
+            widen(*moments.mean_eighths, at, count, mean);
+            widen(*moments.square_eighths, at, count, square);
+            advance<T, ROUNDING>(weight + at, grad + at, mean, square, c, drawn, count, s);
+            narrow(*moments.mean_eighths, at, count, mean);
+            narrow(*moments.square_eighths, at, count, square);
         }
         at += count;
     }
@@ -107,13 +171,13 @@ INLINE bool any(const T* row, int64_t width) {
 
 // All rows; with `live` those that are marked in it, and those whose gradient is not zero, which it marks.
 template <class T, Rounding ROUNDING>
-void updates(T* weight, const T* grad, float* mean, float* square, bf16* rest, uint8_t* live, int64_t rows,
-             int64_t width, Settings s, const Draws& draws, int threads) {
+void updates(T* weight, const T* grad, Moments moments, bf16* rest, uint8_t* live, int64_t rows, int64_t width,
+             Settings s, const Draws& draws, int threads) {
     if (!live) {
         const int64_t pieces = (rows * width + PIECE - 1) / PIECE;
         parallel(pieces, threads, [=, &draws](int, int64_t first, int64_t last) {
             const int64_t end = last * PIECE < rows * width ? last * PIECE : rows * width;
-            update<T, ROUNDING>(weight, grad, mean, square, rest, first * PIECE, end, s, draws);
+            update<T, ROUNDING>(weight, grad, moments, rest, first * PIECE, end, s, draws);
         });
         return;
     }
@@ -123,17 +187,16 @@ void updates(T* weight, const T* grad, float* mean, float* square, bf16* rest, u
             for (int64_t row = block; row < block + ROWS && row < rows; ++row) {
                 if (!live[row] && !any(grad + row * width, width)) continue;
                 live[row] = 1;
-                update<T, ROUNDING>(weight, grad, mean, square, rest, row * width, row * width + width, s, draws);
+                update<T, ROUNDING>(weight, grad, moments, rest, row * width, row * width + width, s, draws);
             }
         }
     });
 }
 
 template <class T>
-void adamw(T* weight, const T* grad, float* mean, float* square, bf16* rest, uint8_t* live, int64_t rows,
-           int64_t width, const float* step, const float* found_inf, const float* grad_scale, double lr, double beta1,
-           double beta2, double weight_decay, double eps, int stochastic, int64_t counters, int64_t salt, int64_t tiles,
-           int threads) {
+void adamw(T* weight, const T* grad, Moments moments, bf16* rest, uint8_t* live, int64_t rows, int64_t width, const float* step,
+           const float* found_inf, const float* grad_scale, double lr, double beta1, double beta2, double weight_decay,
+           double eps, int stochastic, int64_t counters, int64_t salt, int64_t tiles, int threads) {
     if (found_inf && *found_inf == 1.0f) return;
     const double t = *step, root = std::sqrt(1.0 - std::pow(beta2, t));
     const Settings settings = {
@@ -149,15 +212,15 @@ void adamw(T* weight, const T* grad, float* mean, float* square, bf16* rest, uin
     const Draws draws(static_cast<uint32_t>(counters), static_cast<uint32_t>(salt), static_cast<uint32_t>(tiles), *step);
     if constexpr (sizeof(T) == 2) {
         if (rest) {
-            updates<T, KAHAN>(weight, grad, mean, square, rest, live, rows, width, settings, draws, threads);
+            updates<T, KAHAN>(weight, grad, moments, rest, live, rows, width, settings, draws, threads);
             return;
         }
         if (stochastic) {
-            updates<T, STOCHASTIC>(weight, grad, mean, square, rest, live, rows, width, settings, draws, threads);
+            updates<T, STOCHASTIC>(weight, grad, moments, rest, live, rows, width, settings, draws, threads);
             return;
         }
     }
-    updates<T, NEAREST>(weight, grad, mean, square, rest, live, rows, width, settings, draws, threads);
+    updates<T, NEAREST>(weight, grad, moments, rest, live, rows, width, settings, draws, threads);
 }
 
 template <class T>
@@ -188,17 +251,23 @@ void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t wi
 }  // namespace
 
 #define UPDATES(NAME, T)                                                                                                     \
-    extern "C" void adamw_##NAME(void* weight, const void* grad, float* mean, float* square, void* rest, uint8_t* live,     \
-                                 int64_t rows, int64_t width, const float* step, const float* found_inf,          \
-                                 const float* grad_scale, double lr, double beta1, double beta2, double weight_decay,       \
-                                 double eps, int stochastic, int64_t counters, int64_t salt, int64_t tiles, int threads) {  \
-        adamw(static_cast<T*>(weight), static_cast<const T*>(grad), mean, square, static_cast<bf16*>(rest), live,     \
-              rows, width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt,    \
-              tiles, threads);                                                                                              \
-    }                                                                                                                       \
-    extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums, \
-                                           int threads) {                                                                   \
-        sums_of_squares(static_cast<const T*>(x), index, count, width, sums, threads);                                      \
+    extern "C" void adamw_##NAME(void* weight, const void* grad, void* mean, void* square, float* mean_scales,               \
+                                 float* square_scales, const float* maps, const int32_t* first_codes, const float* bounds,   \
+                                 void* rest, uint8_t* live, int64_t rows, int64_t width, const float* step,                  \
+                                 const float* found_inf, const float* grad_scale, double lr, double beta1, double beta2,     \
+                                 double weight_decay, double eps, int stochastic, int64_t counters, int64_t salt,            \
+                                 int64_t tiles, int threads) {                                                               \
+        const Eighths mean_eighths = {static_cast<uint8_t*>(mean), mean_scales, maps, first_codes, bounds, 0};               \
+        const Eighths square_eighths = {static_cast<uint8_t*>(square), square_scales, maps + 256,                            \
+                                        first_codes + 2 * PREFIXES, bounds + 2 * PREFIXES, 1};                               \
+        Moments moments = {static_cast<float*>(mean), static_cast<float*>(square), nullptr, nullptr};                        \
+        if (mean_scales) moments = {nullptr, nullptr, &mean_eighths, &square_eighths};                                       \
+        adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows, width,    \
+              step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles, threads); \
+    }                                                                                                                        \
+    extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums,  \
+                                           int threads) {                                                                    \
+        sums_of_squares(static_cast<const T*>(x), index, count, width, sums, threads);                                       \
     }
 
 UPDATES(bf16, bf16)
