@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
+from .live_parts import LiveParts
 
 log = logging.getLogger("csm_fast")
 
@@ -92,9 +93,10 @@ class AdamW(torch.optim.Optimizer):
         if chunk is not None and (chunk <= 0 or chunk % BLOCK):
             raise ValueError(f"chunk is {chunk}; use a multiple of {BLOCK}")
         self.bits, self.rounding, self.seed, self.paged, self.chunk = bits, rounding, seed, paged, chunk
-        self._functional = _bitsandbytes_functional() if bits == 8 else None
+        if bits == 8:
+            _bitsandbytes_functional()
         self._maps: dict[torch.device, Tensor] = {}
-        self._live: dict[Tensor, tuple[Tensor, Tensor]] = {}  # (exp_avg, which rows had a gradient)
+        self._live = LiveParts()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
@@ -120,20 +122,30 @@ class AdamW(torch.optim.Optimizer):
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             if self.paged and dtype == torch.uint8 and p.numel() >= FEWEST_PAGED and p.is_cuda:
-                return _paged_zeros(self._functional, shape, p.device)
+                return _paged_zeros(_bitsandbytes_functional(), shape, p.device)
             return torch.zeros(shape, dtype=dtype, device=p.device)
 
         # A block's values are its codes' times its scale: whatever the codes, a scale of 0 makes them 0.
         return {name: zeros(*form) for name, form in self.state_form(p).items()}
 
+    def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
+        own = ("bits", "rounding", "seed", "paged", "chunk")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._maps, self._live = {}, LiveParts()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's, but each tensor keeps its dtype: PyTorch's own casts moments to the weight's."""
+        """As every optimizer's, but each tensor keeps its dtype: PyTorch's own casts moments to the weight's. The step
+        count is float32, whatever it was."""
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for p, i in zip(params, saved, strict=True):
             if i in state_dict["state"]:
-                self.state[p] = {k: v.to(p.device, copy=True) for k, v in state_dict["state"][i].items()}
+                state = {k: v.to(p.device, copy=True) for k, v in state_dict["state"][i].items()}
+                self.state[p] = {**state, "step": state["step"].to(torch.float32)}
 
     # -------------------------------------------------------------------------------------------------- the update
 
@@ -172,7 +184,7 @@ class AdamW(torch.optim.Optimizer):
         draws = drawing(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
         form = ops.adamw_form(p, grad, state["exp_avg"])
         if form == "torch":
-            self._live.pop(p, None)
+            self._live.forget(p)
             self._update_in_chunks(p, grad, group, state, draws)
         else:
             self._update_in_one_pass(form, p, grad, group, state, draws)
@@ -190,41 +202,21 @@ class AdamW(torch.optim.Optimizer):
             self._code_maps(p.device) if quantized else None,
         )
         beta1, beta2 = group["betas"]
-        settings = ops.AdamWSettings(group["lr"], beta1, beta2, group["weight_decay"], group["eps"], draws)
+        settings = ops.AdamWSettings(float(group["lr"]), beta1, beta2, group["weight_decay"], group["eps"], draws)
         ops.adamw_(
             form,
             p.detach(),
             grad.contiguous(),
             moments,
             state.get("compensation"),
-            self._live_parts(form, p, group, state),
+            self._live.of(form, p, group, state),
             state["step"],
             self.found_inf,
             self.grad_scale,
             settings,
         )
-
-    def _live_parts(self, form: str, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor | None:
-        """uint8, one for each ``ops.adamw_part``: 0 where the moments are zero, which an update without a gradient
-        leaves so; None where everything changes, because weights decay."""
-        size = ops.adamw_part(form, p, "exp_avg_absmax" in state) if p.dim() == 2 else 0
-        if not size or group["weight_decay"] or not group["eps"]:
-            self._live.pop(p, None)
-            return None
-        moments, live = self._live.get(p, (None, None))
-        if moments is state["exp_avg"]:
-            return live
-        # The state is new, or was loaded.
-        live = torch.zeros(-(-p.numel() // size), dtype=torch.uint8, device=p.device)
-        for name in ("exp_avg", "exp_avg_sq"):
-            scales = state.get(f"{name}_absmax")
-            values, each = (state[name], size) if scales is None else (scales, size // BLOCK)
-            for first in range(0, len(live), 1024):
-                some = values.view(-1)[first * each : (first + 1024) * each].ne(0)
-                some = nn.functional.pad(some, (0, -len(some) % each)).view(-1, each).any(1)
-                live[first : first + 1024] |= some
-        self._live[p] = state["exp_avg"], live
-        return live
+        # Who needs the weights of before for a backward pass is to be told so, as by PyTorch's operators.
+        torch.autograd.graph.increment_version(p)
 
     def _update_in_chunks(
         self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], keys: Keys | None
@@ -269,8 +261,7 @@ class AdamW(torch.optim.Optimizer):
     def _code_maps(self, device: torch.device) -> Tensor:
         """[2, 256] float32: the values in [-1, 1] and in [0, 1] that the codes of both moments stand for."""
         if device not in self._maps:
-            assert self._functional is not None
-            maps = [self._functional.create_dynamic_map(signed=signed) for signed in (True, False)]
+            maps = [_bitsandbytes_functional().create_dynamic_map(signed=signed) for signed in (True, False)]
             self._maps[device] = torch.stack(maps).to(device)
         return self._maps[device]
 

@@ -69,10 +69,11 @@ _NORM_PIECE = 2**22  # values
 
 
 def _norm(x: Tensor) -> Tensor:
-    """[] float32. In pieces: a CPU widens a bf16 tensor as a whole for this, twice what is to be dropped."""
+    """[] float32, or float64 as ``x``. In pieces: a CPU widens bf16 as a whole here, twice what is to be dropped."""
     if (squares := ops.sum_of_squares(x)) is not None:
         return squares.sqrt().float()
-    pieces = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in x.flatten().split(_NORM_PIECE)]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    pieces = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in x.flatten().split(_NORM_PIECE)]
     return torch.linalg.vector_norm(torch.stack(pieces))
 
 
@@ -93,7 +94,9 @@ def gradient_norm(parameters: Iterable[Tensor], tables: TableGradients | None = 
         else:
             others.append(p.grad)
     dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in others) else torch.float32
-    if others:
+    if any(grad.device.type == "cpu" for grad in others):
+        squares += [_norm(grad).square() for grad in others]
+    elif others:
         squares += [norm.square() for norm in torch._foreach_norm(others, 2, dtype=dtype)]
     return torch.stack(squares).sum().sqrt().to(dtype) if squares else torch.zeros(())
 
@@ -127,21 +130,26 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
     Args:
         optimizer: PyTorch's fused AdamW or ``csm_fast.adamw.AdamW``.
         bad: [] bool on the device; where it is true, nothing is updated.
+        tables: whose gradients it leaves alone, though parts of them may come through autograd.
 
     Attributes:
         bad: [] bool: as given, or a gradient was not finite. Whose gradient came before that one is updated already.
         updated: the parameters whose gradients came.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, bad: Tensor):
+    def __init__(self, optimizer: torch.optim.Optimizer, bad: Tensor, tables: TableGradients | None = None):
         self.optimizer, self.bad = optimizer, bad
+        self._kept = {id(weight) for weight, _ in tables.kept} if tables else set()
         self.updated: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> in_backward:
+        clip(self.optimizer, 0.0, self.bad)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
+                if id(parameter) in self._kept:
+                    continue
                 hook = partial(self._update, group)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         return self
@@ -199,9 +207,13 @@ class TableGradients:
         self.rows = tuple(ops.RowGradient(w) if w.requires_grad and w.device.type == "cpu" else None for w in weights)
         self.kept = [(w, rows) for w, rows in zip(weights, self.rows, strict=True) if rows is not None]
         self.others_wrote = False
+        self._versions: list[int] = []
 
     def __enter__(self) -> None:
         self.model.row_gradients = self.rows
+        for weight, rows in self.kept:
+            if weight.grad is rows.dense:  # of an earlier ``with``; what autograd adds is to be told apart
+                weight.grad = None
 
     def __exit__(self, *_: object) -> None:
         del self.model.row_gradients
@@ -210,9 +222,12 @@ class TableGradients:
                 rows.add(weight.grad)
                 self.others_wrote = True
             weight.grad = rows.dense
+        self._versions = [rows.dense._version for _, rows in self.kept]
 
     def touched(self) -> dict[Tensor, Tensor]:
-        """By table: int64 [n], the rows besides which its gradient is zero. Empty if tables are used otherwise, too."""
+        """By table: int64 [n], the rows besides which its gradient is zero. Empty if anything else wrote to it, too."""
+        if [rows.dense._version for _, rows in self.kept] != self._versions:
+            self.others_wrote = True
         return {} if self.others_wrote else {weight: rows.touched() for weight, rows in self.kept}
 
     def clear(self, whole: bool) -> None:

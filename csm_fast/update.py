@@ -112,7 +112,7 @@ class Update:
                 if not part.requires_grad:  # all that this pack would teach is frozen
                     continue
                 if self.section.optimizer_in_backward and i + 1 == len(batch.packs):
-                    at_once = in_backward(self.optimizer, ~torch.isfinite(loss))
+                    at_once = in_backward(self.optimizer, ~torch.isfinite(loss), self.tables)
                 with at_once or nullcontext():
                     self.scaler.scale(part).backward()
         rows = getattr(self.model, "embedding_rows", None)

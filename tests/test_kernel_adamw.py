@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -225,14 +228,142 @@ def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bi
                 if step == 3:  # a run goes on from what was saved
                     optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.step()
-        assert (p.dim() == 2) == (p in optimizer._live)
+        assert (p.dim() == 2) == (p in optimizer._live._known)
         results.append([p.detach().view(-1), *moments(optimizer, p)])
         if p.dim() == 2:
-            marked = optimizer._live[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
+            marked = optimizer._live._known[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
             assert marked == [0, 1, 5, 7, 11]
             assert torch.equal(p.detach()[[2, 3]], start(rows, width, dtype=dtype, device=device)[[2, 3]])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_hand_in_the_state_is_seen(form):
+    """Marks of live parts are made again where moments were overwritten, exchanged or resized."""
+
+    def overwritten(optimizer, p):
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[p][name].fill_(0.1)
+
+    def exchanged(optimizer, p):
+        optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.1)
+
+    def one_row(optimizer, p):
+        optimizer.state[p]["exp_avg_sq"][3] = 0.1
+
+    def larger(optimizer, p):
+        p.data = start(40, 1024, device=p.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[p][name] = torch.full_like(p, 0.1)
+
+    for change in (overwritten, exchanged, one_row, larger):
+        results = []
+        for way in (form, "PyTorch"):
+            p = torch.nn.Parameter(start(4, 1024, device=device_of(form)))
+            optimizer = AdamW([p], lr=1e-2, weight_decay=0.0)
+            with running(way):
+                for step in range(2):
+                    p.grad = torch.zeros_like(p)
+                    p.grad[step] = 1.0
+                    optimizer.step()
+                    if not step:
+                        change(optimizer, p)
+            results.append(p.detach())
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+        assert change is one_row or not torch.equal(results[0][3], start(40, 1024, device=device_of(form))[3])
+
+
+@pytest.mark.skipif(not native.is_built(), reason=native.reason())
+def test_another_form_goes_on_with_the_same_state():
+    results = []
+    for forms in (("interpreter", "library", "interpreter"), ("PyTorch",) * 3):
+        p = torch.nn.Parameter(start(70, 3))
+        optimizer = AdamW([p], lr=1e-2, weight_decay=0.0)
+        for row, form in enumerate(forms):
+            with running(form):
+                p.grad = torch.zeros_like(p)
+                p.grad[row] = 1.0
+                optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_kahan_took_off_while_weights_decayed_is_not_forgotten(form):
+    results = []
+    for shape in ((40, 1024), (40960,)):
+        p = torch.nn.Parameter(start(40, 1024, dtype=BF16, device=device_of(form)).view(shape).clone())
+        optimizer = AdamW([p], lr=1e-2, rounding="kahan")
+        with running(form):
+            for step in range(8):
+                optimizer.param_groups[0]["weight_decay"] = 0.1 if step < 5 else 0.0
+                p.grad = torch.zeros_like(p)
+                optimizer.step()
+        results.append(p.detach().view(-1))
+    assert torch.equal(*results)
+
+
+def test_an_optimizer_is_copied_and_let_go():
+    p = torch.nn.Parameter(start(8, 4))
+    optimizer = AdamW([p], lr=1e-2, weight_decay=0.0, rounding="kahan", seed=7)
+    p.grad = gradients(8, 4)[0]
+    optimizer.step()
+    other = copy.deepcopy(optimizer)
+    (q,) = other.param_groups[0]["params"]
+    assert q is not p and other.rounding == "kahan" and other.seed == 7
+    for x, o in ((p, optimizer), (q, other)):
+        x.grad = gradients(8, 4)[1]
+        o.step()
+    assert torch.equal(p, q)
+    seen = weakref.ref(p), weakref.ref(optimizer.state[p]["exp_avg"])
+    optimizer.state.clear()
+    optimizer.param_groups.clear()
+    del p, x, o
+    gc.collect()
+    assert not any(ref() for ref in seen)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_backward_pass_with_weights_of_before_is_refused(form):
+    p = torch.nn.Parameter(start(4, 4, device=device_of(form)))
+    y = (p * p).sum()
+    with running(form):
+        p.grad = torch.ones_like(p)
+        AdamW([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.skipif(not native.is_built(), reason=native.reason())
+def test_the_library_takes_only_what_it_can_read():
+    weight = torch.ones(8, 4)
+    zeros = [torch.zeros(8, 4) for _ in range(3)]
+    step = torch.ones(())
+
+    def run(grad=zeros[0], mean=zeros[1], square=zeros[2], live=None, step=step, found=None, scale=None):
+        rest = (1e-3, 0.9, 0.99, 0.0, 1e-8, False, 0, 0, 0)
+        cpu_adamw.adamw_(weight, grad, mean, square, None, None, None, None, live, step, found, scale, *rest)
+
+    run(live=torch.zeros(8, dtype=torch.uint8))
+    one = torch.ones((), dtype=F64)
+    wrong = [
+        {"grad": torch.zeros(4, 8)},
+        {"grad": torch.zeros(8, 8)[:, ::2]},
+        {"grad": zeros[0].bfloat16()},
+        {"mean": torch.zeros(8, 3)},
+        {"square": zeros[2].double()},
+        {"live": torch.zeros(7, dtype=torch.uint8)},
+        {"step": one},
+        {"found": one},
+        {"scale": one},
+        {"mean": torch.zeros(8, 4, device="meta")},
+    ]
+    for arguments in wrong:
+        with pytest.raises(RuntimeError, match="there is no adamw_ for"):
+            run(**arguments)
+    with torch.device("meta"):  # results lie where the numbers do
+        assert ops.sum_of_squares(weight) == 32
 
 
 @needs_bitsandbytes
@@ -244,7 +375,7 @@ def test_rows_that_share_scales_are_all_updated(form):
         for grad in gradients(60, 100):
             p.grad = grad
             optimizer.step()
-    assert p not in optimizer._live
+    assert p not in optimizer._live._known
     got, _ = descend(
         form, [g.flatten() for g in gradients(60, 100)], lr=1e-2, weight_decay=0.0, bits=8, betas=(0.9, 0.999)
     )

@@ -20,7 +20,7 @@ from csm_fast.errors import InputError
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.model_files import write_tensors
-from csm_fast.optim import TableGradients, cast_weights, in_backward, make_optimizer
+from csm_fast.optim import TableGradients, cast_weights, clip, in_backward, make_optimizer
 
 BF16, F32 = torch.bfloat16, torch.float32
 KINDS = {  # what a run can choose, as (optimizer, weights)
@@ -47,12 +47,12 @@ def section(kind, **changes):
     return OptimizerSection(optimizer=optimizer, weights=weights, learning_rate=1e-2, **changes)
 
 
-def batches(count=6):
+def batches(count=6, rows=30, fraction=0.5):
     spec = [[(4, 9, 0)], [(3, 5, 1), (2, 7, 0)], [(6, 12, 0)], [(1, 3, 1)], [(5, 20, 0)], [(2, 2, 1)]]
     packer = Packer(
         MemoryStore(random_conversations(spec)),
-        DataSection(batch_size=3, pack_rows=30),
-        LossSection(amortization_fraction=0.5),
+        DataSection(batch_size=3, pack_rows=rows),
+        LossSection(amortization_fraction=fraction),
     )
     return [packer.step(i // 2, i % 2).packs for i in range(count)]
 
@@ -75,7 +75,7 @@ def learn(model, optimizer, tables, steps, at_once=False, bad=False):
                 with torch.autocast("cpu", BF16):
                     loss = packed_loss(model, pack, 0.5, 0.5)[0]
                 if at_once and i + 1 == len(packs):
-                    hooks = in_backward(optimizer, ~torch.isfinite(loss) | bad)
+                    hooks = in_backward(optimizer, ~torch.isfinite(loss) | bad, tables)
                     with hooks:
                         loss.backward()
                 else:
@@ -142,6 +142,26 @@ def test_updates_inside_the_backward_pass_are_the_ordinary_ones(kind, cpu_form):
     got, other = learn(*make(kind, optimizer_in_backward=True, max_grad_norm=0.0), steps, at_once=True)
     assert all(torch.equal(got[name], want[name]) for name in want)
     torch.testing.assert_close(torch.stack(other), torch.stack(norms), rtol=1e-5, atol=0)
+
+
+def test_updates_inside_the_backward_pass_where_the_table_is_projected():
+    """Then a part of the audio table's gradient comes through autograd, and the rest is kept."""
+    steps = batches(4, rows=120, fraction=1.0)
+    vocabulary = (MICRO.num_codebooks - 1) * MICRO.audio_vocab_size
+    assert max(len(p.decoder_index) * (MICRO.num_codebooks - 1) for packs in steps for p in packs) > vocabulary
+    want, norms = learn(*make("Kahan"), steps)
+    got, other = learn(*make("Kahan", optimizer_in_backward=True, max_grad_norm=0.0), steps, at_once=True)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    torch.testing.assert_close(torch.stack(other), torch.stack(norms), rtol=1e-5, atol=0)
+
+
+def test_updates_inside_the_backward_pass_are_not_clipped_by_an_earlier_norm():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p])
+    clip(optimizer, 1.0, torch.tensor(1000.0))
+    with in_backward(optimizer, torch.tensor(False)):
+        p.sum().backward()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((3,), 0.1))
 
 
 @pytest.mark.parametrize("recomputed", ["selective", "full"])

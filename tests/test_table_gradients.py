@@ -15,7 +15,7 @@ from csm_fast import ops
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
-from csm_fast.optim import TableGradients
+from csm_fast.optim import TableGradients, gradient_norm
 
 TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 
@@ -69,6 +69,28 @@ def test_a_table_used_otherwise_too():
     for step, other in zip(seen, want, strict=True):
         for got, expected in zip(step, other, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_whatever_else_writes_to_a_kept_gradient_is_in_its_norm():
+    model = random_model(MICRO)
+    table = model.text_embeddings.weight
+    tables = TableGradients(model)
+    for _ in range(2):  # one step in two parts
+        with tables:
+            for pack in steps()[0]:
+                packed_loss(model, pack, 0.5, 0.5)[0].backward()
+    assert len(tables.touched()[table]) == int(table.grad.any(1).sum())
+    once = table.grad.clone() / 2
+    tables.clear(whole=False)
+    with tables:
+        for pack in steps()[0]:
+            packed_loss(model, pack, 0.5, 0.5)[0].backward()
+    torch.testing.assert_close(table.grad, once)
+    (3 * table.sum()).backward()  # afterwards
+    assert tables.touched() == {}
+    torch.testing.assert_close(gradient_norm([table], tables), (once + 3).norm())
+    tables.clear(whole=False)
+    assert not tables.rows[0].dense.any()
 
 
 def test_each_pass_adds_whatever_was_there():

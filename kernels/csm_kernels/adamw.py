@@ -264,6 +264,8 @@ def adamw_(
     tensors = weight, grad, moments.exp_avg, moments.exp_avg_sq, compensation
     if not all(x is None or (x.is_contiguous() and x.numel() == weight.numel()) for x in tensors):
         raise ValueError("adamw_ takes contiguous tensors of one size")
+    if live is not None and live.numel() != live_parts(weight.numel()):
+        raise ValueError(f"live has {live.numel()} marks for {live_parts(weight.numel())} parts")
     if weight.dtype not in DTYPES or (moments.scales is None) != (moments.exp_avg.dtype == torch.float32):
         raise ValueError(f"there is no adamw_ for {weight.dtype} with moments in {moments.exp_avg.dtype}")
     n = weight.numel()
@@ -271,34 +273,35 @@ def adamw_(
         return
     bf16 = weight.dtype == torch.bfloat16
     rounding = KAHAN if compensation is not None else STOCHASTIC if bf16 and settings.draws else NEAREST
-    _adamw_kernel[(live_parts(n),)](
-        weight,
-        grad,
-        moments.exp_avg,
-        moments.exp_avg_sq,
-        *(moments.scales or (step, step)),  # what a form does not have is not looked at
-        *((step, step) if moments.maps is None else moments.maps),
-        weight if compensation is None else compensation,
-        step if live is None else live,
-        step,
-        step if found_inf is None else found_inf,
-        step if grad_scale is None else grad_scale,
-        n,
-        1.0 - settings.lr * settings.weight_decay,
-        settings.lr,
-        math.log(settings.beta1) if settings.beta1 else -math.inf,
-        math.log(settings.beta2) if settings.beta2 else -math.inf,
-        1.0 - settings.beta1,
-        1.0 - settings.beta2,
-        settings.eps,
-        *(settings.draws or (0, 0, 0)),
-        ROUNDING=rounding,
-        EIGHT=moments.scales is not None,
-        LIVE=live is not None,
-        MAY_SKIP=found_inf is not None,
-        SCALES=grad_scale is not None,
-        BLOCK=BLOCK,
-        TILE=TILE,
-        QUANTIZED=QUANTIZED,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(weight):
+        _adamw_kernel[(live_parts(n),)](
+            weight,
+            grad,
+            moments.exp_avg,
+            moments.exp_avg_sq,
+            *(moments.scales or (step, step)),  # what a form does not have is not looked at
+            *((step, step) if moments.maps is None else moments.maps),
+            weight if compensation is None else compensation,
+            step if live is None else live,
+            step,
+            step if found_inf is None else found_inf,
+            step if grad_scale is None else grad_scale,
+            n,
+            1.0 - settings.lr * settings.weight_decay,
+            settings.lr,
+            math.log(settings.beta1) if settings.beta1 else -math.inf,
+            math.log(settings.beta2) if settings.beta2 else -math.inf,
+            1.0 - settings.beta1,
+            1.0 - settings.beta2,
+            settings.eps,
+            *(settings.draws or (0, 0, 0)),
+            ROUNDING=rounding,
+            EIGHT=moments.scales is not None,
+            LIVE=live is not None,
+            MAY_SKIP=found_inf is not None,
+            SCALES=grad_scale is not None,
+            BLOCK=BLOCK,
+            TILE=TILE,
+            QUANTIZED=QUANTIZED,
+            num_warps=WARPS,
+        )

@@ -37,15 +37,16 @@ def _code_table(values: bytes) -> tuple[Tensor, Tensor]:
         float32, the border (infinity where there is none).
     """
     code = torch.frombuffer(bytearray(values), dtype=FP32).double()
+    cpu = torch.device("cpu")
     borders = (code[:-1] + code[1:]) / 2
-    prefixes = torch.arange((127 - 24) << 7, (127 << 7) + 1, dtype=torch.int32) << 16
+    prefixes = torch.arange((127 - 24) << 7, (127 << 7) + 1, dtype=torch.int32, device=cpu) << 16
     low, high = prefixes.view(FP32).double(), (prefixes | 0xFFFF).view(FP32).double()
     low[0] = 0.0  # whatever is smaller
     ends = torch.stack([torch.stack([low, -high]), torch.stack([high, -low])])  # least, most; positive, negative
     first, last = torch.searchsorted(borders, ends)  # how many borders lie below
     if bool((last - first > 1).any()):
         raise ValueError("the values of 8-bit codes lie too near to one another")
-    there = torch.cat([borders, torch.tensor([torch.inf])])[first]
+    there = torch.cat([borders, torch.tensor([torch.inf], device=cpu)])[first]
     return first.int().contiguous(), torch.where(last > first, there, torch.inf).float().contiguous()
 
 
@@ -54,6 +55,11 @@ def _tables(signed: bytes, unsigned: bytes) -> tuple[Tensor, Tensor]:
     """``_code_table`` of both moments, end to end."""
     first, second = _code_table(signed), _code_table(unsigned)
     return torch.stack([first[0], second[0]]), torch.stack([first[1], second[1]])
+
+
+def _is(x: Tensor, dtype: torch.dtype, numel: int) -> bool:
+    """Whether the library may read ``numel`` numbers of this type from where it begins."""
+    return x.dtype == dtype and x.numel() == numel and x.is_contiguous() and x.device.type == "cpu"
 
 
 @operator(
@@ -108,27 +114,38 @@ def adamw_(
         RuntimeError: types that there is no form for, or tensors that are not contiguous.
     """
     run = native.library_function("adamw", weight.dtype, grad.dtype)
-    tensors = weight, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, compensation, live
-    kinds = {x.dtype for x in (exp_avg, exp_avg_sq)}
     quantized = exp_avg_absmax is not None and exp_avg_sq_absmax is not None and maps is not None
-    if run is None or kinds != {torch.uint8 if quantized else FP32}:
+    n, blocks, moments = weight.numel(), -(-weight.numel() // QUANTIZED), torch.uint8 if quantized else FP32
+    given: list[tuple[Tensor | None, torch.dtype, int]] = [
+        (weight, weight.dtype, n),
+        (grad, grad.dtype, n),
+        (exp_avg, moments, n),
+        (exp_avg_sq, moments, n),
+        (exp_avg_absmax, FP32, blocks),
+        (exp_avg_sq_absmax, FP32, blocks),
+        (maps, FP32, 512),
+        (compensation, BF16, n),
+        (live, torch.uint8, weight.shape[0] if weight.dim() else 1),
+        *((x, FP32, 1) for x in (step, found_inf, grad_scale)),
+    ]
+    if run is None or grad.shape != weight.shape or not all(x is None or _is(x, t, size) for x, t, size in given):
         raise RuntimeError(
-            f"there is no adamw_ for {weight.dtype} with gradients in {grad.dtype} and moments in {kinds}"
+            f"there is no adamw_ for {weight.dtype} {list(weight.shape)} with these gradients ({grad.dtype}), moments "
+            f"({exp_avg.dtype}) and scalars: types, sizes, or not contiguous"
         )
-    if not all(x is None or x.is_contiguous() for x in tensors) or grad.shape != weight.shape:
-        raise RuntimeError("adamw_ takes contiguous tensors of one shape")
-    if not weight.numel():
+    if not n:
         return
     rows = weight.shape[0] if live is not None else 1
-    width = weight.numel() // rows
+    width = n // rows
     found: tuple[Tensor | None, ...] = (None, None, None)
     if quantized:
         if live is not None and width % QUANTIZED:
             raise RuntimeError(f"a row of {width} is no multiple of {QUANTIZED}")
         assert maps is not None
         found = maps, *_tables(*(values.numpy().tobytes() for values in maps))
+    held = weight, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax
     run(
-        *(None if x is None else x.data_ptr() for x in (*tensors[:6], *found, compensation, live)),
+        *(None if x is None else x.data_ptr() for x in (*held, *found, compensation, live)),
         rows,
         width,
         *(None if x is None else x.data_ptr() for x in (step, found_inf, grad_scale)),
@@ -151,7 +168,7 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
         raise RuntimeError(f"there is no sum_of_squares for {x.dtype}, or it is not contiguous")
     width = x.shape[-1] if rows is not None else 1
     count = x.numel() if rows is None else len(rows)
-    sums = torch.empty(-(-count // SUMMED) if rows is None else count, dtype=torch.float64)
+    sums = torch.empty(-(-count // SUMMED) if rows is None else count, dtype=torch.float64, device=x.device)
     index: Any = None if rows is None else rows.contiguous().data_ptr()
     run(x.data_ptr(), index, count, width, sums.data_ptr(), native.threads(count * width))
     return sums.sum()

@@ -111,19 +111,20 @@ def launch_softmax_cross_entropy_(
     losses = torch.empty(heads, rows, dtype=torch.float32, device=logits.device)
     if losses.numel():
         block, num_warps = launch_shape(columns)
-        _softmax_cross_entropy_kernel[(rows, heads)](
-            logits,
-            targets.contiguous(),
-            weights.contiguous(),
-            losses,
-            rows,
-            float(scale),
-            VOCAB=vocab,
-            COLUMNS=columns,
-            BLOCK=block,
-            WANTS_GRAD=wants_grad,
-            num_warps=num_warps,
-        )
+        with torch.cuda.device_of(logits):
+            _softmax_cross_entropy_kernel[(rows, heads)](
+                logits,
+                targets.contiguous(),
+                weights.contiguous(),
+                losses,
+                rows,
+                float(scale),
+                VOCAB=vocab,
+                COLUMNS=columns,
+                BLOCK=block,
+                WANTS_GRAD=wants_grad,
+                num_warps=num_warps,
+            )
     return losses, logits
 
 
