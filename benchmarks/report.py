@@ -129,6 +129,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "optimizers-cpu": lambda results: report_parts.optimizers(read(results, "optimizers")),
     "optimizers-gpu": lambda results: report_parts.optimizers(read(results, "gpu_optimizers")),
     "profile-cpu": lambda results: report_parts.profile(read(results, "profile_small_cpu")),
+    "profile-cpu-batch8": lambda results: report_parts.profile(read(results, "profile_small_cpu_batch8")),
     "scaling-cpu": lambda results: report_parts.scaling(read(results, "scaling")),
 }
 
