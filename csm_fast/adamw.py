@@ -11,7 +11,6 @@ next update; 8 more bits, so that only updates below about 1/130,000 of the weig
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 from . import ops
 from .errors import InputError
 from .live_parts import LiveParts
+from .rounding import Draws, Keys, drawing, round_stochastically
 
 log = logging.getLogger("csm_fast")
 
 CHUNK = 1 << 22  # elements updated at once: at most 80 MiB of scratch, 19 bytes each
 CPU_CHUNK = 1 << 19  # on a CPU: the pieces in float32 stay in its caches, 2.7 times the speed of CHUNK
-TILE = 1 << 17  # elements whose draws are hashed; other tiles have the same with some bits flipped
 BLOCK = 256  # elements that share a scale; bitsandbytes' choice for optimizers
 FEWEST = 4096  # elements below which moments stay in float32, as in bitsandbytes: norms need it and cost nothing
 FEWEST_PAGED = 100_000  # elements below which paging costs more than it saves, as in bitsandbytes
@@ -256,7 +255,7 @@ class AdamW(torch.optim.Optimizer):
                 _store(flat["compensation"][some], weight.sub_(rounded).bfloat16(), skip)
             elif bf16:
                 # A bf16 number is its own rounding, either way, so a skipped update changes nothing.
-                weights[some].copy_(weight if draws is None else _round_stochastically(weight, first, draws))
+                weights[some].copy_(weight if draws is None else round_stochastically(weight, first, draws))
 
     def _code_maps(self, device: torch.device) -> Tensor:
         """[2, 256] float32: the values in [-1, 1] and in [0, 1] that the codes of both moments stand for."""
@@ -306,80 +305,6 @@ def _quantized(values: Tensor, code: Tensor, of_square: bool) -> tuple[Tensor, T
 def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
     """``target = value``, unless ``skip`` is 1."""
     target.copy_(value if skip is None else torch.where(skip == 1, target, value))
-
-
-# ---------------------------------------------------------------------------------------------- stochastic rounding
-
-
-Keys = tuple[int, int, int]  # where the counters of draws begin, of the step's salt and of the tiles' keys
-
-
-def drawing(seed: int, index: int) -> Keys:
-    """What the draws of the parameter number ``index`` depend on besides its step count."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=12).digest()
-    counters, salt, tiles = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4, 8))
-    return counters, salt, tiles
-
-
-class Draws:
-    """The draws of one parameter's update, one of 16 bits for each element: a function of (seed, index, step, place).
-    ``cpu_adamw.cpp`` draws the same.
-
-    Counters through an integer hash (xor-shift-multiply, the constants of "lowbias32" by C. Wellons). A counter needs
-    no generator, whose seed would have to know the step count that only the device knows, and it draws the same on
-    every device. Hashing is what costs, so only the first ``TILE`` places are hashed: the next tiles have the same
-    draws, xor a 16-bit key of the tile that is hashed from (seed, index, step), too. Any two draws are independent
-    for all that: within a tile they are hashes of two counters, and u and u xor k are independent if k is uniform.
-
-    Args:
-        keys: ``drawing(seed, index)``.
-        step: [] float32, the parameter's step count, on its device.
-        numel: how many elements the parameter has.
-    """
-
-    def __init__(self, keys: Keys, step: Tensor, numel: int):
-        counters, salt, tiles = keys
-        moment = _mix(_mix(step.to(torch.int32).add_(salt)))
-        self.tile = self._hash(counters, (min(numel, TILE) + 1) // 2, moment)[: min(numel, TILE)]
-        if numel > TILE:
-            self.keys = self._hash(tiles, (-(-numel // TILE) + 1) // 2, _mix(moment))
-            self.keys[0] = 0
-
-    @staticmethod
-    def _hash(start: int, pairs: int, key: Tensor) -> Tensor:
-        """[2 pairs] int32 in [0, 2^16): each 32-bit hash gives two, ``key`` in between its two rounds."""
-        x = torch.arange(pairs, dtype=torch.int32, device=key.device)
-        x = _mix(x.add_(start)).bitwise_xor_(key)
-        x = _xor_shift(_xor_shift(x, 15).mul_(0x846CA68B - (1 << 32)), 16)
-        return x.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-
-    def of(self, first: int, count: int) -> Tensor:
-        """[count] int32 in [0, 2^16): the draws of the places from ``first``."""
-        tile, place = divmod(first, TILE)
-        if place + count <= TILE:
-            draws = self.tile[place : place + count]
-            return draws ^ self.keys[tile] if tile else draws
-        whole = self.tile ^ self.keys[tile : -(-(first + count) // TILE), None]
-        return whole.view(-1)[place : place + count]
-
-
-def _mix(x: Tensor) -> Tensor:
-    """One round of an integer hash on int32, in place: xor with itself shifted, times an odd constant."""
-    return _xor_shift(x, 16).mul_(0x7FEB352D)
-
-
-def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    """x ^ (x >>> bits), in place. PyTorch shifts int32 with its sign, so what that shifts in is masked out."""
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
-
-
-def _round_stochastically(x: Tensor, first: int, draws: Draws) -> Tensor:
-    """``x`` [n] float32, in place: cut to bf16 after uniform noise below one spacing was added to its magnitude.
-
-    So it becomes one of its two neighbours, each with the probability that makes the mean right; a bf16 number stays.
-    """
-    x.view(torch.int32).add_(draws.of(first, len(x))).bitwise_and_(-(1 << 16))
-    return x
 
 
 # ----------------------------------------------------------------------------------------------------- bitsandbytes

@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tracked import Tracked
-from csm_fast.adamw import TILE, AdamW, Draws, _round_stochastically, drawing
+from csm_fast.adamw import AdamW
 from csm_fast.optim import in_backward
 from csm_fast.quantize import load_bitsandbytes
+from csm_fast.rounding import TILE, Draws, drawing, round_stochastically
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -168,7 +169,7 @@ def test_updates_far_below_a_spacing_are_lost_to_nearest_only():
 def test_rounding_gives_a_neighbour_and_the_right_mean():
     x = torch.tensor([1 + 2**-9, -1 - 3 * 2**-9, 1e-3, -7.7e-20, 0.999, 65504.0, 0.0, 3.0])
     draws = torch.stack([x] * 40_000)
-    got = _round_stochastically(draws.flatten().clone(), 0, Draws(drawing(0, 0), torch.tensor(1.0), draws.numel()))
+    got = round_stochastically(draws.flatten().clone(), 0, Draws(drawing(0, 0), torch.tensor(1.0), draws.numel()))
     got = got.view(draws.shape).double()
     below = (x.view(torch.int32) & -65536).view(F32).double()  # towards zero
     above = (x.view(torch.int32) + 65536 & -65536).view(F32).double()

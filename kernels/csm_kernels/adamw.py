@@ -23,7 +23,7 @@ except ImportError:  # PyTorch's operators need none
 BLOCK = 1024  # elements of a program
 WARPS = 8  # four elements a thread: pieces of all types have one layout, so nothing goes through shared memory
 QUANTIZED = 256  # elements that share a scale, as in bitsandbytes
-TILE = 2**17  # elements with draws of their own: csm_fast.adamw.Draws
+TILE = 2**17  # elements with draws of their own: csm_fast.rounding.Draws
 NEAREST, STOCHASTIC, KAHAN = 0, 1, 2
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -158,7 +158,7 @@ def _adamw_kernel(
     weight = weight * keep - size / _missing(step * log_beta1) * mean / (tl.sqrt(square) / root + eps)
 
     if ROUNDING == 1:
-        # The draws of csm_fast.adamw.Draws; a program's elements are of one tile.
+        # The draws of csm_fast.rounding.Draws; a program's elements are of one tile.
         salted = _mixed(_mixed(step.to(tl.int32).to(tl.uint32, bitcast=True) + salt.to(tl.uint32, bitcast=True)))
         within = (first % TILE).to(tl.uint32) + inside.to(tl.uint32)
         words = _finished(_mixed(counters.to(tl.uint32, bitcast=True) + within // 2) ^ salted)
@@ -219,7 +219,7 @@ class Settings(NamedTuple):
     """Of one parameter's update.
 
     Attributes:
-        draws: what the draws of stochastic rounding depend on (``csm_fast.adamw.drawing``); None: to nearest.
+        draws: what the draws of stochastic rounding depend on (``csm_fast.rounding.drawing``); None: to nearest.
     """
 
     lr: float

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t PIECE = 1024;      // places whose draws are made at once
-constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/adamw.py
+constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/rounding.py
 constexpr int64_t QUANTIZED = 256;   // numbers of a moment in 8 bits that share a scale
 constexpr int64_t SUMMED = 1 << 16;  // numbers of a partial sum
 constexpr int64_t ROWS = 32;         // rows of a table that a thread takes at once
@@ -22,7 +22,7 @@ INLINE uint32_t finished(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-// The draws of `Draws` in csm_fast/adamw.py, bit for bit: 16 bits for every place of a parameter.
+// The draws of `Draws` in csm_fast/rounding.py, bit for bit: 16 bits for every place of a parameter.
 class Draws {
   public:
     Draws(uint32_t counters_, uint32_t salt, uint32_t tiles_, float step)

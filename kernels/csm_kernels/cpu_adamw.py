@@ -108,7 +108,7 @@ def adamw_(
         found_inf: [] float32; where it is 1, nothing happens.
         grad_scale: [] float32 that the gradient is divided by.
         stochastic: round bf16 weights stochastically, by the draws of ``counters``, ``salt`` and ``tiles``
-            (``csm_fast.adamw.Draws``), and else to nearest.
+            (``csm_fast.rounding.Draws``), and else to nearest.
 
     Raises:
         RuntimeError: types that there is no form for, or tensors that are not contiguous.
