@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -15,6 +16,7 @@ TILE = 1 << 17  # elements whose draws are hashed; other tiles have the same wit
 Keys = tuple[int, int, int]  # where the counters of draws begin, of the step's salt and of the tiles' keys
 
 
+@functools.lru_cache(maxsize=4096)
 def drawing(seed: int, index: int) -> Keys:
     """What the draws of the parameter number ``index`` depend on besides its step count."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=12).digest()
