@@ -41,10 +41,13 @@ def test_forward_and_backward(timed, device, dtype, rows):
     timed(step)
 
 
-@pytest.mark.parametrize("weights", ("fp32", "bf16-stochastic"))
+@pytest.mark.parametrize("weights", ("fp32", "bf16-stochastic", "bf16-stochastic, 8 bits"))
 def test_update(timed, device, weights):
-    """AdamW on every weight of the small shape: PyTorch's fused one, and ours."""
-    section = OptimizerSection(weights=weights)
+    """AdamW on every weight of the small shape."""
+    weights, eight, _ = weights.partition(", 8 bits")
+    if eight:
+        pytest.importorskip("bitsandbytes")
+    section = OptimizerSection(weights=weights, optimizer="adamw-8bit" if eight else "adamw")
     model = CSM(CSMConfig.small()).init_weights(0).to(device)
     cast_weights(model, section)
     optimizer = make_optimizer(model, section)
