@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from model_cases import MICRO
 
 from benchmarks import optimizers, report_parts
 from csm_fast import CSM, CSMConfig
@@ -13,6 +14,7 @@ from csm_fast import CSM, CSMConfig
 
 def test_rows_of_all_ways(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optimizers, "keep_freed_memory", lambda: None)  # it is for the whole process
+    monkeypatch.setitem(optimizers.SHAPES, "tiny", lambda: MICRO)
     file = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["optimizers", "--shape", "tiny", "--repeats", "2", "--results", str(file)])
     assert optimizers.main() == 0
