@@ -71,31 +71,35 @@ def compare(rows: list[Row]) -> str:
     return text
 
 
-RUNS = 3  # that are shown side by side
+RUNS = 4  # that are shown side by side
 
 
 def runs(rows: list[Row]) -> str:
-    """The quotients of the last runs side by side: what a table is worth on another day."""
+    """The quotients of the last runs side by side: what a table is worth in another hour and on another day."""
     some = [row for row in rows if "median_s" in row]
     names = sorted({row["run"] for row in some if row["system"] != "csm_fast"}, reverse=True)[:RUNS]
     if len(names) < 2:
         return "Run once.\n"
-    tables = [_quotients(rows_of(some, run=name)) for name in names]
-    last, *others = tables
+    tables = {name: _quotients(rows_of(some, run=name)) for name in names}
     head = ["csm_fast in", "against"]
     for name in names:
-        first = rows_of(some, run=name)[0]
-        head.append(f"{name[:16].replace('T', ' ')} ({first['commit']})")
+        head.append(f"{name[:16].replace('T', ' ')} ({rows_of(some, run=name)[0]['commit']})")
+    day = names[0][:10]
+    head.append(f"spread on {day}")
     lines, inside, compared = [], 0, 0
-    for key, (middle, least, most) in last.items():
-        found = [table.get(key) for table in others]
-        lines.append([*key, f"{middle:.2f}x ({least:.1f}-{most:.1f})", *(f"{f[0]:.2f}x" if f else "" for f in found)])
-        compared += sum(f is not None for f in found)
-        inside += sum(f is not None and least <= f[0] <= most for f in found)
-    return (
-        f"{markdown(head, lines)}\n\n{inside} of {compared} quotients of the earlier runs lie within the spread of the "
-        "last one (the least and the most of any two repetitions).\n"
-    )
+    for key in tables[names[0]]:
+        found = {name: table[key] for name, table in tables.items() if key in table}
+        same_day = [quotients for name, quotients in found.items() if name.startswith(day)]
+        least, most = min(q[1] for q in same_day), max(q[2] for q in same_day)
+        others = [quotients[0] for name, quotients in found.items() if not name.startswith(day)]
+        compared += len(others)
+        inside += sum(least <= other <= most for other in others)
+        medians = [f"{found[name][0]:.2f}x" if name in found else "" for name in names]
+        lines.append([*key, *medians, f"{least:.1f}-{most:.1f}"])
+    text = f"{markdown(head, lines)}\n\nSpread: the least and the most of any two repetitions of a run.\n"
+    if compared:
+        text += f"{inside} of {compared} quotients of other days lie within it.\n"
+    return text
 
 
 def _quotients(rows: list[Row]) -> dict[tuple[str, str], tuple[float, float, float]]:
