@@ -136,7 +136,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     there = [name for name in ("train", "val") if (Path(args.data) / name).is_dir()]
-    args.splits = args.splits or there or ["train"]
+    if not args.synthetic and not there:
+        parser.error(f"{args.data}: no tokens there; csm-fast pretokenize makes them, or take --synthetic 200")
+    args.splits = args.splits or there
     real = args.sesame_csm and args.sesame_finetune
     theirs = "blog" if real else "padded"
     args.systems = args.systems or ["csm_fast", theirs, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
@@ -190,7 +192,11 @@ def main() -> int:
         work(args)
         return 0
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    truth = Worker(args, "reference").about
+    try:
+        truth = Worker(args, "reference").about
+    except Stopped as error:
+        print(f"error: {error}; what it said is above", file=sys.stderr)
+        return 1
     # The slow ones run alone when the others have gone: one that trains on all frames needs the machine's memory.
     groups = [[name for name in args.systems if name not in SLOW], *([name] for name in args.systems if name in SLOW)]
     rows: list[dict[str, Any]] = []

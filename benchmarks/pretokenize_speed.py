@@ -257,6 +257,8 @@ def chosen(path: Path, share: float) -> tuple[list[dict[str, Any]], float]:
     """Rows of a metadata file with absolute paths, evenly over their lengths, in its order; and their seconds."""
     from csm_fast.audio import audio_info
 
+    if not path.is_file():
+        raise SystemExit(f"error: {path}: no such file; python -m csm_fast.demo_data corpus --sounds makes corpus")
     rows = json.loads(path.read_text())
     for row in rows:
         row["path"] = str((path.parent / row["path"]).resolve())
