@@ -4,9 +4,9 @@
     python -m benchmarks.optimizers --device cuda --shape csm-1b
 
 Weights and gradients are random; of the tables, the rows that a corpus reads have had gradients (--read), the others
-never. On a CPU the updates of all ways take turns; medians are shown. The floor is the time at the rate of a copy between two large
-buffers, for the bytes that an update cannot leave out: gradients read; weights and moments of what ever had a gradient
-read and written.
+never. On a CPU the updates of all ways take turns; medians are shown. The floor is the time at the rate of a copy
+between two large buffers, for the bytes that an update cannot leave out: gradients read; weights and moments of what
+ever had a gradient read and written. (Below it: a copy also reads what it overwrites, and an update has read it.)
 """
 
 from __future__ import annotations
