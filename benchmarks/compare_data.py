@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from csm_fast import CSMConfig
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer
+from csm_fast.packing import Pack
 from csm_fast.token_store import open_split
 
 
@@ -112,3 +113,18 @@ def buckets(store: Subset, size: int) -> list[list[int]]:
     text, frames, _, conversation = store.turn_lengths()
     order = np.argsort(np.bincount(conversation, text + frames + 1), kind="stable").tolist()
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def every_token_has_a_gradient(model: Any, packs: list[Pack]) -> None:
+    """Gives the tables that are trained gradients: a small one in each row that the packs read, zero elsewhere."""
+    text, audio = model.text_embeddings.weight, model.audio_embeddings.weight
+    for table in (text, audio):
+        table.grad = torch.zeros_like(table) if table.requires_grad else None
+    for pack in packs:
+        tokens, is_audio = pack.tokens[: pack.rows], pack.is_audio[: pack.rows]  # the rest is padding
+        books = torch.arange(tokens.shape[1] - 1, device=text.device)
+        vocabulary = audio.shape[0] // len(books)
+        spoken = tokens[is_audio][:, :-1] + books * vocabulary
+        for table, keys in ((text, tokens[~is_audio][:, -1]), (audio, spoken)):
+            if table.grad is not None:
+                table.grad[keys.flatten().long()] = 1e-3

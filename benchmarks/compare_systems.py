@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import baselines, parity
-from benchmarks.compare_data import Splits, Subset, Synthetic, buckets, choose, padded
+from benchmarks.compare_data import Splits, Subset, Synthetic, buckets, choose, every_token_has_a_gradient, padded
 from benchmarks.products import matmul_rate, products, step_flops
 from benchmarks.record import environment
 from benchmarks.tracked import Tracked
@@ -244,7 +244,9 @@ class Running:
             group["lr"] = 0.0  # the weights stay those of the comparison
             group["weight_decay"] = 0.0
         if own:
-            self._update_every_token(optimizer, self.passes[label])
+            every_token_has_a_gradient(self.model, self.passes[label])
+            optimizer.step()
+            self.model.zero_grad(set_to_none=True)
         batch, timed = self.passes[label][len(self.passes[label]) // 2], []
         for i in range(repeats + 1):
             self.backward(batch, i)
@@ -259,22 +261,6 @@ class Running:
             timed.append(time.perf_counter() - started)
             self.drop_gradients()
         return statistics.median(timed[1:])
-
-    def _update_every_token(self, optimizer: torch.optim.Optimizer, packs: list[Pack]) -> None:
-        """An update from gradients for every row of the tables that the packs hold."""
-        text, audio = self.model.text_embeddings.weight, self.model.audio_embeddings.weight
-        books = torch.arange(self.config.num_codebooks, device=self.device) * self.config.audio_vocab_size
-        for table in (text, audio):
-            table.grad = torch.zeros_like(table) if table.requires_grad else None
-        for pack in packs:
-            for table, keys in (
-                (text, pack.tokens[~pack.is_audio][:, -1]),
-                (audio, pack.tokens[pack.is_audio][:, :-1] + books),
-            ):
-                if table.grad is not None:
-                    table.grad[keys.flatten().long()] = 1e-3
-        optimizer.step()
-        self.model.zero_grad(set_to_none=True)
 
     def memory(self, label: str) -> dict[str, int]:
         """Bytes of a forward and backward pass of the label's middle batch: the most at once, and that without weights

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import compare, compare_systems, compare_table
+from benchmarks import compare, compare_data, compare_systems, compare_table
 from benchmarks.compare_data import Synthetic, choose, padded
 from benchmarks.products import Product, attention_flops, matmul_rate, products, step_flops
 from benchmarks.tracked import Tracked
@@ -193,6 +193,22 @@ def test_the_count_of_products_is_that_of_a_step():
     assert counted <= seen.flops <= counted * pack.tokens.shape[0] / pack.rows
     assert step_flops(config, pack) == counted + attention_flops(config, pack)
     assert 0 < attention_flops(config, pack) < 0.2 * counted
+
+
+def test_every_token_has_a_gradient():
+    config = CSMConfig.tiny()
+    model = CSM(config).init_weights(0)
+    subset = choose(Synthetic(3, config), 1.0, None)
+    compare_data.every_token_has_a_gradient(model, [pack_padded(*padded(subset, [0, 1, 2]), fraction=1.0)])
+    turns = [turn for i in range(3) for turn in subset.conversation(i)]
+    text = np.unique(np.concatenate([turn.text for turn in turns]))
+    books = np.arange(config.num_codebooks) * config.audio_vocab_size
+    codes = np.unique(np.concatenate([*((turn.codes.astype(int) + books).ravel() for turn in turns), books]))
+    for table, rows in ((model.text_embeddings.weight, text), (model.audio_embeddings.weight, codes)):
+        assert table.grad.any(1).nonzero().flatten().tolist() == rows.tolist()
+    model.text_embeddings.weight.requires_grad_(False)
+    compare_data.every_token_has_a_gradient(model, [])
+    assert model.text_embeddings.weight.grad is None and not model.audio_embeddings.weight.grad.any()
 
 
 def test_matmul_rate_multiplies_every_kind():
