@@ -30,17 +30,27 @@ def quotient(row: Row, than: Row) -> tuple[float, float, float]:
     )
 
 
-def faster(row: Row, than: Row | None) -> str:
-    """``quotient`` with its spread, or why that is not said."""
+Spreads = dict[tuple[str, str], tuple[float, float]]  # by csm_fast's label and the other's system and label
+
+
+def race(row: Row, ours: Row) -> tuple[str, str]:
+    """The key of ``Spreads``."""
+    return ours["label"], f"{row['system']}, {row['label']}"
+
+
+def faster(row: Row, than: Row | None, spreads: Spreads | None = None) -> str:
+    """``quotient`` with its spread, or that of several runs, or why that is not said."""
     if than is None or row is than:
         return ""
     if not row["ranked"]:
         return "not ranked"
     middle, least, most = quotient(row, than)
+    if spreads:
+        least, most = spreads.get(race(row, than), (least, most))
     return f"{middle:.2f}x ({least:.1f}-{most:.1f})"
 
 
-def time_tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+def time_tables(rows: list[Row], spreads: Spreads | None = None) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, lines) for equal updates, one per batch size, and for free packing."""
     rows = [row for row in rows if "median_s" in row]
     labels = list(dict.fromkeys(row["label"] for row in rows))
@@ -54,11 +64,11 @@ def time_tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]
         else:
             title = f"equal updates: {label}"
         ours = rows_of(rows, label=label, system="csm_fast")
-        tables.append((f"{title}, seconds per epoch", *_times(some, ours[0] if ours else None, free)))
+        tables.append((f"{title}, seconds per epoch", *_times(some, ours[0] if ours else None, free, spreads)))
     return tables
 
 
-def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], list[list[str]]]:
+def _times(rows: list[Row], ours: Row | None, free: bool, spreads: Spreads | None) -> tuple[list[str], list[list[str]]]:
     # The work is that of csm_fast's own batches; what others pad is no work.
     flops = ours["flops"] if ours else 0
     rate = ours.get("matmul_rate") if ours else None
@@ -76,7 +86,7 @@ def _times(rows: list[Row], ours: Row | None, free: bool) -> tuple[list[str], li
                 row["recipe"] + (", compiled" if row["compiled"] else ""),
                 f"{median:.2f}",
                 f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f} ({_repeats(row)})",
-                faster(row, ours),
+                faster(row, ours, spreads),
                 f"{row['rows'] / median:,.0f}",
                 f"{row['frames'] * FRAME_SECONDS / median:,.0f}",
                 f"{1 - row['rows'] / row['laid_out']:.0%}",

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_parts
-from benchmarks.compare_table import Row, is_free, markdown, memory_table, quotient, rows_of, time_tables
+from benchmarks.compare_table import (
+    Row,
+    Spreads,
+    is_free,
+    markdown,
+    memory_table,
+    quotient,
+    race,
+    rows_of,
+    time_tables,
+)
 from benchmarks.report_parts import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +63,8 @@ def _without(head: list[str], lines: list[list[str]], columns: tuple[str, ...]) 
     return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
-def compare(rows: list[Row]) -> str:
-    """Time and memory against the others, one run."""
+def compare(rows: list[Row], earlier: list[Row] | None = None) -> str:
+    """Time and memory against the others, one run; the quotients' spread is that of the runs of ``earlier``, too."""
     if not rows:
         return "Not measured.\n"
     first = rows[0]
@@ -63,7 +73,13 @@ def compare(rows: list[Row]) -> str:
         f"{first['recordings']} recordings, {minutes:.1f} minutes, {first['rows']:,} rows; `{first['shape']}` shape. "
     )
     text += f"{provenance(rows[0])}.\n"
-    for title, head, lines in time_tables(rows):
+    every = (earlier or []) + rows
+    spreads: Spreads = {}
+    for name in newest(every):
+        for key, (_, least, most) in _quotients(rows_of(every, run=name)).items():
+            low, high = spreads.get(key, (least, most))
+            spreads[key] = min(low, least), max(high, most)
+    for title, head, lines in time_tables(rows, spreads):
         text += f"\n*{_sentence(title)}*\n\n{markdown(*_without(head, lines, LEFT_OUT))}\n"
     title, head, lines = memory_table(rows)
     if lines:
@@ -74,10 +90,16 @@ def compare(rows: list[Row]) -> str:
 RUNS = 4  # that are shown side by side
 
 
+def newest(rows: list[Row]) -> list[str]:
+    """The last runs that raced anybody, newest first."""
+    raced = {row["run"] for row in rows if "median_s" in row and row["system"] != "csm_fast"}
+    return sorted(raced, reverse=True)[:RUNS]
+
+
 def runs(rows: list[Row]) -> str:
     """The quotients of the last runs side by side: what a table is worth in another hour and on another day."""
     some = [row for row in rows if "median_s" in row]
-    names = sorted({row["run"] for row in some if row["system"] != "csm_fast"}, reverse=True)[:RUNS]
+    names = newest(rows)
     if len(names) < 2:
         return "Run once.\n"
     tables = {name: _quotients(rows_of(some, run=name)) for name in names}
@@ -105,15 +127,20 @@ def runs(rows: list[Row]) -> str:
 def _quotients(rows: list[Row]) -> dict[tuple[str, str], tuple[float, float, float]]:
     """By csm_fast's label and the other system with its label."""
     found = {}
+    rows = [row for row in rows if "median_s" in row]
     for ours in rows_of(rows, system="csm_fast"):
         for row in rows:
             if row["system"] != "csm_fast" and row["ranked"] and (is_free(ours) or row["label"] == ours["label"]):
-                found[ours["label"], f"{row['system']}, {row['label']}"] = quotient(row, ours)
+                found[race(row, ours)] = quotient(row, ours)
     return found
 
 
 def _of_compare(**wanted: Any) -> Callable[[Path], str]:
-    return lambda results: compare(last_run(read(results, "compare"), **wanted))
+    def part(results: Path) -> str:
+        rows = rows_of(read(results, "compare"), **wanted)
+        return compare(last_run(rows), rows)
+
+    return part
 
 
 def _on_gpu(results: Path) -> str:

@@ -47,6 +47,12 @@ def test_the_last_run_is_shown(tmp_path):
     assert equal["csm_fast"][2:4] == ["1.25", "1.00-1.50 (3)"] and "40%" in equal["csm_fast"]  # 4e9 / 1.25 s / 8e9
     assert equal["blog"][4] == "2.00x (1.7-2.5)" and equal["transformers"][4] == "not ranked"
     free = {line[0]: line for line in lines[7:10]}
+    # The spread is that of earlier races, too.
+    before = [
+        row("csm_fast", "batches of 8", [1.0, 2.0], "2026-01-15"),
+        row("blog", "batches of 8", [1.0, 4.0], "2026-01-15"),
+    ]
+    assert "2.00x (0.5-4.0)" in report.PARTS["compare-cpu"](write(tmp_path, [*before, *rows]))
     assert free["blog, batches of 8"][4] == "2.50x (2.5-2.5)"
     assert equal["csm_fast"][-2] == "1.8" and equal["blog"][-2] == "3.0 (1.71x)"  # half a second of optimizer each
     assert [line[-1] for line in lines[-2:]] == ["", "3.00x"]
