@@ -97,7 +97,7 @@ def padded(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:
     rows = []
     for i in members:
         (document,) = packer.documents(i)
-        tokens, is_audio, _, _ = packer._rows(document)
+        tokens, is_audio = packer.rows_of(document)
         mask = np.zeros_like(tokens, dtype=bool)
         mask[:, :-1] = is_audio[:, None]
         mask[:, -1] = ~is_audio

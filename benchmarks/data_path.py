@@ -46,7 +46,8 @@ from csm_fast.config import DataSection, LossSection
 from csm_fast.errors import InputError
 from csm_fast.loader import Packer, StepBatch, prefetch
 from csm_fast.machine import keep_freed_memory
-from csm_fast.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore, TokenStoreWriter, TurnTokens
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore, TurnTokens
 
 CODEBOOKS, CODES, TEXT_IDS = 32, 2048, 128_256
 FRAMES_PER_SECOND = SAMPLES_PER_SECOND / SAMPLES_PER_FRAME

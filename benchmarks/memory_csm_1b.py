@@ -54,7 +54,8 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     from csm_fast.config_io import build
     from csm_fast.memory import estimate
     from csm_fast.monitor import read_metrics
-    from csm_fast.token_store import TokenStoreWriter, TurnTokens
+    from csm_fast.store_writer import TokenStoreWriter
+    from csm_fast.token_store import TurnTokens
     from csm_fast.train import train as run
 
     rng = np.random.default_rng(args.seed)

@@ -30,7 +30,7 @@ from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, memory
 from csm_fast.config import TrainConfig
 from csm_fast.config_io import build
-from csm_fast.loader import StepBatch
+from csm_fast.layout import StepBatch
 from csm_fast.loss import packed_loss
 from csm_fast.optim import cast_weights
 from csm_fast.packing import Pack, pack_padded
@@ -135,7 +135,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     }
     with Tracked() as tracked:
         update(batch, 1)
-    pack_bytes = _bytes(t for t in (*vars(pack).values(), *pack.segments.groups) if isinstance(t, Tensor))
+    pack_bytes = _bytes(t for t in vars(pack).values() if isinstance(t, Tensor))
     said = memory.estimate(
         shape,
         config,

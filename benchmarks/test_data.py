@@ -10,7 +10,8 @@ from benchmarks.compare_data import Synthetic
 from csm_fast import CSMConfig
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer
-from csm_fast.token_store import TokenStore, TokenStoreWriter, TurnTokens
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import TokenStore, TurnTokens
 
 RECORDINGS = 2000
 

@@ -22,27 +22,19 @@ class Segments:
         lengths: rows of each segment, on the host; they sum to T.
         cu_seqlens: [S + 1] int32 on the device, cumulative lengths from 0 to T.
         max_seqlen: upper bound on ``lengths``.
-        groups, restore: the plan of ``csm_kernels.packed_attention`` for these segments. Making it here, in the
-            loader's thread, means that the operator finds it ready.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     max_seqlen: int
-    groups: tuple[Tensor, ...]
-    restore: Tensor | None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Plan the attention of segments that lie one after the other."""
+        """Segments that lie one after the other."""
         lengths = tuple(int(n) for n in lengths)
         if not lengths or min(lengths) < 1:
             raise ValueError("a pack needs at least one segment, none of them empty")
-        cu = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        made = ops.plan_segments(cu)
-        groups = tuple(group.to(device) for group in made.groups())
-        restore = None if made.restore is None else made.restore.to(device)
-        return cls(lengths, cu.to(device), max(lengths), groups, restore)
+        return cls(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -64,7 +64,7 @@ class Validator:
                     chosen = range(first, min(first + CONVERSATIONS, self.conversations))
                     documents = [d for c in chosen for d in self.packer.documents(c)]
                     plan = self.packer.group(documents)
-                    step = self.packer.build(plan, 0, first, (VALIDATION, first))
+                    step = self.packer.build(plan, 0, first, (VALIDATION,))
                     for pack in step.packs:
                         self._score(model, pack.to(device), sums, totals)
         finally:

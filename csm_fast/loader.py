@@ -6,52 +6,36 @@ before, or on how an optimizer step is cut into packs, so a run can stop and con
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
-from .attention import Segments
 from .config import DataSection, LossSection
 from .errors import InputError
+from .layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
 from .packing import (
     FRAMES,
     MAX_POSITIONS,
     ORDER,
     Document,
-    Pack,
     best_fit,
     best_fit_order,
     draw,
+    numbered_draws,
     padded_rows,
     split_documents,
 )
 
 T = TypeVar("T")
 
-
-@dataclass(slots=True)
-class _Part:
-    """One document in its pack: the weights of its supervised rows, and which of these are picked."""
-
-    document: Document
-    weights: np.ndarray  # [targets] float64
-    picked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))  # [targets] bool
-
-
-@dataclass(slots=True)
-class _Layout:
-    """A pack whose rows are filled in, and its documents in the order in which they lie there."""
-
-    tokens: np.ndarray  # [T, K + 1] int32
-    is_audio: np.ndarray  # [T] bool
-    target: np.ndarray  # [T] bool
-    lengths: list[int]  # of the segments
-    parts: list[_Part] = field(default_factory=list)
+# Rows of the steps that are laid out together: enough that what a row costs does not depend on the step's size, few
+# enough to be ready in a millisecond or two. 2.5 MiB.
+BLOCK_ROWS = 16_384
 
 
 @dataclass(slots=True)
@@ -67,37 +51,6 @@ def _with_last(kept: dict[int, T], epoch: int, value: T) -> dict[int, T]:
     """The newest three: the epoch being trained, the one being read ahead, and the first, which a checkpoint's probe
     asks for. A new dict, because two threads ask."""
     return {**dict(list(kept.items())[-2:]), epoch: value}
-
-
-@dataclass
-class StepBatch:
-    """What one optimizer step learns from.
-
-    Attributes:
-        packs: the micro-batches, already weighted so that their losses add up to the step's loss.
-        epoch, index: which epoch, and which step of it.
-        conversations: ids in the store, for reporting.
-        supervised, selected: supervised frames, and those the depth decoder sees.
-    """
-
-    packs: list[Pack]
-    epoch: int
-    index: int
-    conversations: list[int] = field(default_factory=list)
-    supervised: int = 0
-    selected: int = 0
-
-    @property
-    def rows(self) -> int:
-        return sum(pack.rows for pack in self.packs)
-
-    @property
-    def padded_rows(self) -> int:
-        return sum(pack.tokens.shape[0] for pack in self.packs)
-
-    @property
-    def frames(self) -> int:
-        return sum(pack.frames for pack in self.packs)
 
 
 class Packer:
@@ -117,12 +70,12 @@ class Packer:
         text, frames, speakers, conversation = store.turn_lengths()
         rows = np.asarray(text, dtype=np.int64) + np.asarray(frames) + 1
         self.turn_speakers = np.asarray(speakers)
-        self.masked = np.isin(self.turn_speakers, np.asarray(data.mask_speaker_ids, dtype=self.turn_speakers.dtype))
+        masked = np.isin(self.turn_speakers, np.asarray(data.mask_speaker_ids, dtype=self.turn_speakers.dtype))
         if data.supervise == "last":
-            self.masked |= np.append(np.asarray(conversation)[1:] == np.asarray(conversation)[:-1], False)
+            masked |= np.append(np.asarray(conversation)[1:] == np.asarray(conversation)[:-1], False)
         count = store.num_conversations
         starts = np.searchsorted(conversation, np.arange(count + 1))
-        self.first_turn = starts
+        self._turns = Turns(np.asarray(text, dtype=np.int32), np.asarray(frames, dtype=np.int32), masked, starts)
         totals = np.add.reduceat(rows, starts[:-1]) if count else np.zeros(0, dtype=np.int64)
         # Most conversations are one document; only the long ones need a look at their turns.
         split: dict[int, list[Document]] = {}
@@ -132,7 +85,7 @@ class Packer:
             split[i] = split_documents(i, rows[of_turns].tolist(), self.limit, where, limit)
         if not count:
             raise InputError("no conversations to train on", file=getattr(store, "path", None))
-        if self.masked.all():
+        if masked.all():
             raise InputError(
                 "--mask-speaker-ids masks every turn",
                 file=getattr(store, "path", None),
@@ -147,6 +100,8 @@ class Packer:
         for i, documents in split.items():
             of_conversation = slice(int(self._first_document[i]), int(self._first_document[i + 1]))
             self._documents[of_conversation] = [(d.conversation, d.first, d.last, d.rows) for d in documents]
+        of_step = totals.mean() * data.batch_size * data.gradient_accumulation
+        self._steps_of_block = max(1, int(BLOCK_ROWS // (data.batch_rows or of_step)))
         self._orders: dict[int, np.ndarray] = {}
         self._plans: dict[int, _EpochPlan] = {}
         self._steps: dict[int, int] = {}
@@ -223,16 +178,48 @@ class Packer:
 
     def plan(self, epoch: int, index: int) -> list[list[Document]]:
         """The packs (lists of documents) of step ``index`` of ``epoch``."""
+        planned = self._planned(epoch, index, 1)
+        documents = [Document(*fields) for fields in planned.documents.tolist()]
+        ends = np.cumsum(planned.packs).tolist()
+        return [documents[end - n : end] for end, n in zip(ends, planned.packs, strict=True)]
+
+    def _planned(self, epoch: int, index: int, count: int) -> Plan:
+        """``count`` steps from step ``index`` of ``epoch`` on, all of that epoch."""
+        if not 0 <= index <= index + count - 1 < self.steps_in_epoch(epoch):
+            raise IndexError(f"step {index + count - 1} of {self.steps_in_epoch(epoch)}")
         if self.data.batch_rows is not None:
             plan, (_, per_step) = self._epoch_plan(epoch), self._budgets()
-            packs = plan.packs[index * per_step : (index + 1) * per_step].tolist()
-            if not packs or index < 0:
-                raise IndexError(f"step {index} of {self.steps_in_epoch(epoch)}")
-            chosen_documents = (plan.documents[plan.starts[p] : plan.starts[p + 1]] for p in packs)
-            return [[Document(*fields) for fields in self._documents[d].tolist()] for d in chosen_documents]
+            chosen = plan.packs[index * per_step : (index + count) * per_step]
+            first, last = plan.starts[chosen].tolist(), plan.starts[chosen + 1].tolist()
+            spans = [plan.documents[a:b] for a, b in zip(first, last, strict=True)]
+            steps = [per_step] * (count - 1)
+            return Plan(
+                self._documents[np.concatenate(spans)], [len(s) for s in spans], [*steps, len(spans) - sum(steps)]
+            )
         per_step = self.data.batch_size * self.data.gradient_accumulation
-        chosen = self.order(epoch)[index * per_step : (index + 1) * per_step]
-        return self.group([d for c in chosen.tolist() for d in self.documents(c)])
+        order = self.order(epoch)
+        documents: list[np.ndarray] = []
+        packs: list[int] = []
+        steps = []
+        for number in range(index, index + count):
+            chosen = order[number * per_step : (number + 1) * per_step]
+            first, many = self._first_document[chosen], self._first_document[chosen + 1]
+            many -= first
+            rows_of_table = np.repeat(first - (np.cumsum(many) - many), many) + np.arange(many.sum())
+            some = self._documents[rows_of_table]
+            place, sizes = self._packs_of(some[:, 3])
+            documents.append(some if place is None else some[place])
+            packs += sizes
+            steps.append(len(sizes))
+        return Plan(np.concatenate(documents), packs, steps)
+
+    def _packs_of(self, rows: np.ndarray) -> tuple[np.ndarray | None, list[int]]:
+        """Documents of these rows into as few packs as best-fit finds: their order (None: as it is), and how many of
+        them each pack takes."""
+        if rows.sum() <= self.data.pack_rows:
+            return None, [len(rows)]
+        order, counts = best_fit_order(rows.astype(np.int64), self.data.pack_rows)
+        return order, counts.tolist()
 
     def group(self, documents: list[Document]) -> list[list[Document]]:
         """Documents into as few packs as best-fit finds."""
@@ -241,95 +228,59 @@ class Packer:
     # ---------------------------------------------------------------------------------------------------- building
 
     def step(self, epoch: int, index: int) -> StepBatch:
-        """Read and lay out one optimizer step. The frames' draw covers the whole step, in the order of the
-        conversations' ids, so that it does not depend on how the step is cut into packs."""
-        plan = self.plan(epoch, index)
-        return self.build(plan, epoch, index, frames_seed=(FRAMES, epoch, index))
+        """Read and lay out one optimizer step."""
+        return self._laid_out(epoch, index, 1)[0]
 
-    def build(self, plan: list[list[Document]], epoch: int, index: int, frames_seed: tuple[int, ...]) -> StepBatch:
-        """Lay out any plan; ``frames_seed`` names the draw of the depth decoder's frames."""
-        layouts = [self._lay_out(documents) for documents in plan]
-        parts = [part for layout in layouts for part in layout.parts]
-        canonical = sorted(parts, key=lambda p: (p.document.conversation, p.document.first))
-        supervised = sum(len(p.weights) for p in parts)
-        picked = np.zeros(supervised, dtype=bool)
-        if supervised:
-            wanted = max(1, int(supervised * self.loss.amortization_fraction))
-            picked[draw(self.data.seed, *frames_seed).permutation(supervised)[:wanted]] = True
-        first = 0
-        for part in canonical:
-            part.picked = picked[first : first + len(part.weights)]
-            first += len(part.weights)
-        total = sum(float(p.weights.sum()) for p in parts)
-        picked_total = sum(float(p.weights[p.picked].sum()) for p in parts)
-        packs = [self._pack(layout, total, picked_total) for layout in layouts]
-        conversations = sorted({p.document.conversation for p in parts})
-        return StepBatch(packs, epoch, index, conversations, supervised, int(picked.sum()))
+    def blocks(self, epoch: int, index: int, limit: int | None = None) -> Iterator[list[StepBatch]]:
+        """The optimizer steps from step ``index`` of ``epoch`` on, epoch after epoch, laid out several at a time.
 
-    def _lay_out(self, documents: list[Document]) -> _Layout:
-        """The rows of a pack."""
-        # Similar lengths side by side cost nothing and let attention group them.
-        documents = sorted(documents, key=lambda d: (d.rows, d.conversation, d.first))
-        lengths = [d.rows for d in documents]
-        rows = sum(lengths)
-        size = padded_rows(rows, self.data.pack_rows, self.pad)
-        tokens = np.zeros((size, self.store.num_codebooks + 1), dtype=np.int32)
-        is_audio, target = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
-        layout = _Layout(tokens, is_audio, target, lengths + [size - rows] * (size > rows))
-        first = 0
-        for document in documents:
-            of = slice(first, first + document.rows)
-            weights = self._fill(document, tokens[of], is_audio[of], target[of])
-            layout.parts.append(_Part(document, weights[target[of]]))
-            first += document.rows
-        return layout
+        The first comes alone, so that it comes early. What cannot be read raises behind the steps before it.
 
-    def _rows(self, document: Document) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens [n, K+1] int32, is_audio [n] bool, target [n] bool, weights [n] float64 of one document."""
-        tokens = np.zeros((document.rows, self.store.num_codebooks + 1), dtype=np.int32)
-        is_audio, target = np.zeros(document.rows, dtype=bool), np.zeros(document.rows, dtype=bool)
-        return tokens, is_audio, target, self._fill(document, tokens, is_audio, target)
+        Args:
+            limit: how many steps; without end without one.
+        """
+        count, left = 1, limit
+        while left is None or left > 0:
+            count = min(count, self.steps_in_epoch(epoch) - index, *([] if left is None else [left]))
+            try:
+                block = self._laid_out(epoch, index, count)
+            except Exception:
+                for number in range(index, index + count):
+                    yield [self.step(epoch, number)]
+                raise
+            yield block
+            index += count
+            left = None if left is None else left - count
+            if index == self.steps_in_epoch(epoch):
+                epoch, index = epoch + 1, 0
+            count = self._steps_of_block
 
-    def _fill(self, document: Document, tokens: np.ndarray, is_audio: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Write a document's rows into zeros (shapes as in ``_rows``); returns their weights."""
-        turns = self.store.conversation(document.conversation)[document.first : document.last]
-        base = int(self.first_turn[document.conversation]) + document.first
-        weights = np.ones(document.rows)
-        row = 0
-        for masked, turn in zip(self.masked[base : base + len(turns)].tolist(), turns, strict=True):
-            text_end = row + len(turn.text)
-            tokens[row:text_end, -1] = turn.text
-            eos = text_end + len(turn.codes)
-            tokens[text_end:eos, :-1] = turn.codes
-            is_audio[text_end : eos + 1] = True  # the EOS row is K zeros
-            target[text_end : eos + 1] = not masked
-            weights[eos] = self.loss.eos_weight
-            row = eos + 1
-        # An audio row that opens a document has no row of its own to be predicted from.
-        target[0] = False
-        return weights
+    def build(
+        self, plan: list[list[Document]], epoch: int, index: int, purpose: tuple[int, ...] | None = None
+    ) -> StepBatch:
+        """Lay out any plan as one optimizer step. ``purpose`` names the draw of the depth decoder's frames, by default
+        that of step ``index`` of ``epoch``."""
+        fields = [(d.conversation, d.first, d.last, d.rows) for documents in plan for d in documents]
+        chosen = Plan(np.array(fields, dtype=np.int32), [len(documents) for documents in plan], [len(plan)])
+        return self._build(chosen, epoch, index, purpose or (FRAMES, epoch))[0]
 
-    def _pack(self, layout: _Layout, total: float, picked_total: float) -> Pack:
-        lengths, parts = np.array(layout.lengths), layout.parts
-        starts = (np.cumsum(lengths) - lengths).astype(np.int32)
-        positions = np.arange(len(layout.tokens), dtype=np.int32) - np.repeat(starts, lengths)
-        # The dummy document may be longer than the model's context; nothing reads it, so its positions may wrap.
-        if lengths.max() > MAX_POSITIONS:
-            positions %= MAX_POSITIONS
-        weights = np.concatenate([p.weights for p in parts])
-        index = np.flatnonzero(np.concatenate([p.picked for p in parts]))
-        return Pack(
-            torch.from_numpy(layout.tokens),
-            torch.from_numpy(layout.is_audio),
-            torch.from_numpy(positions),
-            Segments.of(layout.lengths),
-            torch.from_numpy(np.flatnonzero(layout.target)),
-            torch.from_numpy(weights / max(total, 1e-300)),
-            torch.from_numpy(index),
-            torch.from_numpy(weights[index] / max(picked_total, 1e-300)),
-            sum(p.document.rows for p in parts),
-            int(layout.is_audio.sum()) - sum(p.document.last - p.document.first for p in parts),
-        )
+    def _laid_out(self, epoch: int, index: int, count: int) -> list[StepBatch]:
+        return self._build(self._planned(epoch, index, count), epoch, index, (FRAMES, epoch))
+
+    def _build(self, plan: Plan, epoch: int, index: int, purpose: tuple[int, ...]) -> list[StepBatch]:
+        block = fill(self.store, self._turns, plan.documents, plan.packs, self._size)
+        generators = numbered_draws(self.data.seed, *purpose)
+        draws = Draw(generators, self.loss.amortization_fraction, self.loss.eos_weight)
+        return batches(block, plan.steps, draws, epoch, index)
+
+    def _size(self, rows: int) -> int:
+        return padded_rows(rows, self.data.pack_rows, self.pad)
+
+    def rows_of(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """tokens int32 [n, K + 1] and is_audio bool [n] of one document."""
+        fields = (document.conversation, document.first, document.last, document.rows)
+        block = fill(self.store, self._turns, np.array([fields], dtype=np.int32), [1], lambda rows: rows)
+        return block.tokens, (block.kinds & AUDIO).view(bool)
 
 
 def prefetch(steps: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
@@ -371,3 +322,10 @@ def prefetch(steps: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
         # It ends at once, unless it reads from a drive that hangs, or waits for a lock that an interrupt in the middle
         # of ``get`` left taken. Neither may keep a run from ending; the thread is a daemon.
         thread.join(2.0)
+
+
+def read_ahead(blocks: Iterator[list[T]], depth: int = 2) -> Generator[T, None, None]:
+    """The items of blocks that a thread makes, ``depth`` blocks ahead (``prefetch``)."""
+    with contextlib.closing(prefetch(blocks, depth)) as ready:
+        for block in ready:
+            yield from block

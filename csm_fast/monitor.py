@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .loader import StepBatch
+from .layout import StepBatch
 from .update import Outcome
 
 # The columns of metrics.jsonl; a validation adds its own.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,13 +57,7 @@ class Pack:
                 return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
             return value
 
-        segments = Segments(
-            self.segments.lengths,
-            move(self.segments.cu_seqlens),
-            self.segments.max_seqlen,
-            tuple(move(g) for g in self.segments.groups),
-            None if self.segments.restore is None else move(self.segments.restore),
-        )
+        segments = replace(self.segments, cu_seqlens=move(self.segments.cu_seqlens))
         moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, segments=segments, **moved)
 
@@ -151,18 +146,43 @@ LADDERS = {"cuda": (64, 0.12), "cpu": (16, 0.03)}
 
 def padded_rows(rows: int, budget: int, device: str = "cuda") -> int:
     """The next size of the device's ladder of pack sizes, at most ``budget``; ``rows`` for a device without one."""
-    if device not in LADDERS:
+    if device not in LADDERS or rows > budget:
         return rows
+    sizes = _ladder(device, budget)
+    return sizes[bisect.bisect_left(sizes, rows)]
+
+
+@functools.lru_cache(maxsize=16)
+def _ladder(device: str, budget: int) -> list[int]:
+    """Sizes up to the budget, which is the last."""
     multiple, step = LADDERS[device]
-    size = multiple
-    while size < rows:
-        size += max(multiple, int(size * step) // multiple * multiple)
-    return max(rows, min(size, budget))
+    sizes = [multiple]
+    while sizes[-1] < budget:
+        sizes.append(sizes[-1] + max(multiple, int(sizes[-1] * step) // multiple * multiple))
+    return [*(size for size in sizes if size < budget), budget]
 
 
 def draw(seed: int, *where: int) -> np.random.Generator:
     """A generator that depends on the seed and a place (purpose, epoch, step, ...) only."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *where])))
+
+
+def numbered_draws(seed: int, *where: int) -> Callable[[int], np.random.Generator]:
+    """Generators at a place that depend on their number too. Each is good until the next one is asked for.
+
+    Philox counts: its blocks of random numbers have addresses of 256 bits. A generator begins at 2^128 times its
+    number and would need 2^130 numbers to reach the next one's, so a place's key serves all of them.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, *where]))
+    generator, state = np.random.Generator(bits), bits.state
+    counter = state["state"]["counter"]
+
+    def numbered(number: int) -> np.random.Generator:
+        counter[2] = number
+        bits.state = state
+        return generator
+
+    return numbered
 
 
 ORDER, FRAMES = 1, 2  # purposes of a draw

@@ -28,7 +28,8 @@ from csm_fast.decode_pool import DecodePool, Reply, Request, stamp
 from csm_fast.errors import InputError
 from csm_fast.progress import ClipProgress
 from csm_fast.shard_file import write_bytes, writing_to
-from csm_fast.token_store import TokenStore, TokenStoreWriter, TurnTokens, recover_store
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import TokenStore, TurnTokens, recover_store
 
 if TYPE_CHECKING:
     from csm_fast.codec import Codec

@@ -13,7 +13,7 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from .announce import out_of_memory
 from .command_config import ProfileConfig
 from .config import TrainConfig
 from .errors import InputError, is_out_of_memory
-from .loader import StepBatch, prefetch
+from .layout import StepBatch
+from .loader import read_ahead
 from .machine import processor
 from .profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
 from .profile_report import (
@@ -161,15 +162,6 @@ def timed(device: torch.device, work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def endless(trainer: Trainer) -> Iterator[StepBatch]:
-    """The optimizer steps of epoch after epoch."""
-    epoch = 0
-    while True:
-        for index in range(trainer.packer.steps_in_epoch(epoch)):
-            yield trainer.packer.step(epoch, index)
-        epoch += 1
-
-
 def one_step(trainer: Trainer, batch: StepBatch, number: int) -> None:
     """What the trainer does for each step. Past the end of the schedule it begins again."""
     outcome = trainer.update(batch, number % trainer.total_steps)
@@ -184,7 +176,7 @@ def stream(trainer: Trainer, warmup: int, steps: int) -> tuple[list[StepBatch], 
     """
     kept: list[StepBatch] = []
     waited = 0.0
-    batches = prefetch(endless(trainer))
+    batches = read_ahead(trainer.packer.blocks(0, 0))
 
     def some(first: int, count: int) -> None:
         nonlocal waited

@@ -124,20 +124,26 @@ class Arrays(dict[str, np.ndarray]):
         weakref.finalize(self, os.close, file)
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of an array, read-only.
+        """Rows [first, last) of an array, read-only; copied with ``read_into`` where the system can read."""
+        array = self[name]
+        if self._file < 0:
+            return array[first:last]
+        rows = np.empty((last - first, *array.shape[1:]), array.dtype)
+        self.read_into(rows, name, first)
+        rows.flags.writeable = False
+        return rows
+
+    def read_into(self, rows: np.ndarray, name: str, first: int) -> None:
+        """Fill ``rows`` (contiguous, of the array's dtype) with those of an array from ``first`` on.
 
         They are read and not mapped where the system can: a few rows at a random place of a large file would cost a
         page fault, which maps the pages around it into this process for good and, in a file that is not in memory,
         has the system read megabytes around it. Raises InputError for a file that was cut off meanwhile.
         """
-        array = self[name]
         if self._file < 0:
-            return array[first:last]
-        size = array.strides[0]
-        data = os.pread(self._file, (last - first) * size, self.offsets[name] + first * size)
-        if len(data) != (last - first) * size:
+            rows[:] = self[name][first : first + len(rows)]
+        elif os.preadv(self._file, [rows.data], self.offsets[name] + first * self[name].strides[0]) != rows.nbytes:
             raise InputError("was cut off while it was being read", file=self.path)
-        return np.frombuffer(data, array.dtype).reshape(-1, *array.shape[1:])
 
 
 def map_arrays(path: Path, keep_open: bool = False) -> Arrays:
@@ -158,7 +164,7 @@ def map_arrays(path: Path, keep_open: bool = False) -> Arrays:
                 raise damaged(f"{size:,} bytes cannot hold its header")
             header = json.loads(file.read(length))
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if keep_open and hasattr(os, "pread"):  # not on Windows
+            if keep_open and hasattr(os, "preadv"):  # not on Windows
                 arrays.keep_open(os.dup(file.fileno()))
     except ValueError as error:
         raise error if isinstance(error, InputError) else damaged("its header is not JSON") from None

@@ -15,9 +15,7 @@ A conversation never straddles two shards. The manifest is written last; a direc
 from __future__ import annotations
 
 import bisect
-import json
 import os
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +25,9 @@ from typing import Any
 import numpy as np
 
 from csm_fast.errors import InputError
-from csm_fast.shard_file import (
-    Arrays,
-    file_sha256,
-    fsync_directory,
-    old_directory,
-    replace_directory,
-    write_arrays,
-    write_bytes,
-    writing_to,
-)
-from csm_fast.store_format import FORMAT, FORMAT_VERSION, MANIFEST, corrupt, open_shard, read_manifest
+from csm_fast.shard_file import Arrays, file_sha256, old_directory
+from csm_fast.store_format import MANIFEST, corrupt, open_shard, read_manifest
 
-SHARD_FRAMES = 4_000_000  # 256 MB of codes at K = 32; also what the writer holds in memory at most
 SAMPLES_PER_SECOND, SAMPLES_PER_FRAME = 24_000, 1920
 
 
@@ -139,20 +127,13 @@ class TokenStore:
         if not 0 <= index < self.num_conversations:
             raise IndexError(f"conversation {index} of {self.num_conversations}")
         first, last = self._turn_starts[index : index + 2].tolist()
-        shard = self._shards[bisect.bisect_right(self._first_turns, first) - 1]
-        if not shard.verified:
-            self._verify(shard)
+        shard = self._shard_of(first)
+        text, codes = self.read_turns([first], [last])
+        text.flags.writeable = codes.flags.writeable = False
         first, last = first - shard.first_turn, last - shard.first_turn
         arrays = shard.arrays
         frames = arrays["code_offsets"][first : last + 1].tolist()
         words = arrays["text_offsets"][first : last + 1].tolist()
-        codes = arrays.rows("codes", frames[0], frames[-1])
-        text = arrays.rows("text", words[0], words[-1])
-        # An id outside its table reads another row's memory on a GPU, so the range is checked although hashes hold.
-        if codes.max() >= self.codebook_size:
-            raise corrupt(shard.path, f"conversation {index} has code {codes.max()} of {self.codebook_size}")
-        if text.min() < 0 or text.max() >= self.text_tokenizer["vocab_size"]:
-            raise corrupt(shard.path, f"conversation {index} has a text id outside the vocabulary")
         speakers = arrays["speaker"][first:last].tolist()
         sources = arrays["source_index"][first:last].tolist()
         f0, w0 = frames[0], words[0]
@@ -162,6 +143,54 @@ class TokenStore:
             )
             for i, speaker in enumerate(speakers)
         ]
+
+    def read_turns(self, firsts: Sequence[int], lasts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Turns [first, last) of the store for each pair, each pair inside one conversation, end to end.
+
+        Returns:
+            text int32 [N] and codes uint16 [F, K], copied.
+        """
+        spans, frames, words = [], 0, 0
+        for first, last in zip(firsts, lasts, strict=True):
+            shard = self._shard_of(first)
+            codes_at, text_at = shard.arrays["code_offsets"], shard.arrays["text_offsets"]
+            first, last = first - shard.first_turn, last - shard.first_turn
+            code, word = codes_at.item(first), text_at.item(first)
+            more_frames, more_words = codes_at.item(last) - code, text_at.item(last) - word
+            spans.append((shard, code, more_frames, word, more_words))
+            frames, words = frames + more_frames, words + more_words
+        text, codes = np.empty(words, np.int32), np.empty((frames, self.num_codebooks), np.uint16)
+        frames = words = 0
+        for shard, code, more_frames, word, more_words in spans:
+            shard.arrays.read_into(codes[frames : frames + more_frames], "codes", code)
+            shard.arrays.read_into(text[words : words + more_words], "text", word)
+            frames, words = frames + more_frames, words + more_words
+        if not self._holds(text, codes):
+            frames = words = 0
+            for (shard, _, more_frames, _, more_words), first in zip(spans, firsts, strict=True):
+                some_text, some_codes = text[words : words + more_words], codes[frames : frames + more_frames]
+                self._check(shard, int(np.searchsorted(self._turn_starts, first, "right")) - 1, some_text, some_codes)
+                frames, words = frames + more_frames, words + more_words
+        return text, codes
+
+    def _shard_of(self, turn: int) -> _Shard:
+        shard = self._shards[bisect.bisect_right(self._first_turns, turn) - 1]
+        if not shard.verified:
+            self._verify(shard)
+        return shard
+
+    def _holds(self, text: np.ndarray, codes: np.ndarray) -> bool:
+        """An id outside its table reads another row's memory on a GPU, so ranges are checked although hashes hold."""
+        highest, lowest = text.max(initial=0), text.min(initial=0)
+        return codes.max(initial=0) < self.codebook_size and 0 <= lowest <= highest < self.text_tokenizer["vocab_size"]
+
+    def _check(self, shard: _Shard, index: int, text: np.ndarray, codes: np.ndarray) -> None:
+        """Refuse, by name, the conversation in which something is out of range."""
+        if self._holds(text, codes):
+            return
+        if (code := codes.max(initial=0)) >= self.codebook_size:
+            raise corrupt(shard.path, f"conversation {index} has code {code} of {self.codebook_size}")
+        raise corrupt(shard.path, f"conversation {index} has a text id outside the vocabulary")
 
     def turn_lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(text ids int32 [T], frames int32 [T], speaker int32 [T], conversation int64 [T]) of all T turns, copied."""
@@ -202,139 +231,6 @@ class TokenStore:
             if file_sha256(shard.path) != shard.sha256:
                 raise corrupt(shard.path, "its hash is not the one in the manifest")
             shard.verified = True
-
-
-class TokenStoreWriter:
-    """Writes a store conversation by conversation; what stood at `path` stays valid until close() replaces it.
-
-    Use it as a context manager: a clean end closes, an exception throws the unfinished store away. Everything is
-    written beside `path` first, so one writer per path at a time. The bytes depend on the conversations alone.
-    Memory: one shard's codes.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        codec: Mapping[str, Any],
-        text_tokenizer: Mapping[str, Any],
-        resampler: str,
-        shard_frames: int = SHARD_FRAMES,
-    ):
-        self.path = Path(path)
-        self._new = self.path.with_name(f".{self.path.name}.new")
-        self._identity = {"codec": dict(codec), "text_tokenizer": dict(text_tokenizer), "resampler": resampler}
-        self._num_codebooks, self._shard_frames = int(codec["num_codebooks"]), shard_frames
-        self._second = int(codec.get("sample_rate", SAMPLES_PER_SECOND)) / codec.get(
-            "samples_per_frame", SAMPLES_PER_FRAME
-        )  # frames per second
-        self._shards: list[dict[str, Any]] = []
-        self._counts = {"conversations": 0, "turns": 0, "frames": 0, "text_tokens": 0}
-        self._parts: list[tuple[TurnTokens, int, bytes, Sequence[float]]] = []
-        self._frames = 0
-        with writing_to(self.path):
-            recover_store(self.path)
-            shutil.rmtree(self._new, ignore_errors=True)
-            self._new.mkdir(parents=True)
-
-    def __enter__(self) -> TokenStoreWriter:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-    def add_conversation(
-        self,
-        turns: Sequence[TurnTokens],
-        *,
-        content_keys: Sequence[bytes] | None = None,
-        clip_stats: Sequence[Sequence[float]] | None = None,
-    ) -> None:
-        """Append one conversation; arrays are copied.
-
-        Args:
-            turns: one or more turns, each with text and frames.
-            content_keys: 32 bytes per turn naming what its codes were made from; zeros where not known.
-            clip_stats: (seconds, leading silence, trailing silence) per turn, in seconds.
-        """
-        assert turns, "a conversation has at least one turn"
-        frames = sum(len(turn.codes) for turn in turns)
-        if self._parts and self._frames + frames > self._shard_frames:
-            self._flush()
-        index = self._counts["conversations"]
-        for i, turn in enumerate(turns):
-            codes, text = np.array(turn.codes, np.uint16), np.array(turn.text, np.int32)
-            assert codes.ndim == 2 and codes.shape[1] == self._num_codebooks, f"codes {codes.shape}"
-            assert len(codes) and len(text) and text.ndim == 1, "a turn has text and frames"
-            key = content_keys[i] if content_keys else bytes(32)
-            stats = clip_stats[i] if clip_stats else (len(codes) / self._second, 0.0, 0.0)
-            self._parts.append((TurnTokens(text, codes, turn.speaker, turn.source_index), index, key, stats))
-            self._counts["text_tokens"] += len(text)
-        self._frames += frames
-        self._counts["conversations"] += 1
-        self._counts["turns"] += len(turns)
-        self._counts["frames"] += frames
-
-    def finish(self) -> None:
-        """Write what is left and the manifest, all synced to the disk, still beside `path`."""
-        try:
-            if not self._counts["conversations"]:
-                mend = "check the metadata and what was skipped"
-                raise InputError("no conversation to store", file=self.path, mend=mend)
-            self._flush()
-            hours = round(self._counts["frames"] / self._second / 3600, 6)
-            manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **self._identity}
-            manifest |= {"counts": {**self._counts, "hours": hours}, "shards": self._shards}
-            with writing_to(self.path):
-                write_bytes(self._new / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-                fsync_directory(self._new)
-        except BaseException:
-            self.abort()
-            raise
-
-    def commit(self) -> None:
-        """Put the finished store at `path`."""
-        with writing_to(self.path):
-            replace_directory(self._new, self.path)
-
-    def close(self) -> None:
-        """finish() and commit()."""
-        self.finish()
-        self.commit()
-
-    def abort(self) -> None:
-        """Throw the unfinished store away; what stood at `path` is untouched."""
-        shutil.rmtree(self._new, ignore_errors=True)
-
-    def _flush(self) -> None:
-        if not self._parts:
-            return
-        turns, conversations, keys, stats = zip(*self._parts, strict=True)
-        lengths = ([len(t.codes) for t in turns], [len(t.text) for t in turns])
-        code_offsets, text_offsets = (np.concatenate([[0], np.cumsum(n)]).astype(np.int64) for n in lengths)
-        name = f"shard-{len(self._shards):05d}.safetensors"
-        with writing_to(self.path):
-            sha256, size = write_arrays(
-                self._new / name,
-                {
-                    "codes": [t.codes for t in turns],
-                    "text": [t.text for t in turns],
-                    "code_offsets": [code_offsets],
-                    "text_offsets": [text_offsets],
-                    "speaker": [np.array([t.speaker for t in turns], np.int32)],
-                    "conversation": [np.array(conversations, np.int64)],
-                    "source_index": [np.array([t.source_index for t in turns], np.int64)],
-                    "content_key": [np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)],
-                    "clip_stats": [np.array(stats, np.float32).reshape(-1, 3)],
-                },
-            )
-        self._shards.append(
-            {"file": name, "sha256": sha256, "bytes": size, "turns": len(turns), "frames": self._frames}
-        )
-        self._parts, self._frames = [], 0
 
 
 def open_split(data_dir: str | os.PathLike[str], split: str, *, verify: bool = True) -> TokenStore:

@@ -22,13 +22,13 @@ from .console import StepProgress, StopSignals
 from .convert import load_model
 from .errors import InputError, is_out_of_memory
 from .evaluate import Validator, unigram_entropy
-from .loader import Packer, StepBatch, prefetch
+from .layout import StepBatch
+from .loader import Packer, read_ahead
 from .loss import coefficients, packed_loss
 from .machine import compute_dtype, memory_gib, resolve_device, resolve_precision
 from .model import CSM, stack_limit, vocabulary
 from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
 from .optim import cast_weights, peak_learning_rate
-from .packing import FRAMES
 from .report import summarize
 from .run_marker import RunMarker
 from .start import (
@@ -168,17 +168,16 @@ class Trainer:
                 return run.max_steps
         return total
 
-    def _steps(self) -> Iterator[StepBatch]:
+    def _blocks(self) -> Iterator[list[StepBatch]]:
         """The optimizer steps from the current position on."""
-        epoch, index, step = self.state["epoch"], self.state["index"], self.state["step"]
-        while step < self.total_steps:
-            if self.config.run.overfit_one_batch:
-                plan = self.packer.plan(0, 0)
-                yield self.packer.build(plan, epoch, index, (FRAMES, epoch, index))
-            else:
-                yield self.packer.step(epoch, index)
+        epoch, index, left = self.state["epoch"], self.state["index"], self.total_steps - self.state["step"]
+        if not self.config.run.overfit_one_batch:
+            yield from self.packer.blocks(epoch, index, left)
+            return
+        plan = self.packer.plan(0, 0)
+        for _ in range(left):
+            yield [self.packer.build(plan, epoch, index)]
             epoch, index = self._next(epoch, index)
-            step += 1
 
     def _next(self, epoch: int, index: int) -> tuple[int, int]:
         return (epoch, index + 1) if index + 1 < self.packer.steps_in_epoch(epoch) else (epoch + 1, 0)
@@ -206,7 +205,7 @@ class Trainer:
                 log.info("%s", validation_line(0, validation))
             self._record(None, validation)
         first = self.state["step"]
-        batches = prefetch(self._steps())
+        batches = read_ahead(self._blocks())
         progress = StepProgress(self.total_steps, self.state["step"])
         with progress, StopSignals(self):
             for batch in batches:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as ckpt
 from .config import OptimizerSection
-from .loader import StepBatch
+from .layout import StepBatch
 from .machine import compute_dtype
 from .optim import (
     TableGradients,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import causal, depth_logits, embed_all, padded_stack
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.packing import FRAMES, draw
+from csm_fast.packing import FRAMES, numbered_draws
 
 MICRO = CSMConfig(
     TransformerConfig(2, 4, 2, 64, 96),
@@ -132,7 +132,7 @@ def one_by_one(
         return sum(p.sum() for p in model.parameters()) * 0.0  # type: ignore[return-value]
     if picked is None:
         wanted = max(1, int(len(frames) * fraction))
-        picked = draw(0, FRAMES, 0, 0).permutation(len(frames))[:wanted]
+        picked = numbered_draws(0, FRAMES, 0)(0).permutation(len(frames))[:wanted]
     total, picked_total = sum(weights), sum(weights[i] for i in picked)
     loss = torch.zeros((), dtype=states[0].dtype)
     for state, frame, weight in zip(states, frames, weights, strict=True):

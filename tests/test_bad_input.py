@@ -44,7 +44,8 @@ from csm_fast.audio import read_audio
 from csm_fast.config import CSMConfig, TrainConfig
 from csm_fast.config_io import build, dump_yaml, read_mapping, read_yaml
 from csm_fast.metadata import load_metadata
-from csm_fast.token_store import TokenStoreWriter, open_split
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import open_split
 
 
 @pytest.fixture(autouse=True)

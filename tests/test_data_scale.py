@@ -166,7 +166,7 @@ def test_streaming_keeps_nothing(stores):
     finally:
         tracemalloc.stop()
     assert number > 190 and len(kept) == 3
-    # Two steps wait, one is being made, and 64 plans of segments are kept; 90 steps would be 90 times their tokens.
+    # Two steps wait, and one is being made; 90 steps would be 90 times their tokens.
     assert max(kept) < 20 * largest and kept[2] - kept[1] < 8 * largest
 
 
@@ -190,7 +190,7 @@ def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
     del arrays, array
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
-    monkeypatch.delattr(os, "pread")  # as on Windows
+    monkeypatch.delattr(os, "preadv")  # as on Windows
     mapped = map_arrays(shard, keep_open=True)
     assert np.shares_memory(mapped.rows("codes", 3, 11), mapped["codes"])
 

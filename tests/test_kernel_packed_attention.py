@@ -166,9 +166,11 @@ def test_a_plan_is_made_once_and_serves_training_after_inference():
     assert module._plan.cache_info().misses == 1 and module._plan.cache_info().hits == 2
     made = plan([0, *accumulate(lengths)])
     assert made is plan(cumulative(lengths))
-    assert sorted(made.index[made.restore].tolist()) == list(range(sum(lengths)))
-    assert sum(len(g) for g in made.groups()) == len(lengths)
-    assert made.padding.numel() + sum(lengths) == made.index.numel() == sum(g.numel() for g in made.groups())
+    groups = made.groups
+    assert groups is made.groups and sorted(groups.index[groups.restore].tolist()) == list(range(sum(lengths)))
+    assert sum(segments for segments, _ in groups.shapes) == len(lengths)
+    padded = sum(segments * width for segments, width in groups.shapes)
+    assert groups.padding.numel() + sum(lengths) == groups.index.numel() == padded
 
 
 @pytest.mark.parametrize("cu", [[1, 4], [0], [0, 0], [0, 3, 2, 4], []])

@@ -11,7 +11,8 @@ from csm_fast.config import DataSection, LossSection
 from csm_fast.generate import Generator, Turn
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
-from csm_fast.token_store import TokenStore, TokenStoreWriter, TurnTokens
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import TokenStore, TurnTokens
 
 GOLDEN = Path(__file__).parent / "golden" / "four_turns.safetensors"  # real speech; see tests/golden/README.md
 MOST_STEPS = 200

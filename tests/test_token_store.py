@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from csm_fast import shard_file, token_store
+from csm_fast import shard_file, store_writer
 from csm_fast.errors import InputError
-from csm_fast.token_store import TokenStore, TokenStoreWriter, TurnTokens, check_compatible, open_split
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import TokenStore, TurnTokens, check_compatible, open_split
 
 K = 4
 CODEC = {"name": "fake", "fingerprint": "c" * 64, "num_codebooks": K, "codebook_size": 2048}
@@ -344,7 +345,7 @@ def test_a_full_disk_is_one_line_and_the_old_store_stays(store_path, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(token_store, "write_arrays", full)
+    monkeypatch.setattr(store_writer, "write_arrays", full)
     with pytest.raises(InputError) as error:
         write_store(store_path, make_conversations(3))
     assert "the disk is full" in one_line(error)

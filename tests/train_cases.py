@@ -12,7 +12,8 @@ import numpy as np
 
 from csm_fast.config import TrainConfig
 from csm_fast.config_io import build
-from csm_fast.token_store import TokenStoreWriter, TurnTokens
+from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.token_store import TurnTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 K, SIZE, TEXT = 6, 20, 50

@@ -32,51 +32,59 @@ GROUP_RATIO, GROUP_SLACK = 1.25, 8
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the segments of a pack of T rows are grouped.
+class Groups:
+    """Segments of similar length, padded to the longest of them, so that each group is one call.
 
     Attributes:
-        rows: T.
         shapes: (segments, width) of each group.
         index: [B] int64, the packed row that each row of the flattened groups reads; padding reads the segment's last.
         padding: [P] int64, the rows of the flattened groups that are padding.
         restore: [T] int64, where each packed row lies in the flattened groups; None where the one group is the pack.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    index: Tensor
+    padding: Tensor
+    restore: Tensor | None
+
+    def to(self, device: torch.device) -> Groups:
+        restore = None if self.restore is None else self.restore.to(device)
+        return Groups(self.shapes, self.index.to(device), self.padding.to(device), restore)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the segments of a pack of T rows lie.
+
+    Attributes:
+        rows: T.
         bounds: [S + 1] int64 on the CPU, ``cu_seqlens``.
         longest: rows of the longest segment.
     """
 
     rows: int
-    shapes: tuple[tuple[int, int], ...]
-    index: Tensor
-    padding: Tensor
-    restore: Tensor | None
     bounds: Tensor
     longest: int
     folds: dict[tuple[int, int], Fold] = field(default_factory=dict, repr=False, compare=False)
 
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """On the CPU; made on first use, because what runs on CUDA and the CPU's library do without."""
+        return _groups(self.bounds.numpy())
+
     def fold(self, heads: int, kv_heads: int) -> Fold:
         """The order of rows in ``folded_attention``, made once."""
         if (heads, kv_heads) not in self.folds:
+            groups = self.groups
             with torch.inference_mode(False), torch.no_grad():
-                live = torch.ones(len(self.index), dtype=torch.bool).index_fill_(0, self.padding, False)
-                order = folded_attention.fold(self.index, live, self.shapes, heads, kv_heads)
+                live = torch.ones(len(groups.index), dtype=torch.bool).index_fill_(0, groups.padding, False)
+                order = folded_attention.fold(groups.index, live, groups.shapes, heads, kv_heads)
             self.folds[heads, kv_heads] = order
         return self.folds[heads, kv_heads]
 
     def order(self, heads: int, kv_heads: int) -> Order:
         """The segments for ``cpu_attention``."""
         return Order(self.bounds, self.longest, heads, kv_heads, lambda: self.fold(heads, kv_heads))
-
-    def groups(self) -> tuple[Tensor, ...]:
-        """``index`` per group, [segments, width] each."""
-        parts = self.index.split([g * width for g, width in self.shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
-
-    def to(self, device: torch.device) -> Plan:
-        restore = None if self.restore is None else self.restore.to(device)
-        return Plan(
-            self.rows, self.shapes, self.index.to(device), self.padding.to(device), restore, self.bounds, self.longest
-        )
 
 
 def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
@@ -89,14 +97,19 @@ def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
     return _plan(torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu").numpy().tobytes())
 
 
-# In NumPy and not in PyTorch: the loader's thread makes plans while the model trains, and a parallel operator there
-# waits for the processors that the step is using.
 @functools.lru_cache(maxsize=64)
 def _plan(cu_seqlens: bytes) -> Plan:
     cu = np.frombuffer(cu_seqlens or bytes(4), dtype=np.int32).astype(np.int64)
     size = np.diff(cu)
     if cu[0] != 0 or cu[-1] < 1 or size.min() < 0:
         raise ValueError("cu_seqlens must rise from 0 to the number of rows, of which there must be one")
+    # A plan first made under inference_mode must still serve training afterwards.
+    with torch.inference_mode(False), torch.no_grad():
+        return Plan(int(cu[-1]), torch.from_numpy(cu), int(size.max()))
+
+
+def _groups(cu: np.ndarray) -> Groups:
+    size = np.diff(cu)
     start, size = cu[:-1][size > 0], size[size > 0]
     order = np.argsort(size, kind="stable")
     starts, ends = start[order, None], size[order, None]
@@ -114,7 +127,6 @@ def _plan(cu_seqlens: bytes) -> Plan:
         shapes.append((last - first, width))
         first = last
     rows, flat, is_live = int(cu[-1]), np.concatenate(index), np.concatenate(live)
-    # A plan first made under inference_mode must still serve training afterwards.
     with torch.inference_mode(False), torch.no_grad():
         restore = None
         if shapes != [(1, rows)]:
@@ -122,9 +134,7 @@ def _plan(cu_seqlens: bytes) -> Plan:
             places[flat[is_live]] = np.flatnonzero(is_live)
             restore = torch.from_numpy(places)
         padding = torch.from_numpy(np.flatnonzero(~is_live))
-        return Plan(
-            rows, tuple(shapes), torch.from_numpy(flat), padding, restore, torch.from_numpy(cu), int(size.max())
-        )
+        return Groups(tuple(shapes), torch.from_numpy(flat), padding, restore)
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -171,25 +181,25 @@ def _plan_for(q: Tensor, cu_seqlens: Tensor) -> Plan:
     found = plan(cu_seqlens)
     if found.rows != q.shape[0]:
         raise ValueError(f"cu_seqlens ends at {found.rows}, but there are {q.shape[0]} rows")
-    return found if q.device.type == "cpu" else found.to(q.device)
+    return found
 
 
-def _gather(x: Tensor, plan: Plan) -> Tensor:
-    return x.contiguous() if plan.restore is None else x.index_select(0, plan.index)
+def _gather(x: Tensor, groups: Groups) -> Tensor:
+    return x.contiguous() if groups.restore is None else x.index_select(0, groups.index)
 
 
-def _split(x: Tensor, plan: Plan) -> list[Tensor]:
+def _split(x: Tensor, groups: Groups) -> list[Tensor]:
     """[B, heads, ...] -> per group [segments, heads, width, ...], views."""
-    parts = x.split([g * width for g, width in plan.shapes])
-    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, plan.shapes, strict=True)]
+    parts = x.split([g * width for g, width in groups.shapes])
+    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, groups.shapes, strict=True)]
 
 
-def _join(parts: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
+def _join(parts: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> Tensor:
     """The inverse of ``_gather`` and ``_split``."""
     rows = [part.transpose(1, 2).flatten(0, 1).to(dtype) for part in parts]
-    if plan.restore is None:
+    if groups.restore is None:
         return rows[0].contiguous()
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, plan.restore)
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, groups.restore)
 
 
 def _on_cpu(q: Tensor) -> bool:
@@ -224,9 +234,10 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tu
     plan = _plan_for(q, cu_seqlens)
     if _on_cpu(q):
         return _attend_on_cpu(q, k, v, plan)
-    groups = zip(*(_split(_gather(x, plan), plan) for x in (q, k, v)), strict=True)
-    outs, lses = zip(*(attention_reference(*group) for group in groups), strict=True)
-    return _join(outs, plan, q.dtype), _join(lses, plan, lses[0].dtype)
+    groups = plan.groups.to(q.device)
+    parts = zip(*(_split(_gather(x, groups), groups) for x in (q, k, v)), strict=True)
+    outs, lses = zip(*(attention_reference(*part) for part in parts), strict=True)
+    return _join(outs, groups, q.dtype), _join(lses, groups, lses[0].dtype)
 
 
 @_packed_attention.register_fake
@@ -242,13 +253,15 @@ def _packed_attention_backward(
     plan = _plan_for(q, cu_seqlens)
     if _on_cpu(q):
         return _attend_on_cpu_backward(grad, q, k, v, plan, out, lse)
-    grad = _gather(grad, plan)
-    if plan.padding.numel():
+    groups = plan.groups.to(q.device)
+    grad = _gather(grad, groups)
+    if groups.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
-        grad.index_fill_(0, plan.padding, 0)
-    groups = zip(*(_split(x, plan) for x in (grad, *(_gather(x, plan) for x in (q, k, v, out, lse)))), strict=True)
-    grads = zip(*(attention_backward_reference(*group) for group in groups), strict=True)
-    grad_q, grad_k, grad_v = (_join(parts, plan, q.dtype) for parts in grads)
+        grad.index_fill_(0, groups.padding, 0)
+    inputs = (grad, *(_gather(x, groups) for x in (q, k, v, out, lse)))
+    parts = zip(*(_split(x, groups) for x in inputs), strict=True)
+    grads = zip(*(attention_backward_reference(*part) for part in parts), strict=True)
+    grad_q, grad_k, grad_v = (_join(results, groups, q.dtype) for results in grads)
     return grad_q, grad_k, grad_v
 
 
