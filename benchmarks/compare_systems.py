@@ -179,7 +179,7 @@ class Running:
         return pack_padded(*batch, fraction=self.system.fraction)
 
     def _there(self, batch: Any) -> Any:
-        return tuple(x.to(self.device) for x in batch) if isinstance(batch, tuple) else batch.to(self.device)
+        return batch.to(self.device) if isinstance(batch, Pack) else tuple(x.to(self.device) for x in batch)
 
     # -------------------------------------------------------------------------------------------------------- running
 

@@ -135,7 +135,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     }
     with Tracked() as tracked:
         update(batch, 1)
-    pack_bytes = _bytes(t for t in vars(pack).values() if isinstance(t, Tensor))
+    pack_bytes = _bytes(t for t in pack if isinstance(t, Tensor))
     said = memory.estimate(
         shape,
         config,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from torch import Tensor
 from . import ops
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """Where the conversations of a pack lie: the attention pattern of the whole forward pass.
 
     Attributes:

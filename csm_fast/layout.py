@@ -213,7 +213,7 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
     drawn_from = np.repeat(of_document[canonical] - (np.cumsum(count) - count), count) + np.arange(len(targets))
     picked = np.zeros(len(targets), dtype=bool)
     supervised = np.diff(in_step).tolist()
-    wanted = [min(many, max(1, int(many * draw.fraction))) for many in supervised]
+    wanted = [min(many, max(1, int(many * draw.fraction))) for many in supervised]  # at least one where there is one
     drawn = [
         draw.generators(number).permutation(many)[:some]
         for number, many, some in zip(range(index, index + len(steps)), supervised, wanted, strict=True)
@@ -246,19 +246,23 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
         strict=True,
     )
     packs = [Pack(*of_pack) for of_pack in fields]
-    selected, ends_of_step = np.diff(chosen_in_pack[step_packs]).tolist(), step_packs.tolist()
-    step_documents = np.searchsorted(step[canonical], np.arange(len(steps) + 1)).tolist()
-    ids = conversation[canonical].tolist()
+    # A step's conversations, each once: several documents of one lie together.
+    ids, step = conversation[canonical], step[canonical]
+    once = np.flatnonzero(np.append(True, (ids[1:] != ids[:-1]) | (step[1:] != step[:-1])))
+    ends = np.cumsum(np.bincount(step[once], minlength=len(steps))).tolist()
+    ids = ids[once].tolist()
     return [
-        StepBatch(
-            packs[ends_of_step[s] : ends_of_step[s + 1]],
-            epoch,
-            index + s,
-            list(dict.fromkeys(ids[step_documents[s] : step_documents[s + 1]])),
-            supervised[s],
-            selected[s],
+        StepBatch(packs[a:b], epoch, number, ids[c:d], *counts)
+        for number, a, b, c, d, *counts in zip(
+            range(index, index + len(steps)),
+            step_packs.tolist(),
+            step_packs[1:].tolist(),
+            [0, *ends],
+            ends,
+            supervised,
+            wanted,
+            strict=False,
         )
-        for s in range(len(steps))
     ]
 
 

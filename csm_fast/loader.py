@@ -100,8 +100,8 @@ class Packer:
         for i, documents in split.items():
             of_conversation = slice(int(self._first_document[i]), int(self._first_document[i + 1]))
             self._documents[of_conversation] = [(d.conversation, d.first, d.last, d.rows) for d in documents]
-        of_step = totals.mean() * data.batch_size * data.gradient_accumulation
-        self._steps_of_block = max(1, int(BLOCK_ROWS // (data.batch_rows or of_step)))
+        of_step = data.batch_rows or int(totals.mean() * data.batch_size * data.gradient_accumulation)
+        self._steps_of_block = max(1, BLOCK_ROWS // max(of_step, self._size(of_step)))
         self._orders: dict[int, np.ndarray] = {}
         self._plans: dict[int, _EpochPlan] = {}
         self._steps: dict[int, int] = {}
@@ -234,26 +234,30 @@ class Packer:
     def blocks(self, epoch: int, index: int, limit: int | None = None) -> Iterator[list[StepBatch]]:
         """The optimizer steps from step ``index`` of ``epoch`` on, epoch after epoch, laid out several at a time.
 
-        The first comes alone, so that it comes early. What cannot be read raises behind the steps before it.
+        The first comes alone and the blocks grow from there, so that a slow drive does not hold up the beginning. A
+        block that cannot be laid out is laid out step by step: what cannot be read concerns its own step.
 
         Args:
             limit: how many steps; without end without one.
         """
         count, left = 1, limit
         while left is None or left > 0:
-            count = min(count, self.steps_in_epoch(epoch) - index, *([] if left is None else [left]))
+            there = self.steps_in_epoch(epoch) - index
+            if there < 1:
+                raise IndexError(f"step {index} of {self.steps_in_epoch(epoch)}")
+            many = min(count, there, *([] if left is None else [left]))
             try:
-                block = self._laid_out(epoch, index, count)
+                block = self._laid_out(epoch, index, many)
             except Exception:
-                for number in range(index, index + count):
-                    yield [self.step(epoch, number)]
-                raise
-            yield block
-            index += count
-            left = None if left is None else left - count
+                if many == 1:
+                    raise
+                block = []
+            yield from [block] if block else ([self.step(epoch, n)] for n in range(index, index + many))
+            index += many
+            left = None if left is None else left - many
             if index == self.steps_in_epoch(epoch):
                 epoch, index = epoch + 1, 0
-            count = self._steps_of_block
+            count = min(2 * count, self._steps_of_block)
 
     def build(
         self, plan: list[list[Document]], epoch: int, index: int, purpose: tuple[int, ...] | None = None

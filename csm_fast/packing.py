@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from .errors import InputError
 MAX_POSITIONS = 2048  # csm-1b's context
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(NamedTuple):
     """T rows of whole documents. The index of a row within the pack is its address everywhere below.
 
     Attributes:
@@ -52,14 +52,12 @@ class Pack:
         if self.tokens.device == device:
             return self
 
-        def move(value):
-            if isinstance(value, Tensor):
-                return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-            return value
+        def move(value: Tensor) -> Tensor:
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
-        segments = replace(self.segments, cu_seqlens=move(self.segments.cu_seqlens))
-        moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, segments=segments, **moved)
+        segments = self.segments._replace(cu_seqlens=move(self.segments.cu_seqlens))
+        moved: Any = {name: move(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(segments=segments, **moved)
 
 
 @dataclass(frozen=True)

@@ -119,19 +119,9 @@ class Arrays(dict[str, np.ndarray]):
         self.offsets: dict[str, int] = {}  # in the file, in bytes
 
     def keep_open(self, file: int) -> None:
-        """Let ``rows`` read from this descriptor; it is closed when the arrays are collected."""
+        """Let ``read_into`` read from this descriptor; it is closed when the arrays are collected."""
         self._file = file
         weakref.finalize(self, os.close, file)
-
-    def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of an array, read-only; copied with ``read_into`` where the system can read."""
-        array = self[name]
-        if self._file < 0:
-            return array[first:last]
-        rows = np.empty((last - first, *array.shape[1:]), array.dtype)
-        self.read_into(rows, name, first)
-        rows.flags.writeable = False
-        return rows
 
     def read_into(self, rows: np.ndarray, name: str, first: int) -> None:
         """Fill ``rows`` (contiguous, of the array's dtype) with those of an array from ``first`` on.
@@ -147,7 +137,7 @@ class Arrays(dict[str, np.ndarray]):
 
 
 def map_arrays(path: Path, keep_open: bool = False) -> Arrays:
-    """Map a safetensors file. ``keep_open``: also for ``Arrays.rows``, at the cost of another open file.
+    """Map a safetensors file. ``keep_open``: also for ``Arrays.read_into``, at the cost of another open file.
 
     Raises InputError where the header does not hold.
     """

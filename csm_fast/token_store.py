@@ -150,6 +150,8 @@ class TokenStore:
         Returns:
             text int32 [N] and codes uint16 [F, K], copied.
         """
+        if len(firsts) and not 0 <= min(firsts) <= max(lasts) <= self.num_turns:
+            raise IndexError(f"turns {min(firsts)} to {max(lasts)} of {self.num_turns}")
         spans, frames, words = [], 0, 0
         for first, last in zip(firsts, lasts, strict=True):
             shard = self._shard_of(first)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import data_path
+from benchmarks import row_time, synthetic_store
 from csm_fast import InputError, loader
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer, prefetch
@@ -29,7 +29,7 @@ def stores(tmp_path_factory):
     """Small and big: a few dozen and a few thousand turns."""
     folder = tmp_path_factory.mktemp("stores")
     for name, hours in (("small", 0.1), ("big", 8.0)):
-        data_path.write_store(folder / name, hours)
+        synthetic_store.write_store(folder / name, hours)
     return {name: folder / name for name in ("small", "big")}
 
 
@@ -179,20 +179,21 @@ def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
     arrays = map_arrays(copy, keep_open=True)
     assert len(os.listdir("/proc/self/fd")) > before
     for name, array in arrays.items():
-        rows = arrays.rows(name, 3, 11)
+        rows = np.empty_like(array[3:11])
+        arrays.read_into(rows, name, 3)
         np.testing.assert_array_equal(rows, array[3:11])
-        assert rows.dtype == array.dtype and rows.flags.aligned and not rows.flags.writeable
-        assert not np.shares_memory(rows, array)
-    assert arrays.rows("codes", 5, 5).shape == (0, 32)
-    os.truncate(copy, arrays.offsets["codes"] + 64)
+    read, offset = np.empty((2, 32), np.uint16), arrays.offsets["codes"]
+    arrays.read_into(read[:0], "codes", 5)
+    os.truncate(copy, offset + 64)
     with pytest.raises(InputError, match="cut off"):
-        arrays.rows("codes", 0, 2)
+        arrays.read_into(read, "codes", 0)
     del arrays, array
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.delattr(os, "preadv")  # as on Windows
     mapped = map_arrays(shard, keep_open=True)
-    assert np.shares_memory(mapped.rows("codes", 3, 11), mapped["codes"])
+    mapped.read_into(read, "codes", 3)
+    np.testing.assert_array_equal(read, mapped["codes"][3:5])
 
 
 @linux
@@ -206,15 +207,37 @@ def test_the_benchmark_says_where_its_figures_come_from(tmp_path):
     assert [(r["kind"], r["by"], r["hours"], r["pack_rows"]) for r in rows] == [
         ("stream", "rows", 0.05, 2048),
         ("stream", "conversations", 0.05, 2048),
+        ("row_time", "rows", 0.05, 2048),
     ]
-    for row in rows:
+    assert rows[2]["turns"] >= 3 and rows[2]["us_per_row_of_each"] == [rows[2]["us_per_row"]]
+    assert rows[2]["cpu_us_per_row"] > 0 and rows[2]["stores"] in ("memory", "disk")
+    for row in rows[:2]:
         assert row["streamed_steps"] >= 50 and row["us_per_row"] > 0 and row["cpu_us_per_row"] > 0
         assert row["loader_share"] == pytest.approx(row["us_per_row"] * 5000e-6)
-        assert 0.05 * 45_000 <= row["frames"] < 0.07 * 45_000 and row["commit"] is not None
+        assert 0.05 * 45_000 <= row["frames"] < 0.08 * 45_000 and row["commit"] is not None
     assert not list((tmp_path / "stores").iterdir())  # what it wrote is gone
+
+
+def test_every_hour_of_a_synthetic_store_holds_the_same_conversations():
+    def lengths(hours):
+        return [sorted(len(t.codes) for t in c) for c in synthetic_store.conversations(hours)]
+
+    one, two = lengths(1.0), lengths(2.0)
+    assert sorted(one * 2) == sorted(two) and sum(map(sum, one)) == synthetic_store.FRAMES_PER_HOUR
+    assert two[: len(one)] != one and min(map(len, one)) == 1 and max(map(len, one)) > 3
+
+
+def test_the_time_of_a_row_is_that_of_turns_which_nobody_disturbed():
+    turns = row_time.Turns()
+    for seconds in (1.0, 1.2, 1.1, 9.0, 0.9):
+        assert turns.add(seconds / 2, row_time.TURN_ROWS // 2) is False
+        assert turns.add(seconds / 2, row_time.TURN_ROWS // 2) is True
+    turns.add(100.0, 1)  # a turn that is not over
+    us, left_out = turns.us_per_row()
+    assert left_out == 1 and us == pytest.approx(1e6 * 4.2 / (4 * row_time.TURN_ROWS))
 
 
 def test_a_store_that_does_not_fit_is_refused_beforehand(tmp_path):
     with pytest.raises(InputError, match="hours need .* are free; choose another --dir"):
-        data_path.write_store(tmp_path / "huge", 1e9)
+        synthetic_store.write_store(tmp_path / "huge", 1e9)
     assert not list(tmp_path.iterdir())

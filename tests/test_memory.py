@@ -87,7 +87,7 @@ def test_a_compiled_layer_keeps_what_was_predicted(method, checkpointing):
     model.activation_checkpointing = checkpointing
     compile_layers(model, "on", backend="aot_eager_decomp_partition")
     pack = make_pack(SHORT, 700, 1 / 16)
-    there = [*model.parameters(), *(t for t in vars(pack).values() if isinstance(t, torch.Tensor))]
+    there = [*model.parameters(), *(t for t in pack if isinstance(t, torch.Tensor))]
     known = {t.untyped_storage()._cdata for t in there}
     saved: dict[int, torch.UntypedStorage] = {}
 
