@@ -81,19 +81,21 @@ def free_memory(device: torch.device) -> float:
     return free
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes/s of a copy (read and written) larger than the caches, and FLOP/s of a large square matrix product."""
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy (read and written) larger than the caches."""
     cuda = device.type == "cuda"
-    size, side = (2**30, 8192) if cuda else (2**28, 2048)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.zeros(2**30 if cuda else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return 2.0 * source.numel() / _median(lambda: target.copy_(source), device)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """``copy_rate``, and FLOP/s of a large square matrix product."""
+    side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    work: dict[str, tuple[float, Callable[[], Any]]] = {
-        "copy": (2.0 * size, lambda: target.copy_(source)),
-        "matmul": (2.0 * side**3, lambda: a @ b),
-    }
-    rates = {}
-    for name, (amount, call) in work.items():
-        call()
-        rates[name] = amount / statistics.median(timed(call, device) for _ in range(20 if cuda else 5))
-    return rates
+    return {"copy": copy_rate(device), "matmul": 2.0 * side**3 / _median(lambda: a @ b, device)}
+
+
+def _median(call: Callable[[], Any], device: torch.device) -> float:
+    call()
+    return statistics.median(timed(call, device) for _ in range(20 if device.type == "cuda" else 5))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.compare_systems import SHAPES
 from benchmarks.compare_table import text
-from benchmarks.kernel_device import ceilings, timed
+from benchmarks.kernel_device import copy_rate, timed
 from benchmarks.record import append, environment
 from benchmarks.report_parts import optimizer_lines
 from csm_fast import CSM, ops
@@ -179,7 +179,7 @@ def main() -> int:
         keep_freed_memory()
     about = {**environment(), "shape": args.shape, "read": args.read}
     run = f"{about['date']} {about['commit']}"
-    copies = ceilings(torch.device(args.device), BF16)["copy"]
+    copies = copy_rate(torch.device(args.device))
     there = importlib.util.find_spec("bitsandbytes") is not None
     rows = []
     for dtype in (BF16, FP32):

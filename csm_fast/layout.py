@@ -275,16 +275,17 @@ def _segments(block: Block, bounds: np.ndarray) -> list[Segments]:
     count = np.bincount(block.pack, minlength=len(block.sizes)) + 1
     last = np.cumsum(count) - 1
     padded = block.lengths[last] > 0
-    # Ends of the segments, and before those of each pack a 0; without those of empty paddings.
+    # Ends of the segments, and before those of each pack a 0.
     base = np.repeat(bounds[:-1], count)
     ends = np.zeros(len(block.lengths) + len(count), dtype=np.int32)
-    place = np.arange(len(block.lengths)) + np.repeat(np.arange(1, len(count) + 1), count)
-    ends[place] = np.cumsum(block.lengths) - base
-    kept = np.ones(len(ends), dtype=bool)
-    kept[place[last]] = padded
-    cumulative = _views(ends[kept], (count + padded).tolist())
+    ends[np.arange(len(block.lengths)) + np.repeat(np.arange(1, len(count) + 1), count)] = (
+        np.cumsum(block.lengths) - base
+    )
     lengths, first = block.lengths.tolist(), last - count + 1
-    spans = zip(first.tolist(), (first + count - ~padded).tolist(), strict=True)
     longest = np.maximum.reduceat(block.lengths, first).tolist()
-    of_pack = [tuple(lengths[a:b]) for a, b in spans]
-    return [Segments(*fields) for fields in zip(of_pack, cumulative, longest, strict=True)]
+    begins, many = first.tolist(), (count - ~padded).tolist()
+    # Not views of one tensor: compiled layers would distinguish those that begin elsewhere than at its beginning.
+    return [
+        Segments(tuple(lengths[a : a + n]), torch.from_numpy(ends[a + number : a + number + n + 1]), most)
+        for number, (a, n, most) in enumerate(zip(begins, many, longest, strict=True))
+    ]
