@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(tmp_path, *extra):
-    settings = ["--synthetic", "6", "--shape", "tiny", "--repeats", "1", "--batches", "3", "--no-optimizer"]
+    settings = ["--synthetic", "3", "--shape", "tiny", "--repeats", "1", "--batches", "2", "--no-optimizer"]
     return [sys.executable, "-m", "benchmarks.compare", *settings, "--results", str(tmp_path / "out.jsonl"), *extra]
 
 
@@ -31,17 +31,17 @@ def test_a_race(tmp_path):
     systems = ["--systems", "csm_fast", "padded", "transformers"]
     done = subprocess.run(command(tmp_path, *systems), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "equal updates: batches of 3" in done.stdout and "csm_fast in packs of 2,048 rows" in done.stdout
+    assert "equal updates: batches of 2" in done.stdout and "csm_fast in packs of 2,048 rows" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(r["system"], r["label"]) for r in rows] == [
-        ("csm_fast", "batches of 3"),
+        ("csm_fast", "batches of 2"),
         ("csm_fast", "packs of 2,048 rows"),
-        ("padded", "batches of 3"),
-        ("transformers", "batches of 3"),
+        ("padded", "batches of 2"),
+        ("transformers", "batches of 2"),
     ]
     for row in rows:
         assert len(row["seconds"]) == 1 and row["median_s"] == row["seconds"][0] > 0
-        assert row["recordings"] == 6 and row["rows"] > 100 and row["data"] == "synthetic"
+        assert row["recordings"] == 3 and row["rows"] > 100 and row["data"] == "synthetic"
         assert row["torch"] == torch.__version__ and row["commit"] is not None
         # Everybody computes the same loss, so the times are times of the same work.
         assert row["ranked"], (row["system"], row["loss_difference"])
