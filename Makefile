@@ -53,7 +53,7 @@ demo: setup
 	@echo "sample               $(DEMO)/sample.wav"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",

@@ -42,7 +42,9 @@ def run_suite(tmp_path: Path, *arguments: str, plugin: str = SHORT) -> subproces
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "changes", "benchmarks/test_ops.py"]
     command += ["-k", ONE, f"--benchmark-storage=file://{tmp_path / 'runs'}", *arguments]
     paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    # A worker of pytest-xdist tells its children that they are one too, and pytest-benchmark measures nothing in those.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**variables, "PYTHONPATH": paths})
 
 
 def store(tmp_path: Path) -> Path:
