@@ -51,10 +51,11 @@ from csm_fast.config import LossSection
 from csm_fast.errors import InputError
 from csm_fast.layout import StepBatch
 from csm_fast.loader import Packer, read_ahead
-from csm_fast.machine import keep_freed_memory
+from csm_fast.machine import keep_freed_memory, resolve_precision
 from csm_fast.token_store import TokenStore
 
 EPOCHS = 10
+PARTS = ["stream", "row-time", "wait"]
 STEP_ROWS = Path(__file__).parent / "results" / "compare.jsonl"
 
 
@@ -166,7 +167,9 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     config = settings("full", "off")
     model = quick_model(CSMConfig.tiny()).train()
     loss = partial(packed_loss, a=0.5, b=0.5)
-    update = Update(model, config.optimizer, torch.device("cpu"), "bf16", loss, 1000, 0)
+    device = torch.device("cpu")
+    precision = resolve_precision("auto", device)
+    update = Update(model, config.optimizer, device, precision, loss, 1000, 0)
     waited: list[float] = []
     batches, rows = read_ahead(packer.blocks(0, 0)), 0
     for number in range(2):  # shapes that come for the first time
@@ -181,7 +184,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     took = time.perf_counter() - started
     batches.close()
     figures = {"waited_share": sum(waited) / took, "longest_wait_s": max(waited), "trained_steps": len(waited)}
-    return {**figures, "rows_per_s": rows / took, "model": "tiny, bf16 products"}
+    return {**figures, "rows_per_s": rows / took, "model": f"tiny model, {precision} products"}
 
 
 # ------------------------------------------------------------------------------------------------------ the whole run
@@ -254,12 +257,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave the stores that were written")
     parser.add_argument("--seconds", type=float, default=3.0, help="of streaming, and of training, per case")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-training", dest="train", action="store_false", help="leave out the tiny model")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--cold", action="store_true", help="the page cache forgets the store first")
     parser.add_argument("--step-rows-per-second", type=float, help="of a training step; default: the newest recorded")
     parser.add_argument("--results", type=Path, help="append the figures to this .jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def show_streams(found: dict[tuple[str, float, int], dict[str, Any]], rate: float, where: str) -> None:
+    """A line per case; the share that the loader's time would have of a training step is added to the figures."""
+    if rate:
+        print(f"share: the loader's time per row of a training step at {rate:,.0f} rows/s ({where})")
+    print(HEADER)
+    for (by, hours, rows), figures in found.items():
+        if rate:
+            figures.update(loader_share=figures["us_per_row"] * 1e-6 * rate, step_rows_per_s=rate, step=where)
+        print(line(hours, by, rows, figures), flush=True)
+    most = max(found.values(), key=lambda f: f["turns"])
+    opened, warm = (most[name] / 2**20 for name in ("open_private", "warm_private"))
+    print(f"{most['turns']:,} turns: opened in {most['open_s']:.3f} s, {opened:.0f} MiB private", end="")
+    print(f"; {warm:.0f} MiB with the Packer, its plans and {WARM_UP} steps")
 
 
 def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
@@ -279,40 +297,32 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
     answers: dict[tuple[str, float, int], list[dict[str, Any]]] = {case: [] for case in cases}
     row_times: list[list[dict[str, Any]]] = []
     for _ in range(args.repeats):
-        for by, hours, rows in cases:
+        for by, hours, rows in cases if "stream" in args.parts else ():
             answer = ask("stream", path=str(paths[hours]), pack_rows=rows, by=by, **common)
             answers[by, hours, rows].append(answer)
-        if not args.cold:
+        if "row-time" in args.parts and not args.cold:
             named = {f"{hours:g}": str(path) for hours, path in paths.items()}
             row_times.append(ask("row_time", paths=named, pack_rows=args.pack_rows, seconds=args.seconds))
     print(
         f"{'cold' if args.cold else 'warm'} page cache, stores in {next(iter(paths.values())).parent} | memory in MiB"
     )
-    if rate:
-        print(f"share: the loader's time per row of a training step at {rate:,.0f} rows/s ({where})")
-    print(HEADER)
-    found = {case: middle(some) for case, some in answers.items()}
-    for (by, hours, rows), figures in found.items():
-        if rate:
-            figures.update(loader_share=figures["us_per_row"] * 1e-6 * rate, step_rows_per_s=rate, step=where)
-        print(line(hours, by, rows, figures), flush=True)
-        record("stream", hours, by, rows, figures)
-    most = max(found.values(), key=lambda f: f["turns"])
-    opened, warm = (most[name] / 2**20 for name in ("open_private", "warm_private"))
-    print(f"{most['turns']:,} turns: opened in {most['open_s']:.3f} s, {opened:.0f} MiB private", end="")
-    print(f"; {warm:.0f} MiB with the Packer, its plans and {WARM_UP} steps")
+    if "stream" in args.parts:
+        found = {case: middle(some) for case, some in answers.items()}
+        show_streams(found, rate, where)
+        for (by, hours, rows), figures in found.items():
+            record("stream", hours, by, rows, figures)
     if row_times:
         cells = [middle(list(some)) for some in zip(*row_times, strict=True)]
         show_row_times(cells)
         for cell, some in zip(cells, zip(*row_times, strict=True), strict=True):
             cell["us_per_row_of_each"] = [one["us_per_row"] for one in some]
             record("row_time", cell["hours"], "rows", cell["pack_rows"], cell)
-    for hours, path in paths.items() if args.train else ():
+    for hours, path in paths.items() if "wait" in args.parts else ():
         rows = min(args.pack_rows)
         figures = ask("wait", path=str(path), pack_rows=rows, by="rows", **common)
         print(
-            f"{hours:g} hours, tiny model, packs of {rows:,}: {figures['waited_share']:.3%} of the time waited for a "
-            f"step, {figures['longest_wait_s'] * 1e3:.1f} ms at most, at {figures['rows_per_s']:,.0f} rows/s"
+            f"{hours:g} hours, {figures['model']}, packs of {rows:,}: {figures['waited_share']:.3%} of the time waited "
+            f"for a step, {figures['longest_wait_s'] * 1e3:.1f} ms at most, at {figures['rows_per_s']:,.0f} rows/s"
         )
         record("wait", hours, "rows", rows, figures)
 

@@ -123,7 +123,8 @@ def data_path(rows: list[Row]) -> str:
     waits = latest(rows_of(rows, kind="wait"), "hours")
     if waits:
         shares = ", ".join(f"{row['hours']:g} hours {row['waited_share']:.3%}" for row in waits)
-        text += f"\nTime that training steps of a tiny model waited for the loader: {shares}.\n"
+        model = waits[-1]["model"]
+        text += f"\nTime that training steps ({model}, packs of 2,048) waited for the loader: {shares}.\n"
     return text
 
 

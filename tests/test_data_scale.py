@@ -198,7 +198,8 @@ def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
 
 @linux
 def test_the_benchmark_says_where_its_figures_come_from(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.data_path", "--hours", "0.05", "--pack-rows", "2048", "--no-training"]
+    command = [sys.executable, "-m", "benchmarks.data_path", "--hours", "0.05", "--pack-rows", "2048"]
+    command += ["--parts", "stream", "row-time"]
     command += ["--seconds", "0.01", "--repeats", "1", "--dir", tmp_path / "stores", "--results", tmp_path / "r.jsonl"]
     command += ["--step-rows-per-second", "5000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
