@@ -55,7 +55,7 @@ def test_a_run_with_kept_gradients_is_a_run_without(fraction):
     )
     for step, other in zip(seen, want, strict=True):
         for got, expected in zip(step, other, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
     for name in weights:
         torch.testing.assert_close(weights[name], want_weights[name], rtol=1e-10, atol=1e-13)
 
@@ -68,6 +68,7 @@ def test_a_table_used_otherwise_too():
     (seen, _), (want, _) = runs
     for step, other in zip(seen, want, strict=True):
         for got, expected in zip(step, other, strict=True):
+            # The norm's part is added in another order: weights of order 1 round in another last place or two.
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
