@@ -27,6 +27,14 @@ def serves(layer: Any, x: Tensor, attend: Any) -> bool:
     return types == {x.dtype, layer.sa_norm.scale.dtype, layer.mlp_norm.scale.dtype}
 
 
+def project(linear: Any, x: Tensor) -> Tensor:
+    """``linear(x)``, by the library that multiplies a layer's matrices where it does."""
+    own = x.device.type == "cpu" and not torch.compiler.is_compiling() and ops.asked() != "triton" and _is_plain(linear)
+    if own and x.dtype == linear.weight.dtype and ops.multiplies(x.dtype) and not torch.is_autocast_enabled("cpu"):
+        return ops.linear(x, linear.weight)
+    return linear(x)
+
+
 def _linears(layer: Any) -> tuple[Any, ...]:
     attn, mlp = layer.attn, layer.mlp
     return attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, mlp.w1, mlp.w2, mlp.w3

@@ -303,15 +303,15 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded:
     """
     frames, num_codebooks = codes.shape
     if embedded is not None:
-        projected = model.projection(embedded)
+        projected = layer_cpu.project(model.projection, embedded)
     else:
         index = codes[:, :-1] + torch.arange(num_codebooks - 1, device=codes.device) * vocab
         table = model.audio_embeddings.weight
         if projects_table(frames, vocab):
-            projected = F.embedding(index, model.projection(table[: (num_codebooks - 1) * vocab]))
+            projected = F.embedding(index, layer_cpu.project(model.projection, table[: (num_codebooks - 1) * vocab]))
         else:
-            projected = model.projection(F.embedding(index, table))
-    x = torch.cat([model.projection(hidden).unsqueeze(1), projected], dim=1)
+            projected = layer_cpu.project(model.projection, F.embedding(index, table))
+    x = torch.cat([layer_cpu.project(model.projection, hidden).unsqueeze(1), projected], dim=1)
     positions = torch.arange(num_codebooks, device=codes.device)
     attend = DepthAttend(ops.asked())
     return run_stack(model.decoder, x, positions, num_codebooks, attend, checkpointing(model))[:, 1:]

@@ -20,6 +20,8 @@ from csm_kernels import linear_cross_entropy as _linear_cross_entropy
 from csm_kernels.adamw import Moments
 from csm_kernels.adamw import Settings as AdamWSettings
 from csm_kernels.cpu_attention import Order, uniform_order
+from csm_kernels.cpu_linear import linear
+from csm_kernels.cpu_linear import serves as multiplies
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.llama_layer import LayerSetup, llama_layer
 from csm_kernels.native import reason as cpu_passes
@@ -44,8 +46,10 @@ __all__ = [
     "depth_attention",
     "frame_embed",
     "frame_embed_with_codes",
+    "linear",
     "linear_cross_entropy",
     "llama_layer",
+    "multiplies",
     "packed_attention",
     "plan_segments",
     "rms_norm",

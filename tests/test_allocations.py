@@ -122,7 +122,8 @@ class Rule:
         if self.vocab & {*a.shape}:
             if a.bytes <= self.byte_budget:
                 return "logits"
-            is_head = len(a.shape) == 3 and a.shape[0] == 1 and a.shape[1] in self.head_widths
+            shape = a.shape[1:] if a.shape[:1] == (1,) else a.shape
+            is_head = len(shape) == 2 and shape[0] in self.head_widths
             return "one head" if is_head and a.dtype in (self.dtype, torch.float32) else ""
         if sum(size >= self.rows and size not in self.widths for size in a.shape) > 1:
             return ""

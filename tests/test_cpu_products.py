@@ -46,7 +46,11 @@ def distance(got: Tensor, want: Tensor) -> float:
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, inner, columns", [(1, 2, 1), (5, 16, 64), (7, 33, 17), (64, 130, 65), (211, 100, 131)])
+# Of the last two the inner dimension is more than is multiplied at once.
+PRODUCTS = [(1, 2, 1), (5, 16, 64), (7, 33, 17), (64, 130, 65), (211, 100, 131), (20, 1100, 70), (9, 513, 200)]
+
+
+@pytest.mark.parametrize("rows, inner, columns", PRODUCTS)
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 def test_product(rows, inner, columns, turned, threads):
     a = random(inner, rows).t() if turned[0] else random(rows, inner)
@@ -89,6 +93,21 @@ def test_what_is_not_finite_goes_on():
     assert out[3].isnan().all() and out[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 33)], ids=str)
+def test_linear(shape):
+    x, weight = random(*shape).requires_grad_(), random(20, shape[-1], seed=1).requires_grad_()
+    grad = random(*shape[:-1], 20, seed=2)
+    out = cpu_linear.linear(x, weight)
+    got = torch.autograd.grad(out, (x, weight), grad)
+    wide = tuple(t.detach().double().requires_grad_() for t in (x, weight))
+    truth = F.linear(*wide)
+    assert out.shape == truth.shape and distance(out.detach(), truth.detach()) < 4e-3
+    for g, t in zip(got, torch.autograd.grad(truth, wide, grad.double()), strict=True):
+        assert distance(g, t) < 4e-3
+    (only,) = torch.autograd.grad(cpu_linear.linear(x.detach(), weight), weight, grad)
+    assert torch.equal(only, got[1])
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP64, torch.float16])
 def test_other_types_are_pytorchs(dtype):
     a, b = random(5, 6, dtype=dtype), random(6, 7, dtype=dtype, seed=1)
@@ -97,7 +116,7 @@ def test_other_types_are_pytorchs(dtype):
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
-LENGTHS = [[1], [2, 31, 1, 16], [33, 7], [150, 40], [300]]
+LENGTHS = [[1], [2, 31, 1, 16], [33, 7], [150, 40], [300], [530]]
 
 
 def attention_case(lengths: list[int], heads: int, kv_heads: int, width: int, frames: bool):
@@ -196,14 +215,14 @@ def heads_case(rows: int, heads: int, width: int, vocab: int):
     return hidden, weight, targets, random(rows, 1, dtype=FP32, seed=2).abs()
 
 
-def run_heads(hidden, weight, targets, weights, wants=(True, True)):
-    budget = linear_cross_entropy.DEFAULT_BYTE_BUDGET
+def run_heads(hidden, weight, targets, weights, wants=(True, True), budget=linear_cross_entropy.DEFAULT_BYTE_BUDGET):
     return linear_cross_entropy._losses_and_gradients(hidden, weight, targets, weights, 0.5, budget, *wants, False)
 
 
-@pytest.mark.parametrize(
-    "rows, heads, width, vocab", [(1, 5, 16, 21), (7, 5, 32, 300), (40, 6, 64, 515), (13, 5, 48, 16)]
-)
+HEADS = [(1, 5, 16, 21), (7, 5, 32, 300), (40, 6, 64, 515), (13, 5, 48, 16), (3, 5, 528, 1100)]
+
+
+@pytest.mark.parametrize("rows, heads, width, vocab", HEADS)
 def test_heads(rows, heads, width, vocab, threads, form):
     case = heads_case(rows, heads, width, vocab)
     assert cpu_heads.serves(*case[:3], 2**26) == (SERVED and form == "library")
@@ -212,6 +231,23 @@ def test_heads(rows, heads, width, vocab, threads, form):
     for g, want, bound in zip(got, truth, (1e-3, 3e-3, 6e-3, 6e-3), strict=True):
         assert g.shape == want.shape and distance(g, want) < bound
     assert got[3].stride() == case[1].stride()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("budget", [2**26, 9 * 37 * 2 * 2, 4 * 37 * 2])
+def test_heads_as_products(heads, transposed, budget, monkeypatch):
+    """One head, as codebook 0's, whose weight comes transposed; and more logits than the budget: pieces of heads or of
+    rows, products of matrices of an odd width."""
+    hidden, weight, targets, weights = heads_case(9, heads, 32, 37)
+    if transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(cpu_heads, "serves", lambda *_: False)
+    got = run_heads(hidden, weight, targets, weights, budget=budget)
+    wide = (hidden.double(), weight.double(), targets, weights.double())
+    for g, want, bound in zip(got, run_heads(*wide), (1e-3, 3e-3, 6e-3, 6e-3), strict=True):
+        assert g.shape == want.shape and distance(g, want) < bound
+    assert got[3].stride()[-2:] == weight.stride()[-2:]
 
 
 @pytest.mark.parametrize("wants", [(False, False), (True, False), (False, True)])

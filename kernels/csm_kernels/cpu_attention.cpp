@@ -60,23 +60,18 @@ void each(const Pack& pack, Work work) {
 
 // --- rotation --------------------------------------------------------------------------------------------------------
 
-// The numbers x[j] to x[j + 15] of a row, neighbours (2 i, 2 i + 1) turned by the angles (sign -1: back), times a factor.
-INLINE __m512 turned(__m512 x, const float* cosine, const float* sine, int64_t j, float sign, float factor) {
-    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    const __m512 c = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(cosine + j / 2)));
-    const __m512 s = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(sine + j / 2)));
-    const __m512 left = _mm512_mul_ps(s, _mm512_set1_ps(sign * factor));
-    const __m512 turn = _mm512_mask_sub_ps(left, 0x5555, _mm512_setzero_ps(), left);
-    return _mm512_fmadd_ps(_mm512_mul_ps(x, _mm512_set1_ps(factor)), c, _mm512_mul_ps(_mm512_permute_ps(x, 0xb1), turn));
+// A register of a row's numbers from j on, neighbours (2 i, 2 i + 1) turned by the angles (sign -1: back), times a factor.
+INLINE Floats turned(Floats x, const float* cosine, const float* sine, int64_t j, float sign, float factor) {
+    const Floats left = twice_each(sine + j / 2) * (sign * factor);
+    return x * factor * twice_each(cosine + j / 2) + neighbours_swapped(x) * even_negative(left);
 }
 
 // A row of gradients in float32, scaled and turned back, to memory.
 inline void put_row(const Pack& pack, const float* row, int64_t index, float factor, bf16* to) {
     const int64_t at = pack.cosine ? index % pack.angles * (pack.width / 2) : 0;
     for (int64_t j = 0; j < pack.width; j += LANE) {
-        const __m512 x = _mm512_loadu_ps(row + j);
-        put_lane(to + j, pack.cosine ? turned(x, pack.cosine + at, pack.sine + at, j, -1.0f, factor)
-                                   : _mm512_mul_ps(x, _mm512_set1_ps(factor)));
+        const Floats x = load(row + j);
+        put_lane(to + j, pack.cosine ? turned(x, pack.cosine + at, pack.sine + at, j, -1.0f, factor) : x * factor);
     }
 }
 
@@ -90,9 +85,9 @@ void rotate(const Pack& pack, bf16* x, int64_t heads, float factor) {
             for (int64_t head = 0; head < heads; ++head) {
                 bf16* numbers = x + (row * heads + head) * pack.width;
                 for (int64_t j = 0; j < pack.width; j += LANE) {
-                    const __m512 in = widened(numbers + j);
+                    const Floats in = load(numbers + j);
                     put_lane(numbers + j, pack.cosine ? turned(in, pack.cosine + at, pack.sine + at, j, 1.0f, factor)
-                                                    : _mm512_mul_ps(in, _mm512_set1_ps(factor)));
+                                                      : in * factor);
                 }
             }
         }
@@ -101,42 +96,25 @@ void rotate(const Pack& pack, bf16* x, int64_t heads, float factor) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-INLINE __m512i lanes() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
-
-// The lanes of the 16 columns from `first` on that lie before `live`.
-INLINE __mmask16 before(int64_t first, int64_t live) {
-    return _mm512_cmplt_epi32_mask(lanes(), _mm512_set1_epi32(static_cast<int32_t>(live - first)));
-}
-
-INLINE __m512 power_of_e(__m512 x) { return (__m512)exponential((Floats)x); }
-
 struct Total {
     float highest, sum;
 };
 
-// e^(score - highest) of a row's first `live` scores as bf16, zeros behind them; `columns` is a multiple of 16.
+// e^(score - highest) of a row's first `live` scores as bf16, zeros behind them; `columns` are whole registers.
 INLINE Total softmax_row(const float* scores, int64_t live, int64_t columns, bf16* out) {
-    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const Floats lowest = Floats{} - std::numeric_limits<float>::infinity();
     const int64_t full = live / LANE * LANE;
-    __m512 most = lowest;
-    for (int64_t j = 0; j < full; j += LANE) {
-        const __m512 x = _mm512_loadu_ps(scores + j);
-        most = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(most, x, _CMP_GT_OQ), most);  // NaN is kept
-    }
-    if (full < live) {
-        const __m512 x = _mm512_mask_loadu_ps(lowest, before(full, live), scores + full);
-        most = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(most, x, _CMP_GT_OQ), most);
-    }
-    const float highest = highest_of((Floats)most);
-    const __m512 shift = _mm512_set1_ps(highest);
-    __m512 sum = _mm512_setzero_ps();
+    Floats most = lowest;
+    for (int64_t j = 0; j < full; j += LANE) most = larger(most, load(scores + j));  // NaN is kept
+    if (full < live) most = larger(most, chosen(before(full, live), load(scores + full), lowest));
+    const float highest = highest_of(most);
+    Floats sum = Floats{};
     for (int64_t j = 0; j < columns; j += LANE) {
-        const __mmask16 mask = before(j, live);
-        const __m512 e = _mm512_maskz_mov_ps(mask, power_of_e(_mm512_sub_ps(_mm512_loadu_ps(scores + j), shift)));
-        sum = _mm512_add_ps(sum, e);
+        const Floats e = chosen(before(j, live), exponential(load(scores + j) - highest), Floats{});
+        sum += e;
         put_lane(out + j, e);
     }
-    return {highest, sum_of((Floats)sum)};
+    return {highest, sum_of(sum)};
 }
 
 struct ForwardPlace {
@@ -166,18 +144,17 @@ void forward(const Pack& pack, const bf16* q, const bf16* k, const bf16* v, bf16
             for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
                 const int64_t count = std::min(BLOCK_ROWS, rows - row), columns = whole_lanes(row + count);
                 const int64_t at = (first + row) * q_stride + head * width;
-                multiply(q + at, q_stride, count, w.keys, padded, columns, width / 2, w.scores, padded);
+                multiply(q + at, q_stride, count, w.keys, padded, columns, width, w.scores, padded);
                 float inverse[BLOCK_ROWS];
                 for (int64_t i = 0; i < count; ++i) {
                     const Total total = softmax_row(w.scores + i * padded, row + i + 1, columns, w.p + i * padded);
                     inverse[i] = 1.0f / total.sum;
                     logs[head * pack.rows() + first + row + i] = total.highest + __builtin_logf(total.sum);
                 }
-                multiply(w.p, padded, count, w.values, width, width, columns / 2, w.sums, width);
+                multiply(w.p, padded, count, w.values, width, width, columns, w.sums, width);
                 for (int64_t i = 0; i < count; ++i) {
                     for (int64_t j = 0; j < width; j += LANE) {
-                        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w.sums + i * width + j), _mm512_set1_ps(inverse[i]));
-                        put_lane(out + at + i * q_stride + j, x);
+                        put_lane(out + at + i * q_stride + j, load(w.sums + i * width + j) * inverse[i]);
                     }
                 }
             }
@@ -237,9 +214,9 @@ inline void gather(const bf16* grad, const int64_t* places, int64_t first, int64
 }
 
 inline float dot(const bf16* a, const bf16* b, int64_t width) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < width; j += LANE) sum = _mm512_fmadd_ps(widened(a + j), widened(b + j), sum);
-    return sum_of((Floats)sum);
+    Floats sum = Floats{};
+    for (int64_t j = 0; j < width; j += LANE) sum += load(a + j) * load(b + j);
+    return sum_of(sum);
 }
 
 // P^T and dS^T of a block, [keys, columns]: keys from `key` on against queries from `query` on.
@@ -248,12 +225,11 @@ inline void score_gradients(const BackwardPlace& w, int64_t key, int64_t keys, i
         const int64_t row = i * BLOCK_COLUMNS;
         for (int64_t j = 0; j < columns; j += LANE) {
             // A query sees the keys up to itself.
-            const __mmask16 sees = static_cast<__mmask16>(~before(query + j, key + i));
-            const __m512 score = _mm512_sub_ps(_mm512_loadu_ps(w.scores + row + j), _mm512_loadu_ps(w.logs + query + j));
-            const __m512 p = _mm512_maskz_mov_ps(sees, power_of_e(score));
-            const __m512 dp = _mm512_sub_ps(_mm512_loadu_ps(w.dp + row + j), _mm512_loadu_ps(w.sums + query + j));
+            const Mask sees = others(before(query + j, key + i));
+            const Floats p = chosen(sees, exponential(load(w.scores + row + j) - load(w.logs + query + j)), Floats{});
+            const Floats ds = p * (load(w.dp + row + j) - load(w.sums + query + j));
             put_lane(w.p + row + j, p);
-            put_lane(w.ds + row + j, _mm512_maskz_mul_ps(sees, p, dp));
+            put_lane(w.ds + row + j, chosen(sees, ds, Floats{}));
         }
     }
 }
@@ -271,19 +247,19 @@ void backward_of_head(const BackwardPlace& w, const bf16* q, int64_t q_stride, c
         const int64_t keys = std::min(BLOCK_ROWS, rows - key), key_pairs = (keys + 1) / 2;
         const bf16* turned_keys = reinterpret_cast<const bf16*>(w.k_transposed) + key;
         for (int64_t query = key; query < padded; query += BLOCK_COLUMNS) {
-            const int64_t columns = std::min(BLOCK_COLUMNS, padded - query), pairs = columns / 2;
-            multiply(k + key * k_stride, k_stride, keys, w.q_columns + query, padded, columns, width / 2, w.scores,
+            const int64_t columns = std::min(BLOCK_COLUMNS, padded - query);
+            multiply(k + key * k_stride, k_stride, keys, w.q_columns + query, padded, columns, width, w.scores,
                      BLOCK_COLUMNS);
-            multiply(v + key * k_stride, k_stride, keys, w.grad_columns + query, padded, columns, width / 2, w.dp,
+            multiply(v + key * k_stride, k_stride, keys, w.grad_columns + query, padded, columns, width, w.dp,
                      BLOCK_COLUMNS);
             score_gradients(w, key, keys, query, columns);
             pairs_of_rows(w.ds, BLOCK_COLUMNS, keys, columns, key_pairs, w.ds_rows);
             const int64_t at = query / 2 * width;
-            multiply(w.p, BLOCK_COLUMNS, keys, w.grad_rows + at, width, width, pairs, w.dv + key * width, width,
+            multiply(w.p, BLOCK_COLUMNS, keys, w.grad_rows + at, width, width, columns, w.dv + key * width, width,
                      w.dv + key * width);
-            multiply(w.ds, BLOCK_COLUMNS, keys, w.q_rows + at, width, width, pairs, w.dk + key * width, width,
+            multiply(w.ds, BLOCK_COLUMNS, keys, w.q_rows + at, width, width, columns, w.dk + key * width, width,
                      w.dk + key * width);
-            multiply(turned_keys, 2 * w.key_stride, width, w.ds_rows, columns, columns, key_pairs, w.dq_transposed + query,
+            multiply(turned_keys, 2 * w.key_stride, width, w.ds_rows, columns, columns, 2 * key_pairs, w.dq_transposed + query,
                      padded, w.dq_transposed + query);
         }
     }
@@ -319,7 +295,7 @@ void backward(const Pack& pack, const bf16* grad, const bf16* out, const int64_t
         for (int64_t i = 0; i < rows; ++i) {
             put_row(pack, w.dk + i * width, first + i, 1.0f, dk + of_keys + i * k_stride);
             for (int64_t j = 0; j < width; j += LANE) {
-                put_lane(dv + of_keys + i * k_stride + j, _mm512_loadu_ps(w.dv + i * width + j));
+                put_lane(dv + of_keys + i * k_stride + j, load(w.dv + i * width + j));
             }
         }
     });

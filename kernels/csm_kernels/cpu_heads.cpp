@@ -70,7 +70,7 @@ void logits_of(const Heads& sizes, const Place& at, const bf16* hidden, const bf
             const int64_t count = piece.last - piece.first;
             const bf16* from = weight + 2 * pair * sizes.vocab + piece.first;
             const bf16* later = from + 2 * AHEAD * sizes.vocab;
-            for (int64_t j = 0; j < count; j += 32) {
+            for (int64_t j = 0; j < count; j += LINE) {
                 __builtin_prefetch(later + j);
                 __builtin_prefetch(later + sizes.vocab + j);
             }
@@ -81,7 +81,7 @@ void logits_of(const Heads& sizes, const Place& at, const bf16* hidden, const bf
     for (int64_t i = 0; i < pieces.count; ++i) {
         const Share piece = pieces.at(i);
         const int64_t columns = whole_lanes(piece.last - piece.first);
-        multiply(hidden, sizes.hidden_row, sizes.rows, at.weight + piece.first * pairs, columns, columns, pairs,
+        multiply(hidden, sizes.hidden_row, sizes.rows, at.weight + piece.first * pairs, columns, columns, sizes.width,
                  at.logits + piece.first, at.stride);
     }
 }
@@ -93,22 +93,22 @@ void gradient_of_hidden(const Heads& sizes, const Place& at, const bf16* weight,
     for (int64_t i = 0; i < pieces.count; ++i) {
         const Share piece = pieces.at(i);
         multiply(at.logits + piece.first, at.stride, sizes.rows, at.weight + piece.first / 2 * stride, stride, sizes.width,
-                 (piece.last - piece.first + 1) / 2, at.dh, sizes.width, i > 0 ? at.dh : nullptr);
+                 (piece.last - piece.first + 1) / 2 * 2, at.dh, sizes.width, i > 0 ? at.dh : nullptr);
     }
     for (int64_t row = 0; row < sizes.rows; ++row) {
         for (int64_t j = 0; j < sizes.width; j += LANE) {
-            put_lane(out + row * out_stride + j, _mm512_loadu_ps(at.dh + row * sizes.width + j));
+            put_lane(out + row * out_stride + j, load(at.dh + row * sizes.width + j));
         }
     }
 }
 
 // To memory past the caches, which would read a line before they write it.
 inline void stream(const bf16* from, bf16* to, int64_t count) {
-    const int64_t line = 32, before = std::min(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / 2));
+    const int64_t before = std::min(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / 2));
     std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(before) * sizeof(bf16));
     int64_t i = before;
-    for (; i + line <= count; i += line) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    for (; i + LINE <= count; i += LINE) {
+        for (int64_t j = i; j < i + LINE; j += 2 * LANE) stream_bits(to + j, load_bits(from + j));
     }
     std::memcpy(static_cast<void*>(to + i), from + i, static_cast<size_t>(count - i) * sizeof(bf16));
 }
@@ -120,7 +120,7 @@ void gradient_of_weight(const Heads& sizes, const Place& at, const bf16* hidden,
     const bf16* turned = reinterpret_cast<const bf16*>(at.hidden);
     for (int64_t row = 0; row < sizes.width; row += GRADIENT_ROWS) {
         const int64_t some = std::min(GRADIENT_ROWS, sizes.width - row);
-        multiply(turned + row * 2 * at.pair_stride, 2 * at.pair_stride, some, at.gradient, at.stride, at.stride, at.pairs,
+        multiply(turned + row * 2 * at.pair_stride, 2 * at.pair_stride, some, at.gradient, at.stride, at.stride, 2 * at.pairs,
                  at.dw, sizes.vocab);
         stream(at.dw, out + row * sizes.vocab, some * sizes.vocab);
     }

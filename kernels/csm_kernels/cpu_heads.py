@@ -1,5 +1,5 @@
 """Many linear heads over the same few rows and their cross-entropies on a CPU: one call of the library built for this
-processor (``cpu_heads.cpp``), in bf16 on processors with AVX512-BF16."""
+processor (``cpu_heads.cpp``), in bf16 on processors with AVX512-BF16 or AVX2."""
 
 from __future__ import annotations
 

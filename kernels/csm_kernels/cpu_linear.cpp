@@ -25,7 +25,7 @@ struct Matrix {
 
 struct Product {
     Matrix a, b;                   // [rows, inner] and [inner, columns]
-    int64_t rows, inner, columns;  // inner even, if a is not turned
+    int64_t rows, inner, columns;  // 
     const bf16* plus;              // [rows, columns], added, or null; may be c
     bf16* c;                       // [rows, columns]
     int threads;
@@ -61,28 +61,27 @@ void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
         const int64_t left = std::min<int64_t>(2 * LANE, p.inner - 2 * pair);
         // Rows are far apart, which no processor foresees.
         for (int64_t k = 2 * LANE; k < 4 * LANE && 2 * pair + k < p.inner; ++k) {
-            for (int64_t column = first; column < last; column += 32) __builtin_prefetch(rows + k * stride + column, 0, 2);
+            for (int64_t column = first; column < last; column += LINE) __builtin_prefetch(rows + k * stride + column, 0, 2);
         }
-        for (int64_t column = first; column < last; column += 32) {
-            const __mmask32 some = first_halves(last - column);
-            __m512i low[16], high[16];
+        for (int64_t column = first; column < last; column += 2 * LANE) {
+            const int64_t some = last - column;
+            Bits low[LANE], high[LANE];
 #pragma GCC unroll 16
-            for (int k = 0; k < 16; ++k) {
+            for (int k = 0; k < LANE; ++k) {
                 const bf16* row = rows + 2 * k * stride + column;
-                const __m512i even = _mm512_maskz_loadu_epi16(2 * k < left ? some : 0, row);
-                const __m512i odd = _mm512_maskz_loadu_epi16(2 * k + 1 < left ? some : 0, row + stride);
-                low[k] = _mm512_unpacklo_epi16(even, odd);
-                high[k] = _mm512_unpackhi_epi16(even, odd);
+                const Bits even = load_some(row, 2 * k < left ? some : 0);
+                const Bits odd = load_some(row + stride, 2 * k + 1 < left ? some : 0);
+                low[k] = paired_low(even, odd);
+                high[k] = paired_high(even, odd);
             }
             transpose(low);
             transpose(high);
-            // Of each quarter of a register of 32 columns, `low` has the first four and `high` the others.
             uint32_t* to = out + (column - first) * to_stride + pair;
 #pragma GCC unroll 16
-            for (int k = 0; k < 16; ++k) {
+            for (int k = 0; k < LANE; ++k) {
                 const int64_t at = k / 4 * 8 + k % 4;
-                if (column + at < last) _mm512_storeu_si512(to + at * to_stride, low[k]);
-                if (column + at + 4 < last) _mm512_storeu_si512(to + (at + 4) * to_stride, high[k]);
+                if (column + at < last) store_bits(to + at * to_stride, low[k]);
+                if (column + at + 4 < last) store_bits(to + (at + 4) * to_stride, high[k]);
             }
         }
     }
@@ -95,7 +94,7 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
     bf16* c = p.c + first * p.columns + column;
     const bf16* plus = p.plus ? p.plus + first * p.columns + column : nullptr;
     if (padded == width) {
-        multiply(a, a_stride, last - first, b, padded, padded, p.pairs(), c, p.columns, plus);
+        multiply(a, a_stride, last - first, b, padded, padded, p.inner, c, p.columns, plus);
         return;
     }
     bf16 rows[TILE_ROWS * PANEL];
@@ -105,7 +104,7 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
             std::memcpy(static_cast<void*>(rows + k * PANEL), plus + (i + k) * p.columns, static_cast<size_t>(width) * 2);
             clear(rows + k * PANEL + width, padded - width);
         }
-        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.pairs(), rows, PANEL, plus ? rows : nullptr);
+        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.inner, rows, PANEL, plus ? rows : nullptr);
         for (int64_t k = 0; k < count; ++k) {
             std::memcpy(static_cast<void*>(c + (i + k) * p.columns), rows + k * PANEL, static_cast<size_t>(width) * 2);
         }
@@ -135,8 +134,8 @@ void product(const Product& p, uint32_t* shared, uint32_t* own) {
     const bf16 *all = reinterpret_cast<const bf16*>(shared), *mine = reinterpret_cast<const bf16*>(own);
     if (p.shares_left()) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < (p.rows + LANE - 1) / LANE; ++i) {
-            turn(p, i * LANE, std::min(p.rows, (i + 1) * LANE), shared + i * LANE * stride);
+        for (int64_t i = 0; i < (p.rows + 2 * LANE - 1) / (2 * LANE); ++i) {
+            turn(p, i * 2 * LANE, std::min(p.rows, (i + 1) * 2 * LANE), shared + i * 2 * LANE * stride);
         }
         each_panel(p, [=](int64_t panel, int64_t first, int64_t last) {
             pack(p, panel, own);

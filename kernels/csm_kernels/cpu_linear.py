@@ -1,7 +1,7 @@
 """Matrix products of a CPU's linear layers, forward and backward.
 
-In bf16, on processors with AVX512-BF16, by the library built for this processor (``cpu_linear.cpp``), elsewhere
-PyTorch's.
+In bf16, on processors with AVX512-BF16 or AVX2, by the library built for this processor (``cpu_linear.cpp``),
+elsewhere PyTorch's.
 """
 
 from __future__ import annotations
@@ -60,11 +60,42 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     return _run(run, plan, a, b, plus, scratch)
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        return product(grad, weight) if wants_x else None, product(grad.t(), x) if wants_weight else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer without bias.
+
+    Args:
+        x: [..., D] on a CPU.
+        weight: [N, D], the same dtype.
+
+    Returns:
+        [..., N]. Gradients of first order only.
+    """
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are the library's."""
+    return native.function("product", dtype) is not None
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(a: Size, a_stride: Size, b: Size, b_stride: Size, dtype: torch.dtype, most_threads: int) -> _Plan | None:
     (rows, inner), columns = a, b[1]
-    # Rows as they lie are read two numbers at a time: of an odd number, the last would come with its neighbour.
-    turned_a, turned_b = _is_turned(a, a_stride, inner % 2 == 0), _is_turned(b, b_stride, True)
+    turned_a, turned_b = _is_turned(a, a_stride), _is_turned(b, b_stride)
     if turned_a is None or turned_b is None or not rows * inner * columns or b[0] != inner:
         return None
     threads = min(native.threads(rows * inner * columns), most_threads)
@@ -73,10 +104,10 @@ def _plan(a: Size, a_stride: Size, b: Size, b_stride: Size, dtype: torch.dtype, 
     return _Plan(turned_a, turned_b, (rows, inner, columns), strides, scratch, threads)
 
 
-def _is_turned(shape: Size, stride: Size, may_lie: bool) -> bool | None:
+def _is_turned(shape: Size, stride: Size) -> bool | None:
     """Whether a matrix's rows are contiguous and apart (False), or its transpose's (True), or none's."""
     (rows, columns), (down, across) = shape, stride
-    if may_lie and across == 1 and down >= columns:
+    if across == 1 and down >= columns:
         return False
     return True if down == 1 and across >= rows else None
 

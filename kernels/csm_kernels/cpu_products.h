@@ -1,154 +1,221 @@
-// Products of small bf16 matrices in float32 registers, for processors with AVX512-BF16, and the layouts that they read.
+// Products of small bf16 matrices in float32 registers, and the layouts that they read.
 //
-// The instruction adds up two neighbouring products at once. So the left operand is read in pairs of neighbours along the
-// inner dimension, as rows lie in memory; the right one comes as "pairs", [inner / 2, columns] numbers of 32 bits, each the
-// two bf16 that one column has there. A transposed matrix becomes pairs by transposing 32-bit numbers (`pairs_of_columns`),
-// a plain one by interleaving two rows (`pairs_of_rows`).
+// The left operand is read in pairs of neighbours along the inner dimension, as rows lie in memory; the right one comes as
+// "pairs", [inner / 2, columns] numbers of 32 bits, each the two bf16 that one column has there. A transposed matrix becomes
+// pairs by transposing 32-bit numbers (`pairs_of_columns`), a plain one by interleaving two rows (`pairs_of_rows`).
 
 #pragma once
 
-#include <immintrin.h>
+#include <algorithm>
+#include <array>
+#include <utility>
 
-#include "cpu_common.h"
+#include "cpu_lanes.h"
 
-// Where there are tiles for it (AMX), PyTorch's products are several times as fast as these could be.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
-#define HAS_PRODUCTS 1
+#ifdef HAS_PRODUCTS
 
 namespace {
 
-constexpr int64_t LANE = 16;  // columns of a register
+#ifdef ADDS_PAIRS
 
-inline int64_t whole_lanes(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
+constexpr int TILE_ROWS = 6, TILE_LANES = 4;
+typedef bf16 Left;  // as a tile reads it
 
-INLINE __m512i wide_bits(const bf16* x) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+// sum[i][j] += the products of row i's pair at `a` with the pairs at `b`.
+template <int R, int C>
+INLINE void add_products(Floats (&sum)[R][C], const bf16* a, int64_t a_stride, const uint32_t* b) {
+    Bits right[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) right[j] = load_bits(b + j * LANE);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a + i * a_stride, sizeof pair);
+        const Bits left = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) {
+            sum[i][j] = (Floats)_mm512_dpbf16_ps((__m512)sum[i][j], (__m512bh)left, (__m512bh)right[j]);
+        }
+    }
 }
 
-INLINE __m512 widened(const bf16* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(wide_bits(x), 16)); }
+#else
 
-INLINE void put_lane(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
-INLINE void put_lane(bf16* to, __m512 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+constexpr int TILE_ROWS = 6, TILE_LANES = 2;
+typedef float Left;
+
+// First the even numbers of the pairs, then the odd ones: so there are registers enough.
+template <int R, int C>
+INLINE void add_products(Floats (&sum)[R][C], const float* a, int64_t a_stride, const uint32_t* b) {
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+        Floats right[C];
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) {
+            const Words pair = (Words)load_bits(b + j * LANE);
+            right[j] = reinterpret_cast<Floats>(odd ? pair & 0xffff0000u : pair << 16);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const Floats left = (Floats)_mm256_broadcast_ss(a + i * a_stride + odd);
+#pragma GCC unroll 4
+            for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
+        }
+    }
 }
 
-// c[R, 16 C] = a b, or plus + a b; plus has c's stride, and may be c. Strides count numbers of their own type.
+#endif
+
+#ifndef ADDS_PAIRS
+// Rows as floats, zeros behind them up to `to_stride`.
+inline void widen_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const bf16* from = x + i * stride;
+        float* row = to + i * to_stride;
+        int64_t j = 0;
+        for (; j + LANE <= width; j += LANE) store(row + j, load(from + j));
+        for (; j < width; ++j) row[j] = wide(from[j]);
+        for (; j < to_stride; ++j) row[j] = 0.0f;
+    }
+}
+#endif
+
+// c[R, C registers] = a b, or plus + a b; plus has c's stride, and may be c. Strides count numbers of their own type.
+// Where `inner` is odd, what lies behind a's rows is not read.
 template <int R, int C, class T>
-inline __attribute__((noinline)) void tile(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
-                                           int64_t pairs, T* c, int64_t c_stride, const T* plus) {
-    __m512 sum[R][C];
+inline __attribute__((noinline)) void tile(const Left* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
+                                           int64_t inner, T* c, int64_t c_stride, const T* plus) {
+    Floats sum[R][C];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) sum[i][j] = _mm512_setzero_ps();
+        for (int j = 0; j < C; ++j) sum[i][j] = Floats{};
     }
-    for (int64_t p = 0; p < pairs; ++p) {
-        __m512i right[C];
-#pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + p * b_stride + j * LANE);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            int32_t pair;
-            std::memcpy(&pair, a + i * a_stride + 2 * p, sizeof pair);
-            const __m512i left = _mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-            for (int j = 0; j < C; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
-        }
+    const int64_t pairs = inner / 2;
+    for (int64_t p = 0; p < pairs; ++p) add_products(sum, a + 2 * p, a_stride, b + p * b_stride);
+    if (inner % 2) {
+        Left last[2 * R] = {};
+        for (int i = 0; i < R; ++i) last[2 * i] = a[i * a_stride + 2 * pairs];
+        add_products(sum, last, 2, b + pairs * b_stride);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) {
             const int64_t at = i * c_stride + j * LANE;
-            put_lane(c + at, plus ? _mm512_add_ps(sum[i][j], (__m512)load(plus + at)) : sum[i][j]);
+            put_lane(c + at, plus ? sum[i][j] + load(plus + at) : sum[i][j]);
         }
     }
 }
 
-constexpr int TILE_ROWS = 6, TILE_LANES = 4;
+template <class T>
+using Tile = void (*)(const Left*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, const T*);
+
+template <class T, int R, int... C>
+constexpr std::array<Tile<T>, TILE_LANES> tiles_of(std::integer_sequence<int, C...>) {
+    return {tile<R, C + 1, T>...};
+}
+
+template <class T, int... R>
+constexpr std::array<std::array<Tile<T>, TILE_LANES>, TILE_ROWS> all_tiles(std::integer_sequence<int, R...>) {
+    return {tiles_of<T, R + 1>(std::make_integer_sequence<int, TILE_LANES>{})...};
+}
+
+// By rows and registers, each less one.
+template <class T>
+constexpr auto TILES = all_tiles<T>(std::make_integer_sequence<int, TILE_ROWS>{});
 
 template <class T>
-using Tile = void (*)(const bf16*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, const T*);
+INLINE void run_tile(Share row, Share lane, const Left* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t inner,
+                     T* c, int64_t c_stride, const T* plus) {
+    TILES<T>[static_cast<size_t>(row.last - row.first - 1)][static_cast<size_t>(lane.last - lane.first - 1)](
+        a, a_stride, b, b_stride, inner, c, c_stride, plus);
+}
 
-template <class T>
-constexpr Tile<T> TILES[TILE_ROWS][TILE_LANES] = {
-    {tile<1, 1, T>, tile<1, 2, T>, tile<1, 3, T>, tile<1, 4, T>}, {tile<2, 1, T>, tile<2, 2, T>, tile<2, 3, T>, tile<2, 4, T>},
-    {tile<3, 1, T>, tile<3, 2, T>, tile<3, 3, T>, tile<3, 4, T>}, {tile<4, 1, T>, tile<4, 2, T>, tile<4, 3, T>, tile<4, 4, T>},
-    {tile<5, 1, T>, tile<5, 2, T>, tile<5, 3, T>, tile<5, 4, T>}, {tile<6, 1, T>, tile<6, 2, T>, tile<6, 3, T>, tile<6, 4, T>},
-};
-
-// c[rows, columns] = a b, or plus + a b, with a [rows, 2 pairs] and b [pairs, columns] of pairs; columns a multiple
-// of 16. From the last columns to the first: what a row writes too much behind itself is the next row's, and written again.
+// c[rows, columns] = a b, or plus + a b, with a [rows, inner] and b [inner / 2, columns] of pairs, the last with a zero where
+// inner is odd; columns a multiple of a register. What a row writes too much behind itself is the next row's, and written again: of a row, the last columns
+// are written first.
 template <class T>
 inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t columns,
-                     int64_t pairs, T* c, int64_t c_stride, const T* plus = nullptr) {
+                     int64_t inner, T* c, int64_t c_stride, const T* plus = nullptr) {
     // Tiles of about the same size: a small one at the end would wait for its own results.
     const int64_t lanes = columns / LANE, across = (lanes + TILE_LANES - 1) / TILE_LANES;
     const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
+#ifdef ADDS_PAIRS
     for (int64_t x = across; x-- > 0;) {
         const Share lane = share(lanes, static_cast<int>(x), static_cast<int>(across));
         for (int64_t y = 0; y < down; ++y) {
             const Share row = share(rows, static_cast<int>(y), static_cast<int>(down));
-            TILES<T>[row.last - row.first - 1][lane.last - lane.first - 1](
-                a + row.first * a_stride, a_stride, b + lane.first * LANE, b_stride, pairs,
-                c + row.first * c_stride + lane.first * LANE, c_stride,
-                plus ? plus + row.first * c_stride + lane.first * LANE : nullptr);
+            const int64_t at = row.first * c_stride + lane.first * LANE;
+            run_tile(row, lane, a + row.first * a_stride, a_stride, b + lane.first * LANE, b_stride, inner, c + at, c_stride,
+                     plus ? plus + at : nullptr);
         }
     }
+#else
+    // Some rows of a and of b, as floats and as pairs, that the first-level cache holds; sums of all of them.
+    constexpr int64_t DEPTH = 512;  // even
+    constexpr int64_t GROUP = 4;
+    alignas(64) float left[TILE_ROWS * DEPTH];
+    alignas(64) float sums[TILE_ROWS * GROUP * TILE_LANES * LANE];
+    const int64_t left_stride = std::min((inner + 1) / 2 * 2, DEPTH), sums_stride = GROUP * TILE_LANES * LANE;
+    for (int64_t y = 0; y < down; ++y) {
+        const Share row = share(rows, static_cast<int>(y), static_cast<int>(down));
+        const bf16* from = a + row.first * a_stride;
+        const int64_t height = row.last - row.first;
+        if (inner <= DEPTH) widen_rows(from, a_stride, height, inner, left, left_stride);
+        for (int64_t last = across; last > 0; last -= std::min(GROUP, last)) {
+            const int64_t first = std::max(last - GROUP, int64_t{0});
+            const int64_t origin = share(lanes, static_cast<int>(first), static_cast<int>(across)).first * LANE;
+            for (int64_t k = 0; k < inner; k += DEPTH) {
+                const int64_t some = std::min(DEPTH, inner - k);
+                if (inner > DEPTH) widen_rows(from + k, a_stride, height, some, left, left_stride);
+                for (int64_t x = last; x-- > first;) {
+                    const Share lane = share(lanes, static_cast<int>(x), static_cast<int>(across));
+                    const int64_t column = lane.first * LANE, at = row.first * c_stride + column;
+                    const uint32_t* right = b + k / 2 * b_stride + column;
+                    if (inner <= DEPTH) {
+                        run_tile(row, lane, left, left_stride, right, b_stride, some, c + at, c_stride,
+                                 plus ? plus + at : nullptr);
+                    } else {
+                        float* to = sums + column - origin;
+                        run_tile<float>(row, lane, left, left_stride, right, b_stride, some, to, sums_stride, k ? to : nullptr);
+                    }
+                }
+            }
+            if (inner <= DEPTH) continue;
+            const int64_t end = share(lanes, static_cast<int>(last - 1), static_cast<int>(across)).last * LANE;
+            for (int64_t i = 0; i < height; ++i) {
+                for (int64_t j = end - LANE; j >= origin; j -= LANE) {
+                    const int64_t at = (row.first + i) * c_stride + j;
+                    const Floats sum = load(sums + i * sums_stride + j - origin);
+                    put_lane(c + at, plus ? sum + load(plus + at) : sum);
+                }
+            }
+        }
+    }
+#endif
 }
-
-INLINE void transpose(__m512i (&r)[16]) {
-    __m512i t[16], u[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    // Of u[4 i + j], the quarter l has column 4 l + j of the rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-        const __m512i even_low = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
-        const __m512i odd_low = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
-        const __m512i even_high = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
-        const __m512i odd_high = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
-        r[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        r[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        r[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-        r[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-    }
-}
-
-// The first `left` of 32 numbers of 16 bits.
-INLINE __mmask32 first_halves(int64_t left) { return left >= 32 ? ~0u : (1u << (left > 0 ? left : 0)) - 1; }
 
 // Rows as columns of 32-bit numbers: out[j, i] = in[i, j]. A row has `halves` numbers of 16 bits, the last 32-bit number is
-// filled up with zeros; so are the columns of `out` from `rows` to the next multiple of 16. `in_stride` counts halves.
+// filled up with zeros; so are the columns of `out` from `rows` to the next whole register. `in_stride` counts halves.
 inline void transposed(const void* in, int64_t in_stride, int64_t rows, int64_t halves, uint32_t* out, int64_t out_stride) {
     const uint16_t* from = static_cast<const uint16_t*>(in);
     for (int64_t i = 0; i < rows; i += LANE) {
         for (int64_t j = 0; 2 * j < halves; j += LANE) {
             const uint16_t* block = from + i * in_stride + 2 * j;
             uint32_t* to = out + j * out_stride + i;
-            __m512i r[16];
+            Bits r[LANE];
             if (rows - i >= LANE && halves - 2 * j >= 2 * LANE) {
 #pragma GCC unroll 16
-                for (int k = 0; k < 16; ++k) r[k] = _mm512_loadu_si512(block + k * in_stride);
+                for (int k = 0; k < LANE; ++k) r[k] = load_bits(block + k * in_stride);
                 transpose(r);
 #pragma GCC unroll 16
-                for (int k = 0; k < 16; ++k) _mm512_storeu_si512(to + k * out_stride, r[k]);
+                for (int k = 0; k < LANE; ++k) store_bits(to + k * out_stride, r[k]);
                 continue;
             }
-            const __mmask32 some = first_halves(halves - 2 * j);
-            for (int k = 0; k < 16; ++k) r[k] = _mm512_maskz_loadu_epi16(i + k < rows ? some : 0, block + k * in_stride);
+            for (int k = 0; k < LANE; ++k) r[k] = load_some(block + k * in_stride, i + k < rows ? halves - 2 * j : 0);
             transpose(r);
-            for (int k = 0; k < 16 && 2 * (j + k) < halves; ++k) _mm512_storeu_si512(to + k * out_stride, r[k]);
+            for (int k = 0; k < LANE && 2 * (j + k) < halves; ++k) store_bits(to + k * out_stride, r[k]);
         }
     }
 }
@@ -159,7 +226,7 @@ inline void pairs_of_columns(const bf16* x, int64_t stride, int64_t rows, int64_
 }
 
 // x as pairs along its rows, [pairs, width]: x is bf16 [rows, width], with zeros behind its rows, and behind its columns up
-// to the next multiple of 16, which is `out`'s stride.
+// to the next whole register, which is `out`'s stride.
 inline void pairs_of_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, int64_t pairs, uint32_t* out) {
     const int64_t out_stride = whole_lanes(width), full = width / LANE * LANE;
     for (int64_t i = 0; i < pairs; ++i) {
@@ -167,16 +234,11 @@ inline void pairs_of_rows(const bf16* x, int64_t stride, int64_t rows, int64_t w
         uint32_t* to = out + i * out_stride;
         const bool has_low = 2 * i < rows, has_high = 2 * i + 1 < rows;
         if (has_high) {
-            for (int64_t j = 0; j < full; j += LANE) {
-                const __m512i odd = _mm512_slli_epi32(wide_bits(row + stride + j), 16);
-                _mm512_storeu_si512(to + j, _mm512_or_si512(wide_bits(row + j), odd));
-            }
+            for (int64_t j = 0; j < full; j += LANE) store_bits(to + j, paired(spread(row + j), spread(row + stride + j)));
         }
         for (int64_t j = has_high ? full : 0; j < width; j += LANE) {
-            const __mmask16 some = static_cast<__mmask16>(first_halves(width - j));
-            const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(has_low ? some : 0, row + j));
-            const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(has_high ? some : 0, row + stride + j));
-            _mm512_storeu_si512(to + j, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            const Bits low = spread_some(row + j, has_low ? width - j : 0);
+            store_bits(to + j, paired(low, spread_some(row + stride + j, has_high ? width - j : 0)));
         }
     }
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_heads, cpu_passes
+from . import cpu_heads, cpu_linear, cpu_passes
 
 try:
     import triton
@@ -178,7 +178,7 @@ def _losses_and_gradients(
         )
         return per_head.sum() * scale, per_head, grad_hidden, grad_weight
     grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight) if wants_weight else hidden.new_empty(0)
+    grad_weight = hidden.new_empty(0)
     per_head = torch.zeros(heads, dtype=wide, device=hidden.device)
 
     columns = -(-vocab // COLUMNS) * COLUMNS if use_triton else vocab
@@ -186,6 +186,10 @@ def _losses_and_gradients(
     head_bytes = width * columns * element * (1 + wants_weight) if columns != vocab else 0
     total_bytes = width * columns * torch.finfo(wide).bits // 8 if wants_weight else 0
     rows_per_chunk, heads_per_chunk = _chunks(rows, heads, columns * element, head_bytes, total_bytes, byte_budget)
+    whole = rows_per_chunk == rows and columns == vocab
+    by_library = hidden.device.type == "cpu" and cpu_linear.serves(hidden.dtype) and weight.dtype == hidden.dtype
+    if wants_weight and not (whole and by_library and heads == 1):
+        grad_weight = torch.empty_like(weight)
     for first_head in range(0, heads, heads_per_chunk):
         some_heads = slice(first_head, min(heads, first_head + heads_per_chunk))
         w = weight[some_heads]
@@ -195,7 +199,7 @@ def _losses_and_gradients(
         for first in range(0, rows, rows_per_chunk):
             some = slice(first, min(rows, first + rows_per_chunk))
             h = hidden[some, some_heads].transpose(0, 1)
-            logits = _product(h, w)
+            logits = _product(h, w, by_library)
             target, row_weight = targets[some, some_heads].t(), row_weights[some, some_heads].t()
             if use_triton:
                 losses, grad = launch_softmax_cross_entropy_(logits, target, row_weight, wants_grad, vocab, scale)
@@ -203,29 +207,45 @@ def _losses_and_gradients(
                 losses, grad = softmax_cross_entropy_(logits, target, row_weight, wants_grad, scale)
             per_head[some_heads] += losses.sum(-1)
             if wants_hidden:
-                grad_hidden[some, some_heads] = torch.bmm(grad, w.transpose(1, 2)).transpose(0, 1)
-            if wants_weight and rows_per_chunk == rows and columns == vocab:
-                _product_(grad_weight[some_heads], h, grad)
+                grad_hidden[some, some_heads] = _product(grad, w.transpose(1, 2), by_library).transpose(0, 1)
+            if wants_weight and grad_weight.numel() == 0:
+                grad_weight = _gradient_of_one(h[0], grad[0], weight)
+            elif wants_weight and whole:
+                _product_(grad_weight[some_heads], h, grad, by_library)
             elif wants_weight:
-                part = torch.bmm(h.transpose(1, 2), grad)
+                part = _product(h.transpose(1, 2), grad, by_library)
                 total = part if total is None else total.add_(part)
         if wants_weight and total is not None:
             grad_weight[some_heads] = total[..., :vocab]
     return per_head.sum() * scale, per_head, grad_hidden, grad_weight
 
 
-def _product(h: Tensor, w: Tensor) -> Tensor:
-    """h w; of one head as a plain product, which PyTorch's for CPUs does twice as fast where w is transposed."""
-    return torch.mm(h[0], w[0]).unsqueeze(0) if len(h) == 1 else torch.bmm(h, w)
+def _product(a: Tensor, b: Tensor, by_library: bool) -> Tensor:
+    """a b for every head; of one as a plain product, which PyTorch's for CPUs does twice as fast where b is
+    transposed."""
+    if by_library:
+        products = [cpu_linear.product(x, y) for x, y in zip(a, b, strict=True)]
+        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
 
 
-def _product_(out: Tensor, h: Tensor, grad: Tensor) -> None:
+def _product_(out: Tensor, h: Tensor, grad: Tensor, by_library: bool) -> None:
     """out = h^T grad, written along rows: the weight of a linear layer comes as a transposed view, and into such a one
     PyTorch's bf16 product on a CPU is hundreds of times slower."""
-    if out.stride(-1) == 1:
+    if by_library:
+        for to, x, y in zip(out, h, grad, strict=True):
+            to.copy_(_gradient_of_one(x, y, to.unsqueeze(0))[0])
+    elif out.stride(-1) == 1:
         torch.bmm(h.transpose(1, 2), grad, out=out)
     else:
         torch.bmm(grad.transpose(1, 2), h, out=out.transpose(1, 2))
+
+
+def _gradient_of_one(h: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """h^T grad of one head as [1, D, V], its numbers in memory as those of ``weight``."""
+    if weight.stride(-1) == 1:
+        return cpu_linear.product(h.t(), grad).unsqueeze(0)
+    return cpu_linear.product(grad.t(), h).t().unsqueeze(0)
 
 
 # --- registered op ----------------------------------------------------------------------------------------------------

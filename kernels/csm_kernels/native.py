@@ -30,7 +30,7 @@ import torch
 FOLDER = Path(__file__).parent
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"cpu_{noun}.cpp" for noun in NOUNS)
-HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_products.h"))
+HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_lanes.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120
@@ -55,7 +55,8 @@ SIGNATURES = {
     "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
     "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
-# These are there only for processors that multiply bf16 in registers (AVX512-BF16) and not in tiles (AMX).
+# These are there only where the library multiplies bf16 faster than PyTorch: on processors that do so in registers
+# (AVX512-BF16), or floats only (AVX2), not in tiles (AMX).
 OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
 # A row that is not as it must be, or bytes.
 ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
@@ -133,7 +134,11 @@ def _load() -> tuple[Functions | None, str]:
     for compiler in _compilers():
         try:
             functions = _bound(_opened(compiler))
-            rest = "" if ("product", BF16) in functions else "; matrix products are PyTorch's (no AVX512-BF16, or AMX)"
+            rest = (
+                ""
+                if ("product", BF16) in functions
+                else "; matrix products are PyTorch's (they are its own with AVX512-BF16 or AVX2)"
+            )
             return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
             why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
