@@ -66,13 +66,15 @@ SESAME_FINETUNE ?=
 COMPARE = $(BIN)/python -m benchmarks.compare --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
 	$(if $(SESAME_CSM),--sesame-csm $(SESAME_CSM)) $(if $(SESAME_FINETUNE),--sesame-finetune $(SESAME_FINETUNE))
 BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
+# Without products of bf16 csm-1b takes the published forward minutes a pass.
+HAS_BF16 := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo yes)
 
 benchmarks: setup
 	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
 	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
 	$(COMPARE) --repeats 3
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast transformers
-	$(COMPARE) --shape csm-1b --middle 16 --batches 16 --systems csm_fast $(BLOG) --no-optimizer
+	$(COMPARE) --shape csm-1b --middle 16 --batches 16 --systems csm_fast $(if $(HAS_BF16),$(BLOG)) --no-optimizer
 	$(BIN)/python -m benchmarks.report
 
 clean:

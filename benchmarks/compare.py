@@ -14,8 +14,13 @@ Every system sees the same recordings, weights (random) and, at equal updates, t
 of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
 csm_fast in packs of ``--pack-rows``, the others in their buckets. Times are of forward and backward passes, batches
 built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, medians are
-shown. A system that takes minutes (SLOW) runs the first of ``--batches`` only, and a part of them per repetition, every
-third of three: times are those of a part, scaled by the rows laid out, and all parts together are an epoch.
+shown. A system that takes minutes (``is_slow``) runs the first of ``--batches`` only, and a part of them per
+repetition, every third of three: times are those of a part, scaled by the rows laid out, and all parts together are an
+epoch.
+
+On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
+others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts: all of them
+together an epoch of csm_fast in bf16, half of one of the others, a sixth of *transformers-all-frames*.
 
 A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
 ranking.
@@ -50,8 +55,7 @@ from benchmarks.compare_systems import (
 )
 from benchmarks.compare_table import is_free, print_tables
 from benchmarks.record import append
-
-SLOW = ("transformers-all-frames", "blog-fp32", "padded-fp32")
+from csm_fast.machine import resolve_device, resolve_precision
 
 
 class Stopped(Exception):
@@ -125,6 +129,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: csm_fast's and the others'")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="of the others whose names tell none; auto: float32 on a CPU without products of bf16, else bf16",
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--pack-rows", type=int, default=2048, help="of csm_fast's free packing")
     parser.add_argument("--repeats", type=int, default=5)
@@ -141,10 +151,39 @@ def arguments() -> argparse.Namespace:
     args.splits = args.splits or there
     real = args.sesame_csm and args.sesame_finetune
     theirs = "blog" if real else "padded"
-    args.systems = args.systems or ["csm_fast", theirs, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
+    if args.precision == "auto":
+        unknown = args.device == "cpu" and resolve_precision("auto", resolve_device("cpu")) == "fp32"
+        args.precision = "fp32" if unknown else "bf16"
+    own = ["csm_fast"] if args.precision == "bf16" else ["csm_fast", "csm_fast-fp32"]
+    args.systems = args.systems or [*own, theirs, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
+    args.systems = list(dict.fromkeys(in_precision(name, args.precision) for name in args.systems))
     if not real and (asked := [name for name in args.systems if SYSTEMS[name].code == "blog"]):
         parser.error(f"{asked[0]} needs --sesame-csm and --sesame-finetune, or take padded")
     return args
+
+
+def in_precision(name: str, precision: str) -> str:
+    """The system that a name without a precision means: csm_fast is the one in bf16."""
+    told = name.startswith("csm_fast") or name.endswith(("-fp32", "-autocast"))
+    return name if told or precision == "bf16" else f"{name}-fp32"
+
+
+def is_slow(args: argparse.Namespace, name: str) -> bool:
+    """Whether a system takes minutes where the others take seconds."""
+    return "all-frames" in name or (args.precision == "bf16" and name.endswith("-fp32"))
+
+
+def parts(args: argparse.Namespace, name: str) -> int:
+    """A repetition of a system runs one of so many parts of its batches."""
+    if args.precision == "bf16":
+        return args.repeats if is_slow(args, name) else 1
+    times = 1 if name == "csm_fast" else 6 if is_slow(args, name) else 2
+    return args.repeats * times
+
+
+def runs_alone(args: argparse.Namespace, name: str) -> bool:
+    """When the others have gone, for one that needs the machine's memory."""
+    return is_slow(args, name) or (args.shape == "csm-1b" and name.endswith("-fp32"))
 
 
 def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float]) -> list[dict[str, Any]]:
@@ -160,23 +199,30 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
         difference = abs(worker.ask("check") - right) / abs(right)
         common = {k: v for k, v in said.items() if k not in ("labels", "environment")}
         common.update(loss_difference=difference, ranked=difference <= tolerance(name), **said["environment"])
-        labels = list(said["labels"].items())[: 1 if name in SLOW else None]
+        labels = list(said["labels"].items())[: 1 if is_slow(args, name) else None]
         rows += [{"system": name, "label": label, **about, **common} for label, about in labels]
     if not args.memory_only:
-        for row in rows:  # warm: csm_fast, which keeps products' kernels and memory, on all batches, the others on some
-            share = 1.0 if row["system"].startswith("csm_fast") else 1 / 16 if row["system"] in SLOW else 1 / 4
+        # Warm: csm_fast, which keeps products' kernels and memory, on all batches, or many, the others on some.
+        for row in rows:
+            row["parts"] = min(parts(args, row["system"]), row["updates"])
+            own = row["system"].startswith("csm_fast")
+            share = (1 / 4 if own else 1 / 16) if row["parts"] > 1 else (1.0 if own else 1 / 4)
             workers[row["system"]].ask("run", row["label"], share)
             row["seconds"] = []
-            row["parts"] = args.repeats if row["system"] in SLOW else 1
         for repeat in range(args.repeats):
             for row in rows:
-                which = (repeat, row["parts"]) if row["parts"] > 1 else ()
+                which = (repeat % row["parts"], row["parts"]) if row["parts"] > 1 else ()
                 row["seconds"].append(workers[row["system"]].ask("run", row["label"], 1.0, *which))
+        updates: dict[tuple[str, str], float] = {}
         for row in rows:
             row["median_s"] = statistics.median(row["seconds"])
             if not args.no_optimizer:
-                row["optimizer_s"] = workers[row["system"]].ask("optimizer", row["label"]) * row["updates"]
-            if row["flops"]:
+                # csm_fast's depend on the rows that a batch looks up, PyTorch's on nothing.
+                key = row["system"], row["label"] if row["system"].startswith("csm_fast") else ""
+                if key not in updates:
+                    updates[key] = workers[row["system"]].ask("optimizer", row["label"])
+                row["optimizer_s"] = updates[key] * row["updates"]
+            if row["flops"] and (args.precision == "bf16" or row["system"] == "csm_fast"):
                 row["matmul_rate"] = workers[row["system"]].ask("rate", row["label"])
     for row in rows:
         if not is_free(row) and (memory := workers[row["system"]].ask("memory", row["label"])):
@@ -197,8 +243,8 @@ def main() -> int:
     except Stopped as error:
         print(f"error: {error}; what it said is above", file=sys.stderr)
         return 1
-    # The slow ones run alone when the others have gone: one that trains on all frames needs the machine's memory.
-    groups = [[name for name in args.systems if name not in SLOW], *([name] for name in args.systems if name in SLOW)]
+    alone = [name for name in args.systems if runs_alone(args, name)]
+    groups = [[name for name in args.systems if name not in alone], *([name] for name in alone)]
     rows: list[dict[str, Any]] = []
     status = 0
     for names in filter(None, groups):

@@ -82,7 +82,9 @@ SYSTEMS = {
     "blog-fp32": System("blog", WIDE),
     "transformers": System("transformers"),
     "transformers-autocast": System("transformers", WIDE, True),
+    "transformers-fp32": System("transformers", WIDE),
     "transformers-all-frames": System("transformers", fraction=1.0),
+    "transformers-all-frames-fp32": System("transformers", WIDE, fraction=1.0),
 }
 
 
@@ -166,7 +168,8 @@ class Running:
             if self.system.code == "csm_fast":
                 batches = [self._packed(batch, i) for i, batch in enumerate(batches)]
             passes[f"batches of {size}"] = [self._there(batch) for batch in batches]
-        if self.system.code == "csm_fast" and not self.args.checkpointing:
+        # The recordings of one batch are packed as they are.
+        if self.system.code == "csm_fast" and not self.args.checkpointing and not self.args.middle:
             rows = self.args.pack_rows
             section = DataSection(batch_rows=rows, pack_rows=rows)
             packer = Packer(self.subset, section, LossSection(), pad=self.device.type)
@@ -301,9 +304,10 @@ class Running:
         return batch.rows if isinstance(batch, Pack) else int(batch[1].any(-1).sum())
 
     def rate(self, label: str) -> float:
-        """FLOP/s of the matrix products of the label's middle batch, one by one."""
+        """FLOP/s of the matrix products of the label's middle batch, one by one, in the precision of the comparison."""
         batch = self.passes[label][len(self.passes[label]) // 2]
-        return matmul_rate(products(self.config, batch), self.device, torch.bfloat16)
+        dtype = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
+        return matmul_rate(products(self.config, batch), self.device, dtype)
 
     def about(self) -> dict[str, Any]:
         labels = {}
@@ -344,8 +348,9 @@ def check_members(subset: Subset) -> list[int]:
 
 
 def reference(args: argparse.Namespace) -> dict[str, float]:
-    """CE0 and CEd of the checked batch in float32 by the padded forward, with a sixteenth of the frames and with all.
-    Weights are those of the systems: float32 ones, or rounded to bf16."""
+    """CE0 and CEd of the checked batch in float32 by the padded forward, with a sixteenth of the frames and with all,
+    as the systems that are asked for need them. Weights are theirs: float32 ones, or rounded to bf16."""
+    systems = [SYSTEMS[name] for name in args.systems]
     config = SHAPES[args.shape]()
     store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, args.splits)
     subset = choose(store, args.share, args.middle)
@@ -354,10 +359,15 @@ def reference(args: argparse.Namespace) -> dict[str, float]:
     found = {}
     # First what is compared with float32 weights, then, rounded in place, what is compared with bf16 ones.
     for dtype in (torch.float32, torch.bfloat16):
+        some = [system for system in systems if system.weights == dtype]
         with torch.no_grad():
-            for p in model.parameters():
+            for p in model.parameters() if some else ():
                 p.copy_(p.to(dtype))
-        for part, weight, fraction in (("ce0", 0.0, 1 / 16), ("ced", 1.0, 1 / 16), ("ced all", 1.0, 1.0)):
+        # CE0 is the same whatever the frames.
+        parts = [("ce0", 0.0, 1 / 16)] if some else []
+        parts += [("ced", 1.0, 1 / 16)] if any(system.fraction < 1 for system in some) else []
+        parts += [("ced all", 1.0, 1.0)] if any(system.fraction == 1 for system in some) else []
+        for part, weight, fraction in parts:
             model.decoder_loss_weight, model.amortization_fraction = weight, fraction
             torch.manual_seed(0)
             with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 MIB = 2**20
+OURS = ("csm_fast-fp32", "csm_fast")  # whose memory the others' is compared with: in float32 where it was measured
 FRAME_SECONDS = 0.08
 
 
@@ -19,6 +20,10 @@ def rows_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 def is_free(row: Row) -> bool:
     """Of csm_fast's free packing, not of given batches."""
     return row["label"].startswith("packs")
+
+
+def is_theirs(row: Row) -> bool:
+    return not row["system"].startswith("csm_fast")
 
 
 def quotient(row: Row, than: Row) -> tuple[float, float, float]:
@@ -60,7 +65,7 @@ def time_tables(rows: list[Row], spreads: Spreads | None = None) -> list[tuple[s
         free = is_free(some[0])
         if free:
             title = f"csm_fast in {label}, the others in their batches"
-            some = [*some, *(r for r in rows if not r["system"].startswith("csm_fast"))]
+            some = [*some, *filter(is_theirs, rows)]
         else:
             title = f"equal updates: {label}"
         ours = rows_of(rows, label=label, system="csm_fast")
@@ -123,7 +128,8 @@ def memory_table(rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:
         if "memory" not in row:
             continue
         figures = row["memory"]
-        ours = rows_of(rows, label=row["label"], system="csm_fast", checkpointing=row["checkpointing"])
+        same = {"label": row["label"], "checkpointing": row["checkpointing"]}
+        ours = [r for name in OURS[row["recipe"] != "float32" :] for r in rows_of(rows, system=name, **same)]
         times = f"{figures['besides'] / ours[0]['memory']['besides']:.2f}x" if ours and ours[0] is not row else ""
         mib = [f"{figures[key] / MIB:,.0f}" for key in ("weights", "gradients", "peak", "besides")]
         recipe = row["recipe"] + (", checkpointing" if row["checkpointing"] else "")

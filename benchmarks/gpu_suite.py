@@ -133,7 +133,16 @@ def compare_command(args: argparse.Namespace, results: Path) -> list[str]:
     systems = ["csm_fast", "csm_fast-compiled", "csm_fast-autocast", "padded-autocast", "padded-fp32"]
     more = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
     systems += [name for name, package in more.items() if importlib.util.find_spec(package)]
-    command = [sys.executable, "-m", "benchmarks.compare", "--results", str(results), "--repeats"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.compare",
+        "--results",
+        str(results),
+        "--precision",
+        "bf16",
+        "--repeats",
+    ]
     if args.rehearse:
         command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
         return [*command, "--systems", "csm_fast"]

@@ -11,11 +11,12 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, commit (with ``+`` for uncommitted changes outside of the results) and date."""
+    """Device, the precision that it multiplies fast, versions, commit (with ``+`` for uncommitted changes outside of
+    the results) and date."""
     import torch
 
     import csm_fast
-    from csm_fast.machine import processor
+    from csm_fast.machine import processor, resolve_device, resolve_precision
 
     def git(*args: str) -> str:
         try:
@@ -27,6 +28,7 @@ def environment() -> dict[str, Any]:
     dirty = "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results") else ""
     return {
         "device": device,
+        "precision": resolve_precision("auto", resolve_device("auto")),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

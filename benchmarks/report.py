@@ -22,6 +22,7 @@ from benchmarks.compare_table import (
     Row,
     Spreads,
     is_free,
+    is_theirs,
     markdown,
     memory_table,
     quotient,
@@ -92,7 +93,7 @@ RUNS = 4  # that are shown side by side
 
 def newest(rows: list[Row]) -> list[str]:
     """The last runs that raced anybody, newest first."""
-    raced = {row["run"] for row in rows if "median_s" in row and row["system"] != "csm_fast"}
+    raced = {row["run"] for row in rows if "median_s" in row and is_theirs(row)}
     return sorted(raced, reverse=True)[:RUNS]
 
 
@@ -130,17 +131,28 @@ def _quotients(rows: list[Row]) -> dict[tuple[str, str], tuple[float, float, flo
     rows = [row for row in rows if "median_s" in row]
     for ours in rows_of(rows, system="csm_fast"):
         for row in rows:
-            if row["system"] != "csm_fast" and row["ranked"] and (is_free(ours) or row["label"] == ours["label"]):
+            if is_theirs(row) and row["ranked"] and (is_free(ours) or row["label"] == ours["label"]):
                 found[race(row, ours)] = quotient(row, ours)
     return found
 
 
-def _of_compare(**wanted: Any) -> Callable[[Path], str]:
+def _on_cpu(results: Path, precision: str, **wanted: Any) -> list[Row]:
+    """Of processors that multiply bf16 fast, or of those that do not."""
+    # Rows that do not say which are older than the question: processors with AVX512-BF16.
+    rows = rows_of(read(results, "compare"), data="recordings", **wanted)
+    return [row for row in rows if row.get("precision", "bf16") == precision]
+
+
+def _of_compare(precision: str, **wanted: Any) -> Callable[[Path], str]:
     def part(results: Path) -> str:
-        rows = rows_of(read(results, "compare"), **wanted)
+        rows = _on_cpu(results, precision, **wanted)
         return compare(last_run(rows), rows)
 
     return part
+
+
+def _of_runs(precision: str) -> Callable[[Path], str]:
+    return lambda results: runs(_on_cpu(results, precision, shape="small", checkpointing=False))
 
 
 def _on_gpu(results: Path) -> str:
@@ -148,13 +160,15 @@ def _on_gpu(results: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
-    "compare-cpu": _of_compare(shape="small", data="recordings", checkpointing=False),
-    "compare-cpu-checkpointing": _of_compare(shape="small", data="recordings", checkpointing=True),
-    "compare-cpu-csm-1b": _of_compare(shape="csm-1b", data="recordings", checkpointing=False),
+    "compare-cpu": _of_compare("bf16", shape="small", checkpointing=False),
+    "compare-cpu-checkpointing": _of_compare("bf16", shape="small", checkpointing=True),
+    "compare-cpu-csm-1b": _of_compare("bf16", shape="csm-1b", checkpointing=False),
+    "compare-cpu-runs": _of_runs("bf16"),
+    "compare-cpu-fp32": _of_compare("fp32", shape="small", checkpointing=False),
+    "compare-cpu-fp32-checkpointing": _of_compare("fp32", shape="small", checkpointing=True),
+    "compare-cpu-fp32-csm-1b": _of_compare("fp32", shape="csm-1b", checkpointing=False),
+    "compare-cpu-fp32-runs": _of_runs("fp32"),
     "compare-gpu": _on_gpu,
-    "compare-cpu-runs": lambda results: runs(
-        rows_of(read(results, "compare"), shape="small", data="recordings", checkpointing=False)
-    ),
     "pretokenize": lambda results: report_parts.pretokenize(read(results, "pretokenize")),
     "data-path": lambda results: report_parts.data_path(read(results, "data_path")),
     "optimizers-cpu": lambda results: report_parts.optimizers(read(results, "optimizers")),
@@ -238,9 +252,9 @@ def main() -> int:
         for name in stale:
             print(f"{name} is not what benchmarks/results says; run python -m benchmarks.report")
         return int(bool(stale))
-    rows = last_run(read(args.results, "compare"), shape="small", data="recordings", checkpointing=False)
-    if rows:
-        draw(rows, args.root / "docs" / "compare-cpu.png")
+    for precision, name in (("bf16", "compare-cpu.png"), ("fp32", "compare-cpu-fp32.png")):
+        if rows := last_run(_on_cpu(args.results, precision, shape="small", checkpointing=False)):
+            draw(rows, args.root / "docs" / name)
     if scaled := read(args.results, "scaling"):
         report_parts.draw_scaling(scaled, args.root / "docs" / "scaling-cpu.png")
     print(f"written: {', '.join(stale) or 'nothing new'}")

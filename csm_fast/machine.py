@@ -74,12 +74,19 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, most))
 
 
+VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+
+
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name, and the most that its vector instructions can do: names of rented ones hardly tell."""
+    told: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    features = set(told.get("flags", "").split())
+    best = next((shown for flag, shown in VECTORS.items() if flag in features), "")
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({best})" if best else name

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def command(tmp_path, *extra):
     settings = ["--synthetic", "3", "--shape", "tiny", "--repeats", "1", "--batches", "2", "--no-optimizer"]
+    settings += ["--precision", "bf16"]
     return [sys.executable, "-m", "benchmarks.compare", *settings, "--results", str(tmp_path / "out.jsonl"), *extra]
 
 
@@ -85,6 +86,32 @@ def test_a_system_that_stops_is_told(tmp_path):
     done = subprocess.run(command(tmp_path, *wrong), cwd=ROOT, capture_output=True)
     assert done.returncode == 1 and b"error: csm_fast stopped" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, precision):
+    monkeypatch.setattr(compare, "resolve_precision", lambda *_: precision)
+
+    def asked(*extra):
+        monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--repeats", "3", *extra])
+        return compare.arguments()
+
+    args = asked()
+    slowest = "transformers-all-frames" + ("-fp32" if precision == "fp32" else "")
+    assert compare.is_slow(args, slowest) and compare.runs_alone(args, slowest)
+    if precision == "bf16":
+        assert args.systems == ["csm_fast", "padded", "padded-fp32", "transformers", "transformers-all-frames"]
+        assert [compare.parts(args, name) for name in args.systems] == [1, 1, 3, 1, 3]
+    else:
+        assert args.systems == ["csm_fast", "csm_fast-fp32", "padded-fp32", "transformers-fp32", slowest]
+        assert [compare.parts(args, name) for name in args.systems] == [3, 6, 6, 6, 18]
+    chosen = asked("--systems", "csm_fast", "padded-autocast", "transformers")
+    assert chosen.systems == ["csm_fast", "padded-autocast", "transformers" + ("-fp32" if precision == "fp32" else "")]
+    # Of another device, or asked for: bf16.
+    assert asked("--device", "cuda").systems == asked("--precision", "bf16").systems
+    assert "padded" in asked("--precision", "bf16").systems
+    large = asked("--shape", "csm-1b")
+    assert compare.runs_alone(large, "padded-fp32")
 
 
 def test_sesames_code_needs_its_directories(tmp_path):

@@ -134,11 +134,8 @@ def _load() -> tuple[Functions | None, str]:
     for compiler in _compilers():
         try:
             functions = _bound(_opened(compiler))
-            rest = (
-                ""
-                if ("product", BF16) in functions
-                else "; matrix products are PyTorch's (they are its own with AVX512-BF16 or AVX2)"
-            )
+            own = ("product", BF16) in functions
+            rest = "" if own else "; matrix products are PyTorch's (its own need AVX512-BF16 or AVX2)"
             return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
             why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
