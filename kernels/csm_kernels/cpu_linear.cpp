@@ -1,6 +1,6 @@
 // Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
 //
-// A thread takes 64 columns of the right matrix at a time, brings them into pairs (cpu_products.h) that its second-level
+// A thread takes 64 or 128 columns of the right matrix at a time, brings them into pairs (cpu_products.h) that its second-level
 // cache holds, and goes down the rows of the left one. Where the left matrix comes transposed, as for the gradient of a
 // weight, the smaller of both is brought into its order once for all threads.
 
@@ -14,7 +14,11 @@
 
 namespace {
 
+#ifdef ADDS_PAIRS
 constexpr int64_t PANEL = 64;  // columns of the right matrix at once
+#else
+constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
+#endif
 constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
 
 struct Matrix {
