@@ -73,7 +73,7 @@ benchmarks: setup
 	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
 	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
 	$(COMPARE) --repeats 3
-	$(COMPARE) --checkpointing --memory-only --systems csm_fast transformers
+	$(COMPARE) --checkpointing --memory-only --systems csm_fast $(if $(HAS_BF16),,csm_fast-fp32) transformers
 	$(COMPARE) --shape csm-1b --middle 16 --batches 16 --systems csm_fast $(if $(HAS_BF16),$(BLOG)) --no-optimizer
 	$(BIN)/python -m benchmarks.report
 

@@ -1,0 +1,41 @@
+"""The products' form for other processors passes the same tests: where there is AVX512-BF16 that for AVX2, elsewhere
+that for AVX512-BF16, whose instructions are written out (``avx512_written_out.h``)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from csm_kernels import native
+
+TESTS = Path(__file__).parent
+SERVED = native.function("product", torch.bfloat16) is not None
+
+
+def features() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return set(next(line for line in lines if line.startswith("flags")).split())
+
+
+@pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.reason()}")
+def test_the_form_for_other_processors(tmp_path):
+    other = "-mno-avx512f" if "avx512f" in features() else f"-include {TESTS / 'avx512_written_out.h'}"
+    there = {**os.environ, "CXX": f"g++ {other}", "XDG_CACHE_HOME": str(tmp_path)}
+    ask = "from csm_kernels import native; import torch; "
+    ask += "print(native.library_function('product_scratch', torch.bfloat16)(64, 64, 256, False, 1))"
+    forms = [
+        subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True) for env in (None, there)
+    ]
+    assert all(form.returncode == 0 for form in forms), forms
+    assert forms[0].stdout != forms[1].stdout  # each has its own width of a panel
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(TESTS / "test_cpu_products.py"), "-p", "no:xdist", "-k", "not opcheck"],
+        env=there,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
