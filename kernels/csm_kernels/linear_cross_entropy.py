@@ -187,7 +187,9 @@ def _losses_and_gradients(
     total_bytes = width * columns * torch.finfo(wide).bits // 8 if wants_weight else 0
     rows_per_chunk, heads_per_chunk = _chunks(rows, heads, columns * element, head_bytes, total_bytes, byte_budget)
     whole = rows_per_chunk == rows and columns == vocab
-    by_library = hidden.device.type == "cpu" and cpu_linear.serves(hidden.dtype) and weight.dtype == hidden.dtype
+    by_library = hidden.device.type == "cpu" and cpu_linear.serves(hidden.dtype) and not use_triton
+    if by_library:  # a product at a time
+        heads_per_chunk = 1
     if wants_weight and not (whole and by_library and heads == 1):
         grad_weight = torch.empty_like(weight)
     for first_head in range(0, heads, heads_per_chunk):
@@ -199,7 +201,7 @@ def _losses_and_gradients(
         for first in range(0, rows, rows_per_chunk):
             some = slice(first, min(rows, first + rows_per_chunk))
             h = hidden[some, some_heads].transpose(0, 1)
-            logits = _product(h, w, by_library)
+            logits = _product(h, w)
             target, row_weight = targets[some, some_heads].t(), row_weights[some, some_heads].t()
             if use_triton:
                 losses, grad = launch_softmax_cross_entropy_(logits, target, row_weight, wants_grad, vocab, scale)
@@ -207,34 +209,30 @@ def _losses_and_gradients(
                 losses, grad = softmax_cross_entropy_(logits, target, row_weight, wants_grad, scale)
             per_head[some_heads] += losses.sum(-1)
             if wants_hidden:
-                grad_hidden[some, some_heads] = _product(grad, w.transpose(1, 2), by_library).transpose(0, 1)
+                grad_hidden[some, some_heads] = _product(grad, w.transpose(1, 2)).transpose(0, 1)
             if wants_weight and grad_weight.numel() == 0:
                 grad_weight = _gradient_of_one(h[0], grad[0], weight)
             elif wants_weight and whole:
                 _product_(grad_weight[some_heads], h, grad, by_library)
             elif wants_weight:
-                part = _product(h.transpose(1, 2), grad, by_library)
+                part = _product(h.transpose(1, 2), grad)
                 total = part if total is None else total.add_(part)
         if wants_weight and total is not None:
             grad_weight[some_heads] = total[..., :vocab]
     return per_head.sum() * scale, per_head, grad_hidden, grad_weight
 
 
-def _product(a: Tensor, b: Tensor, by_library: bool) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b for every head; of one as a plain product, which PyTorch's for CPUs does twice as fast where b is
     transposed."""
-    if by_library:
-        products = [cpu_linear.product(x, y) for x, y in zip(a, b, strict=True)]
-        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
-    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
+    return cpu_linear.product(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
 
 
 def _product_(out: Tensor, h: Tensor, grad: Tensor, by_library: bool) -> None:
     """out = h^T grad, written along rows: the weight of a linear layer comes as a transposed view, and into such a one
     PyTorch's bf16 product on a CPU is hundreds of times slower."""
     if by_library:
-        for to, x, y in zip(out, h, grad, strict=True):
-            to.copy_(_gradient_of_one(x, y, to.unsqueeze(0))[0])
+        out.copy_(_gradient_of_one(h[0], grad[0], out))
     elif out.stride(-1) == 1:
         torch.bmm(h.transpose(1, 2), grad, out=out)
     else:
