@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,12 @@ def choose(store: Any, share: float, middle: int | None) -> Subset:
         first = (len(chosen) - middle) // 2
         chosen = chosen[first : first + middle]
     return Subset(store, chosen)
+
+
+def asked_for(args: argparse.Namespace, config: CSMConfig) -> Subset:
+    """The recordings that the command's settings name."""
+    store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, args.splits)
+    return choose(store, args.share, args.middle)
 
 
 def padded(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:

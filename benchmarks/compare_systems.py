@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import baselines, parity
-from benchmarks.compare_data import Splits, Subset, Synthetic, buckets, choose, every_token_has_a_gradient, padded
+from benchmarks.compare_data import Subset, asked_for, buckets, every_token_has_a_gradient, padded
 from benchmarks.products import matmul_rate, products, step_flops
 from benchmarks.record import environment
 from benchmarks.tracked import Tracked
@@ -118,8 +118,7 @@ class Running:
         self.device, self.config = torch.device(args.device), SHAPES[args.shape]()
         if keeps_memory(args, args.worker) and self.device.type == "cpu":
             keep_freed_memory()
-        store: Any = Synthetic(args.synthetic, self.config) if args.synthetic else Splits(args.data, args.splits)
-        self.subset = choose(store, args.share, args.middle)
+        self.subset = asked_for(args, self.config)
         self.model = self._model()
         self.tables = TableGradients(self.model) if self.system.code == "csm_fast" else None
         self.compiled = self.system.compiled and compile_layers(self.model, "on")
@@ -168,7 +167,6 @@ class Running:
             if self.system.code == "csm_fast":
                 batches = [self._packed(batch, i) for i, batch in enumerate(batches)]
             passes[f"batches of {size}"] = [self._there(batch) for batch in batches]
-        # The recordings of one batch are packed as they are.
         if self.system.code == "csm_fast" and not self.args.checkpointing and not self.args.middle:
             rows = self.args.pack_rows
             section = DataSection(batch_rows=rows, pack_rows=rows)
@@ -350,24 +348,20 @@ def check_members(subset: Subset) -> list[int]:
 def reference(args: argparse.Namespace) -> dict[str, float]:
     """CE0 and CEd of the checked batch in float32 by the padded forward, with a sixteenth of the frames and with all,
     as the systems that are asked for need them. Weights are theirs: float32 ones, or rounded to bf16."""
-    systems = [SYSTEMS[name] for name in args.systems]
     config = SHAPES[args.shape]()
-    store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, args.splits)
-    subset = choose(store, args.share, args.middle)
+    subset = asked_for(args, config)
     model: Any = start(config)
     batch = padded(subset, check_members(subset))
     found = {}
     # First what is compared with float32 weights, then, rounded in place, what is compared with bf16 ones.
     for dtype in (torch.float32, torch.bfloat16):
-        some = [system for system in systems if system.weights == dtype]
+        fractions = sorted({SYSTEMS[name].fraction for name in args.systems if SYSTEMS[name].weights == dtype})
+        if not fractions:
+            continue
         with torch.no_grad():
-            for p in model.parameters() if some else ():
+            for p in model.parameters():
                 p.copy_(p.to(dtype))
-        # CE0 is the same whatever the frames.
-        parts = [("ce0", 0.0, 1 / 16)] if some else []
-        parts += [("ced", 1.0, 1 / 16)] if any(system.fraction < 1 for system in some) else []
-        parts += [("ced all", 1.0, 1.0)] if any(system.fraction == 1 for system in some) else []
-        for part, weight, fraction in parts:
+        for part, weight, fraction in [("ce0", 0.0, 1 / 16), *((f"ced{' all' * (f == 1)}", 1.0, f) for f in fractions)]:
             model.decoder_loss_weight, model.amortization_fraction = weight, fraction
             torch.manual_seed(0)
             with torch.no_grad():
