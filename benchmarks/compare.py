@@ -152,8 +152,8 @@ def arguments() -> argparse.Namespace:
     real = args.sesame_csm and args.sesame_finetune
     theirs = "blog" if real else "padded"
     if args.precision == "auto":
-        unknown = args.device == "cpu" and resolve_precision("auto", resolve_device("cpu")) == "fp32"
-        args.precision = "fp32" if unknown else "bf16"
+        without = args.device == "cpu" and resolve_precision("auto", resolve_device("cpu")) == "fp32"
+        args.precision = "fp32" if without else "bf16"
     own = ["csm_fast"] if args.precision == "bf16" else ["csm_fast", "csm_fast-fp32"]
     args.systems = args.systems or [*own, theirs, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
     args.systems = list(dict.fromkeys(in_precision(name, args.precision) for name in args.systems))

@@ -94,12 +94,12 @@ class Rule:
         vocab = config.audio_vocab_size
         self.vocab = {vocab, -(-vocab // COLUMNS) * COLUMNS}
         # Of the library, per thread: a head's logits twice and its weight; or copies of a segment's rows of one head,
-        # and blocks of scores; or 128 columns of a product's rows. All threads share the smaller matrix of a weight's
+        # and blocks of scores; or 96 columns of a product's rows. All threads share the smaller matrix of a weight's
         # gradient.
         rows = max(self.rows, frames)
         heads = len(self.pack.decoder_index) * vocab * 4 + decoder.embed_dim * vocab * 2
         attention = 48 * max(self.pack.segments.lengths) * max(backbone.head_dim, decoder.head_dim)
-        own = torch.get_num_threads() * (int(1.25 * max(heads, attention, 2 * 128 * rows)) + 2**17)
+        own = torch.get_num_threads() * (int(1.25 * max(heads, attention, 2 * 96 * rows)) + 2**17)
         self.most_scratch = own + 2 * max(self.rows * backbone.embed_dim, frames * decoder.embed_dim)
         self.head_widths = (backbone.embed_dim, decoder.embed_dim)
         self.dtype = self.model.audio_head.dtype
