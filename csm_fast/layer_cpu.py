@@ -28,11 +28,15 @@ def serves(layer: Any, x: Tensor, attend: Any) -> bool:
 
 
 def project(linear: Any, x: Tensor) -> Tensor:
-    """``linear(x)``, by the library that multiplies a layer's matrices where it does."""
+    """``linear(x)``, by the library that multiplies a layer's matrices where it does; under autocast both are cast here."""
     own = x.device.type == "cpu" and not torch.compiler.is_compiling() and ops.asked() != "triton" and _is_plain(linear)
-    if own and x.dtype == linear.weight.dtype and ops.multiplies(x.dtype) and not torch.is_autocast_enabled("cpu"):
-        return ops.linear(x, linear.weight)
-    return linear(x)
+    if not own:
+        return linear(x)
+    dtype, weight = _compute_dtype(x), linear.weight
+    is_cast = torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64  # which autocast leaves alone
+    if not ops.multiplies(dtype) or not (is_cast or weight.dtype == dtype):
+        return linear(x)
+    return ops.linear(x.to(dtype), weight.to(dtype))
 
 
 def _linears(layer: Any) -> tuple[Any, ...]:

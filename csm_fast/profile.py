@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import __version__
+from . import __version__, ops
 from . import checkpoint as ckpt
 from .announce import out_of_memory
 from .command_config import ProfileConfig
@@ -49,6 +49,7 @@ COPY_BYTES = 256 << 20  # per buffer: more than the caches of common processors 
 SQUARES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 ENOUGH_SECONDS = 0.3  # of repetitions of one measurement of a rate
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # to multiply two matrices
 
 
 def run(config: ProfileConfig) -> Summary:
@@ -270,12 +271,20 @@ def measure_rates(device: torch.device, steps: list[Step], default: str) -> Rate
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few large square products."""
-    best = 0.0
-    for n in SQUARES.get(device.type, SQUARES["cpu"]):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        best = max(best, 2 * n**3 / _fastest(device, lambda a=a, b=b: torch.mm(a, b)))  # type: ignore[misc]
-    return best
+    """FLOP/s of the fastest of a few large square products, PyTorch's or the library's own."""
+    sizes = SQUARES.get(device.type, SQUARES["cpu"])
+    ways: list[Way] = [torch.mm]
+    if device.type == "cpu" and ops.multiplies(dtype):
+        ways.append(lambda a, b: ops.linear(a, b.t()))
+        # The larger sizes would take PyTorch minutes where the processor has no products of this type.
+        rates = [_square_rate(device, dtype, sizes[0], way) for way in ways]
+        ways = [way for way, rate in zip(ways, rates, strict=True) if rate > max(rates) / 2]
+    return max(_square_rate(device, dtype, n, way) for n in sizes for way in ways)
+
+
+def _square_rate(device: torch.device, dtype: torch.dtype, n: int, way: Way) -> float:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _fastest(device, lambda: way(a, b))
 
 
 def copy_rate(device: torch.device) -> float:

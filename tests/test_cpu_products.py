@@ -46,8 +46,9 @@ def distance(got: Tensor, want: Tensor) -> float:
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
-# Of the last two the inner dimension is more than is multiplied at once.
-PRODUCTS = [(1, 2, 1), (5, 16, 64), (7, 33, 17), (64, 130, 65), (211, 100, 131), (20, 1100, 70), (9, 513, 200)]
+# Of the last three the inner dimension is more than is multiplied at once, of the last the rows are, too.
+DEEP = [(20, 1100, 70), (9, 513, 200), (230, 1029, 200)]
+PRODUCTS = [(1, 2, 1), (5, 16, 64), (7, 33, 17), (64, 130, 65), (211, 100, 131), *DEEP]
 
 
 @pytest.mark.parametrize("rows, inner, columns", PRODUCTS)

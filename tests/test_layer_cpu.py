@@ -110,6 +110,33 @@ def test_autocast_casts_what_it_would_cast(residual):
         assert float((got[name] - want[name]).norm() / want[name].norm()) < 0.02, name
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_projection(monkeypatch, stream, weights, autocast):
+    """By the library where it multiplies, and then as PyTorch's: in dtype, value and gradients."""
+    if not autocast and stream != weights:
+        pytest.skip("a mistake of the caller's")
+    generator = torch.Generator().manual_seed(4)
+    linear, x = nn.Linear(24, 20, bias=False).to(weights), torch.randn(5, 3, 24, generator=generator).to(stream)
+    grad = torch.randn(5, 3, 20, generator=generator)
+    calls = []
+    monkeypatch.setattr(ops, "linear", lambda *given, run=ops.linear: calls.append(given) or run(*given))
+
+    def results(project):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = project(given)
+        return out.detach(), *torch.autograd.grad(out, (given, linear.weight), grad.to(out.dtype))
+
+    got, want = results(lambda given: layer_cpu.project(linear, given)), results(linear)
+    is_own = ops.multiplies(torch.bfloat16) and (autocast or stream == torch.bfloat16)
+    assert len(calls) == is_own and all(t.dtype == torch.bfloat16 for given in calls for t in given)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and g.shape == w.shape
+        assert float((g.float() - w.float()).norm() / w.float().norm()) < (0.01 if is_own else 1e-6)
+
+
 def test_only_what_is_asked_for():
     case = packed(torch.float64, grad=False)
     for name, parameter in case[0].named_parameters():

@@ -29,7 +29,7 @@ struct Matrix {
 
 struct Product {
     Matrix a, b;                   // [rows, inner] and [inner, columns]
-    int64_t rows, inner, columns;  // 
+    int64_t rows, inner, columns;
     const bf16* plus;              // [rows, columns], added, or null; may be c
     bf16* c;                       // [rows, columns]
     int threads;

@@ -133,61 +133,73 @@ INLINE void run_tile(Share row, Share lane, const Left* a, int64_t a_stride, con
 }
 
 // c[rows, columns] = a b, or plus + a b, with a [rows, inner] and b [inner / 2, columns] of pairs, the last with a zero where
-// inner is odd; columns a multiple of a register. What a row writes too much behind itself is the next row's, and written again: of a row, the last columns
-// are written first.
+// inner is odd; columns a multiple of a register. What a row writes too much behind itself is the next row's, and written
+// again: of a row, the last columns are written first.
 template <class T>
 inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t columns,
                      int64_t inner, T* c, int64_t c_stride, const T* plus = nullptr) {
     // Tiles of about the same size: a small one at the end would wait for its own results.
     const int64_t lanes = columns / LANE, across = (lanes + TILE_LANES - 1) / TILE_LANES;
     const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const auto row_of = [=](int64_t y) { return share(rows, static_cast<int>(y), static_cast<int>(down)); };
+    const auto lane_of = [=](int64_t x) { return share(lanes, static_cast<int>(x), static_cast<int>(across)); };
 #ifdef ADDS_PAIRS
     for (int64_t x = across; x-- > 0;) {
-        const Share lane = share(lanes, static_cast<int>(x), static_cast<int>(across));
+        const Share lane = lane_of(x);
         for (int64_t y = 0; y < down; ++y) {
-            const Share row = share(rows, static_cast<int>(y), static_cast<int>(down));
+            const Share row = row_of(y);
             const int64_t at = row.first * c_stride + lane.first * LANE;
             run_tile(row, lane, a + row.first * a_stride, a_stride, b + lane.first * LANE, b_stride, inner, c + at, c_stride,
                      plus ? plus + at : nullptr);
         }
     }
 #else
-    // Some rows of a and of b, as floats and as pairs, that the first-level cache holds; sums of all of them.
+    // Of a tile's rows, as floats, what the first-level cache holds.
     constexpr int64_t DEPTH = 512;  // even
-    constexpr int64_t GROUP = 4;
     alignas(64) float left[TILE_ROWS * DEPTH];
-    alignas(64) float sums[TILE_ROWS * GROUP * TILE_LANES * LANE];
-    const int64_t left_stride = std::min((inner + 1) / 2 * 2, DEPTH), sums_stride = GROUP * TILE_LANES * LANE;
-    for (int64_t y = 0; y < down; ++y) {
-        const Share row = share(rows, static_cast<int>(y), static_cast<int>(down));
-        const bf16* from = a + row.first * a_stride;
-        const int64_t height = row.last - row.first;
-        if (inner <= DEPTH) widen_rows(from, a_stride, height, inner, left, left_stride);
-        for (int64_t last = across; last > 0; last -= std::min(GROUP, last)) {
-            const int64_t first = std::max(last - GROUP, int64_t{0});
-            const int64_t origin = share(lanes, static_cast<int>(first), static_cast<int>(across)).first * LANE;
+    const int64_t left_stride = std::min((inner + 1) / 2 * 2, DEPTH);
+    if (inner <= DEPTH) {
+        for (int64_t y = 0; y < down; ++y) {
+            const Share row = row_of(y);
+            widen_rows(a + row.first * a_stride, a_stride, row.last - row.first, inner, left, left_stride);
+            for (int64_t x = across; x-- > 0;) {
+                const Share lane = lane_of(x);
+                const int64_t column = lane.first * LANE, at = row.first * c_stride + column;
+                run_tile(row, lane, left, left_stride, b + column, b_stride, inner, c + at, c_stride,
+                         plus ? plus + at : nullptr);
+            }
+        }
+        return;
+    }
+    // Some tiles' sums are kept in floats, so that a part of the inner dimension of b, which the second-level cache holds,
+    // meets all of their rows before the next part comes.
+    constexpr int64_t WIDE = 8, HIGH = 16;  // tiles
+    constexpr int64_t stride = WIDE * TILE_LANES * LANE;
+    alignas(64) float sums[HIGH * TILE_ROWS * stride];
+    for (int64_t top = 0; top < down; top += HIGH) {
+        const int64_t bottom = std::min(top + HIGH, down);
+        const Share block{row_of(top).first, row_of(bottom - 1).last};
+        for (int64_t last = across; last > 0; last -= std::min(WIDE, last)) {
+            const int64_t first = std::max(last - WIDE, int64_t{0});
+            const int64_t origin = lane_of(first).first * LANE, end = lane_of(last - 1).last * LANE;
             for (int64_t k = 0; k < inner; k += DEPTH) {
                 const int64_t some = std::min(DEPTH, inner - k);
-                if (inner > DEPTH) widen_rows(from + k, a_stride, height, some, left, left_stride);
-                for (int64_t x = last; x-- > first;) {
-                    const Share lane = share(lanes, static_cast<int>(x), static_cast<int>(across));
-                    const int64_t column = lane.first * LANE, at = row.first * c_stride + column;
-                    const uint32_t* right = b + k / 2 * b_stride + column;
-                    if (inner <= DEPTH) {
-                        run_tile(row, lane, left, left_stride, right, b_stride, some, c + at, c_stride,
-                                 plus ? plus + at : nullptr);
-                    } else {
-                        float* to = sums + column - origin;
-                        run_tile<float>(row, lane, left, left_stride, right, b_stride, some, to, sums_stride, k ? to : nullptr);
+                for (int64_t y = top; y < bottom; ++y) {
+                    const Share row = row_of(y);
+                    widen_rows(a + row.first * a_stride + k, a_stride, row.last - row.first, some, left, left_stride);
+                    for (int64_t x = first; x < last; ++x) {
+                        const Share lane = lane_of(x);
+                        const int64_t column = lane.first * LANE;
+                        float* to = sums + (row.first - block.first) * stride + column - origin;
+                        run_tile<float>(row, lane, left, left_stride, b + k / 2 * b_stride + column, b_stride, some, to, stride,
+                                        k ? to : nullptr);
                     }
                 }
             }
-            if (inner <= DEPTH) continue;
-            const int64_t end = share(lanes, static_cast<int>(last - 1), static_cast<int>(across)).last * LANE;
-            for (int64_t i = 0; i < height; ++i) {
+            for (int64_t i = block.first; i < block.last; ++i) {
                 for (int64_t j = end - LANE; j >= origin; j -= LANE) {
-                    const int64_t at = (row.first + i) * c_stride + j;
-                    const Floats sum = load(sums + i * sums_stride + j - origin);
+                    const int64_t at = i * c_stride + j;
+                    const Floats sum = load(sums + (i - block.first) * stride + j - origin);
                     put_lane(c + at, plus ? sum + load(plus + at) : sum);
                 }
             }
