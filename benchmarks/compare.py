@@ -8,7 +8,8 @@
 
 Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
 its process up (on a CPU it keeps freed memory, in huge pages), the others in plain PyTorch; a process that runs all of
-them would lend each the heap that the others leave. ``--allocator`` gives everybody the one or the other.
+them would lend each the heap that the others leave. "-kept" is a system in a process set up as csm_fast's: what that
+alone is worth. ``--allocator`` gives everybody the one or the other.
 
 Every system sees the same recordings, weights (random) and, at equal updates, the same frames. Equal updates: batches
 of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
@@ -19,8 +20,9 @@ repetition, every third of three: times are those of a part, scaled by the rows 
 epoch.
 
 On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
-others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts: all of them
-together an epoch of csm_fast in bf16, half of one of the others, a sixth of *transformers-all-frames*.
+others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts
+(``systems.parts``): all of them together an epoch of csm_fast in bf16, half or a third of one of the others, a sixth
+of *transformers-all-frames*.
 
 A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
 ranking.
@@ -43,18 +45,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare_systems import (
-    SHAPES,
-    SYSTEMS,
-    Running,
-    answers,
-    expected,
-    keeps_memory,
-    reference,
-    tolerance,
-)
+from benchmarks.compare_systems import SHAPES, Running, answers, expected, reference
 from benchmarks.compare_table import is_free, print_tables
 from benchmarks.record import append
+from benchmarks.systems import SYSTEMS, in_precision, is_slow, keeps_memory, parts, runs_alone, tolerance
 from csm_fast.machine import resolve_device, resolve_precision
 
 
@@ -155,35 +149,13 @@ def arguments() -> argparse.Namespace:
         without = args.device == "cpu" and resolve_precision("auto", resolve_device("cpu")) == "fp32"
         args.precision = "fp32" if without else "bf16"
     own = ["csm_fast"] if args.precision == "bf16" else ["csm_fast", "csm_fast-fp32"]
-    args.systems = args.systems or [*own, theirs, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
+    kept = [f"{theirs}-kept"] if args.device == "cpu" else []
+    default = [*own, theirs, *kept, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
+    args.systems = args.systems or default
     args.systems = list(dict.fromkeys(in_precision(name, args.precision) for name in args.systems))
     if not real and (asked := [name for name in args.systems if SYSTEMS[name].code == "blog"]):
         parser.error(f"{asked[0]} needs --sesame-csm and --sesame-finetune, or take padded")
     return args
-
-
-def in_precision(name: str, precision: str) -> str:
-    """The system that a name without a precision means: csm_fast is the one in bf16."""
-    told = name.startswith("csm_fast") or name.endswith(("-fp32", "-autocast"))
-    return name if told or precision == "bf16" else f"{name}-fp32"
-
-
-def is_slow(args: argparse.Namespace, name: str) -> bool:
-    """Whether a system takes minutes where the others take seconds."""
-    return "all-frames" in name or (args.precision == "bf16" and name.endswith("-fp32"))
-
-
-def parts(args: argparse.Namespace, name: str) -> int:
-    """A repetition of a system runs one of so many parts of its batches."""
-    if args.precision == "bf16":
-        return args.repeats if is_slow(args, name) else 1
-    times = 1 if name == "csm_fast" else 6 if is_slow(args, name) else 2
-    return args.repeats * times
-
-
-def runs_alone(args: argparse.Namespace, name: str) -> bool:
-    """When the others have gone, for one that needs the machine's memory."""
-    return is_slow(args, name) or (args.shape == "csm-1b" and name.endswith("-fp32"))
 
 
 def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float]) -> list[dict[str, Any]]:
@@ -206,7 +178,7 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
         for row in rows:
             row["parts"] = min(parts(args, row["system"]), row["updates"])
             own = row["system"].startswith("csm_fast")
-            share = (1 / 4 if own else 1 / 16) if row["parts"] > 1 else (1.0 if own else 1 / 4)
+            share = (1 / 8 if own else 1 / 16) if row["parts"] > 1 else (1.0 if own else 1 / 4)
             workers[row["system"]].ask("run", row["label"], share)
             row["seconds"] = []
         for repeat in range(args.repeats):
@@ -225,7 +197,8 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
             if row["flops"] and (args.precision == "bf16" or row["system"] == "csm_fast"):
                 row["matmul_rate"] = workers[row["system"]].ask("rate", row["label"])
     for row in rows:
-        if not is_free(row) and (memory := workers[row["system"]].ask("memory", row["label"])):
+        same_as_plain = is_free(row) or SYSTEMS[row["system"]].kept
+        if not same_as_plain and (memory := workers[row["system"]].ask("memory", row["label"])):
             row["memory"] = memory
     for worker in workers.values():
         worker.close()

@@ -8,7 +8,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from benchmarks import baselines, parity
 from benchmarks.compare_data import Subset, asked_for, buckets, every_token_has_a_gradient, padded
 from benchmarks.products import matmul_rate, products, step_flops
 from benchmarks.record import environment
+from benchmarks.systems import SYSTEMS, WIDE, keeps_memory
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig
 from csm_fast.compile import compile_layers
@@ -32,62 +32,6 @@ SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.
 HEADS = 5.0  # widens the heads
 
 
-@dataclass(frozen=True)
-class System:
-    """Who trains, and how.
-
-    Attributes:
-        code: "csm_fast"; "padded", the published forward in our words; "blog", sesame-finetune's code on Sesame's own
-            model; "transformers".
-        weights: dtype of the weights.
-        autocast: bf16 autocast over them.
-        method: "full", "lora" or "qlora".
-        compiled: csm_fast's layers under torch.compile.
-        fraction: of the frames that the depth decoder sees.
-    """
-
-    code: str
-    weights: torch.dtype = torch.bfloat16
-    autocast: bool = False
-    method: str = "full"
-    compiled: bool = False
-    fraction: float = 1 / 16
-
-    @property
-    def recipe(self) -> str:
-        """The precision, in words."""
-        if self.autocast:
-            return "float32 weights, bf16 autocast" if self.method == "full" else "bf16 base, bf16 autocast"
-        return "bf16 weights" if self.weights == torch.bfloat16 else "float32"
-
-    @property
-    def coefficients(self) -> tuple[float, float]:
-        """(a, b) of its loss a CE0 + b CEd. sesame-finetune doubles what the blog published."""
-        return (1.0, 1.0) if self.code in ("transformers", "blog") else (0.5, 0.5)
-
-
-WIDE = torch.float32
-SYSTEMS = {
-    "csm_fast": System("csm_fast"),
-    "csm_fast-compiled": System("csm_fast", compiled=True),
-    "csm_fast-autocast": System("csm_fast", WIDE, True),
-    "csm_fast-fp32": System("csm_fast", WIDE),
-    "csm_fast-lora": System("csm_fast", autocast=True, method="lora"),
-    "csm_fast-qlora": System("csm_fast", autocast=True, method="qlora"),
-    "padded": System("padded"),
-    "padded-autocast": System("padded", WIDE, True),
-    "padded-fp32": System("padded", WIDE),
-    "blog": System("blog"),
-    "blog-autocast": System("blog", WIDE, True),
-    "blog-fp32": System("blog", WIDE),
-    "transformers": System("transformers"),
-    "transformers-autocast": System("transformers", WIDE, True),
-    "transformers-fp32": System("transformers", WIDE),
-    "transformers-all-frames": System("transformers", fraction=1.0),
-    "transformers-all-frames-fp32": System("transformers", WIDE, fraction=1.0),
-}
-
-
 def free_label(rows: int) -> str:
     return f"packs of {rows:,} rows"
 
@@ -100,11 +44,6 @@ def start(config: CSMConfig) -> CSM:
         for head in (model.codebook0_head.weight, model.audio_head):
             head.mul_(HEADS)
     return model
-
-
-def keeps_memory(args: argparse.Namespace, name: str) -> bool:
-    """Whether the process is set up as ``csm-fast-train`` sets up its own."""
-    return args.allocator == "kept" or (args.allocator == "own" and name.startswith("csm_fast"))
 
 
 class Running:
@@ -375,12 +314,6 @@ def expected(name: str, found: dict[str, float]) -> float:
     a, b = system.coefficients
     frames = " all" if system.fraction == 1 else ""
     return a * found[f"ce0 {system.weights}"] + b * found[f"ced{frames} {system.weights}"]
-
-
-def tolerance(name: str) -> float:
-    """Most relative difference of a ranked system's loss from the float32 value."""
-    system = SYSTEMS[name]
-    return 1e-2 if system.autocast or system.weights == torch.bfloat16 else 1e-5
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:

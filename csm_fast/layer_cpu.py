@@ -28,7 +28,8 @@ def serves(layer: Any, x: Tensor, attend: Any) -> bool:
 
 
 def project(linear: Any, x: Tensor) -> Tensor:
-    """``linear(x)``, by the library that multiplies a layer's matrices where it does; under autocast both are cast here."""
+    """``linear(x)``, by the library that multiplies a layer's matrices where it does; under autocast both are cast
+    here."""
     own = x.device.type == "cpu" and not torch.compiler.is_compiling() and ops.asked() != "triton" and _is_plain(linear)
     if not own:
         return linear(x)

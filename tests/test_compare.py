@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import compare, compare_data, compare_systems, compare_table
+from benchmarks import compare, compare_data, compare_systems, compare_table, systems
 from benchmarks.compare_data import Synthetic, choose, padded
 from benchmarks.products import Product, attention_flops, matmul_rate, products, step_flops
 from benchmarks.tracked import Tracked
@@ -76,7 +76,7 @@ def test_a_system_that_stops_costs_its_rows_only(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (
         [r["system"] for r in rows]
-        == ["csm_fast", "padded", "transformers", "padded-fp32"]
+        == ["csm_fast", "padded", "padded-kept", "transformers", "padded-fp32"]
         == [r["system"] for r in shown]
     )
 
@@ -98,20 +98,22 @@ def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, pre
 
     args = asked()
     slowest = "transformers-all-frames" + ("-fp32" if precision == "fp32" else "")
-    assert compare.is_slow(args, slowest) and compare.runs_alone(args, slowest)
+    assert systems.is_slow(args, slowest) and systems.runs_alone(args, slowest)
     if precision == "bf16":
-        assert args.systems == ["csm_fast", "padded", "padded-fp32", "transformers", "transformers-all-frames"]
-        assert [compare.parts(args, name) for name in args.systems] == [1, 1, 3, 1, 3]
+        theirs = ["padded", "padded-kept", "padded-fp32", "transformers", "transformers-all-frames"]
+        assert args.systems == ["csm_fast", *theirs]
+        assert [systems.parts(args, name) for name in args.systems] == [1, 1, 3, 3, 1, 3]
     else:
-        assert args.systems == ["csm_fast", "csm_fast-fp32", "padded-fp32", "transformers-fp32", slowest]
-        assert [compare.parts(args, name) for name in args.systems] == [3, 6, 6, 6, 18]
+        theirs = ["padded-fp32", "padded-kept-fp32", "transformers-fp32", slowest]
+        assert args.systems == ["csm_fast", "csm_fast-fp32", *theirs]
+        assert [systems.parts(args, name) for name in args.systems] == [3, 6, 6, 9, 9, 18]
     chosen = asked("--systems", "csm_fast", "padded-autocast", "transformers")
     assert chosen.systems == ["csm_fast", "padded-autocast", "transformers" + ("-fp32" if precision == "fp32" else "")]
-    # Of another device, or asked for: bf16.
-    assert asked("--device", "cuda").systems == asked("--precision", "bf16").systems
+    # Of another device, or asked for: bf16. Only a CPU's memory is kept or not.
+    assert asked("--device", "cuda").systems == [n for n in asked("--precision", "bf16").systems if "kept" not in n]
     assert "padded" in asked("--precision", "bf16").systems
     large = asked("--shape", "csm-1b")
-    assert compare.runs_alone(large, "padded-fp32")
+    assert systems.runs_alone(large, "padded-fp32")
 
 
 def test_sesames_code_needs_its_directories(tmp_path):
@@ -131,7 +133,7 @@ def test_recipes_lie_within_their_tolerance(monkeypatch, name):
         pytest.importorskip("peft")
     system = running(monkeypatch, name)
     truth = compare_systems.expected(name, compare_systems.reference(system.args))
-    assert system.check() == pytest.approx(truth, rel=compare_systems.tolerance(name))
+    assert system.check() == pytest.approx(truth, rel=systems.tolerance(name))
 
 
 def test_another_loss_is_not_ranked(monkeypatch):
@@ -147,6 +149,21 @@ def test_another_loss_is_not_ranked(monkeypatch):
     )
     assert compare_table.faster(row, other) == "not ranked"
     assert compare_table.faster({**row, "ranked": True}, other) == "2.00x (1.9-3.0)"
+
+
+def test_a_process_of_another_set_up_as_ours(monkeypatch):
+    kept = []
+    monkeypatch.setattr(compare_systems, "keep_freed_memory", lambda: kept.append(True))
+    for name, allocator, wanted in [
+        ("csm_fast", "own", True),
+        ("padded", "own", False),
+        ("padded-kept", "own", True),
+        ("padded", "kept", True),
+        ("padded-kept", "plain", False),
+    ]:
+        system = running(monkeypatch, name, "--allocator", allocator)
+        assert bool(kept) == wanted == systems.keeps_memory(system.args, name), (name, allocator)
+        kept.clear()
 
 
 def test_parts_of_a_slow_system_are_all_its_batches(monkeypatch):

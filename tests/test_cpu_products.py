@@ -94,7 +94,7 @@ def test_what_is_not_finite_goes_on():
     assert out[3].isnan().all() and out[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 33), (0, 4, 32)], ids=str)
 def test_linear(shape):
     x, weight = random(*shape).requires_grad_(), random(20, shape[-1], seed=1).requires_grad_()
     grad = random(*shape[:-1], 20, seed=2)

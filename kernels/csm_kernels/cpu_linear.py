@@ -84,7 +84,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., N]. Gradients of first order only.
     """
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def serves(dtype: torch.dtype) -> bool:
