@@ -68,13 +68,15 @@ COMPARE = $(BIN)/python -m benchmarks.compare --data $(DEMO)/corpus-tokens --res
 BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
 # Without products of bf16 csm-1b takes the published forward minutes a pass.
 HAS_BF16 := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo yes)
+MIDDLE = $(if $(HAS_BF16),16,8)
 
 benchmarks: setup
 	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
 	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
 	$(COMPARE) --repeats 3
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast $(if $(HAS_BF16),,csm_fast-fp32) transformers
-	$(COMPARE) --shape csm-1b --middle 16 --batches 16 --systems csm_fast $(if $(HAS_BF16),$(BLOG)) --no-optimizer
+	$(COMPARE) --shape csm-1b --middle $(MIDDLE) --batches $(MIDDLE) --systems csm_fast $(if $(HAS_BF16),$(BLOG)) \
+		--no-optimizer
 	$(BIN)/python -m benchmarks.report
 
 clean:

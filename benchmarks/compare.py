@@ -16,13 +16,13 @@ of 8, then 32 recordings; the others pad buckets of similar length, csm_fast pac
 csm_fast in packs of ``--pack-rows``, the others in their buckets. Times are of forward and backward passes, batches
 built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, medians are
 shown. A system that takes minutes (``is_slow``) runs the first of ``--batches`` only, and a part of them per
-repetition, every third of three: times are those of a part, scaled by the rows laid out, and all parts together are an
-epoch.
+repetition, every third of three: together an epoch. Times are then those of a part and of the longest batch, and of a
+straight line over the rows laid out for the rest (``Running.run_part``).
 
 On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
 others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts
-(``systems.parts``): all of them together an epoch of csm_fast in bf16, half or a third of one of the others, a sixth
-of *transformers-all-frames*.
+(``systems.parts``): together with the longest batch they are most of an epoch of csm_fast in bf16, and more than half
+of one of the others; of *transformers-all-frames* a sixth without it.
 
 A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
 ranking.
@@ -48,7 +48,16 @@ from typing import Any
 from benchmarks.compare_systems import SHAPES, Running, answers, expected, reference
 from benchmarks.compare_table import is_free, print_tables
 from benchmarks.record import append
-from benchmarks.systems import SYSTEMS, in_precision, is_slow, keeps_memory, parts, runs_alone, tolerance
+from benchmarks.systems import (
+    SYSTEMS,
+    in_precision,
+    is_slow,
+    keeps_memory,
+    parts,
+    runs_alone,
+    runs_longest,
+    tolerance,
+)
 from csm_fast.machine import resolve_device, resolve_precision
 
 
@@ -176,15 +185,19 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
     if not args.memory_only:
         # Warm: csm_fast, which keeps products' kernels and memory, on all batches, or many, the others on some.
         for row in rows:
-            row["parts"] = min(parts(args, row["system"]), row["updates"])
+            # The longest batch is set aside.
+            row["parts"] = max(1, min(parts(args, row["system"]), row["updates"] - 1))
             own = row["system"].startswith("csm_fast")
             share = (1 / 8 if own else 1 / 16) if row["parts"] > 1 else (1.0 if own else 1 / 4)
             workers[row["system"]].ask("run", row["label"], share)
             row["seconds"] = []
         for repeat in range(args.repeats):
             for row in rows:
-                which = (repeat % row["parts"], row["parts"]) if row["parts"] > 1 else ()
-                row["seconds"].append(workers[row["system"]].ask("run", row["label"], 1.0, *which))
+                part = ["run", row["label"]]
+                if row["parts"] > 1:
+                    longest = runs_longest(args, row["system"])
+                    part = ["run_part", row["label"], repeat % row["parts"], row["parts"], longest]
+                row["seconds"].append(workers[row["system"]].ask(*part))
         updates: dict[tuple[str, str], float] = {}
         for row in rows:
             row["median_s"] = statistics.median(row["seconds"])

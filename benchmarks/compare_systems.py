@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +65,7 @@ class Running:
         if args.checkpointing:
             self._checkpoint()
         self.passes = self._passes()
+        self.longest: dict[str, float] = {}  # seconds of each label's longest batch
 
     # ------------------------------------------------------------------------------------------------------- building
 
@@ -149,24 +151,45 @@ class Running:
         if self.tables:
             self.tables.clear(whole=False)
 
-    def run(self, label: str, share: float = 1.0, part: int = 0, parts: int = 1) -> float:
+    def run(self, label: str, share: float = 1.0) -> float:
         """Seconds of one pass, forward and backward of every batch, gradients dropped in between.
 
         Args:
             share: of the batches, for warming up.
-            part, parts: only the batches ``part``, ``part + parts`` and so on; the seconds are scaled to all batches by
-                the rows that they lay out.
         """
-        every = self.passes[label]
-        batches = every[part :: max(parts, round(1 / share))]
-        laid_out = sum(map(self._laid_out, every)) / sum(map(self._laid_out, batches))
         started = time.perf_counter()
         losses = []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(self.passes[label][:: round(1 / share)]):
             losses.append(self.backward(batch, i))
             self.drop_gradients()
         torch.stack(losses).tolist()  # waits for the device
-        return (time.perf_counter() - started) * (laid_out if parts > 1 else 1.0)
+        return time.perf_counter() - started
+
+    def run_part(self, label: str, part: int, parts: int, longest: bool) -> float:
+        """Seconds of one pass from a part of its batches: of those by falling length, the longest set aside, ``part``,
+        ``part + parts`` and so on. What the rest takes lies on a straight line over the rows that they lay out.
+
+        Args:
+            part, parts: part 0 comes first.
+            longest: whether part 0 also runs the longest batch, which may be half of all rows; its time is everybody's.
+                Without, it lies on the line too, which is in favour of who takes more for a row of longer batches.
+        """
+        first, *others = sorted(self.passes[label], key=self._laid_out, reverse=True)
+        if longest and part == 0:
+            self.longest[label] = self._seconds(first)
+        chosen = others[part::parts]
+        seconds = [self._seconds(batch) for batch in chosen]
+        rows = [self._laid_out(batch) for batch in chosen]
+        rest = [self._laid_out(batch) for i, batch in enumerate(others) if i % parts != part]
+        if not longest:
+            rest.append(self._laid_out(first))
+        return sum(seconds) + sum(on_a_line(rows, seconds, rest)) + (self.longest[label] if longest else 0.0)
+
+    def _seconds(self, batch: Any) -> float:
+        started = time.perf_counter()
+        self.backward(batch, 0).item()  # waits for the device
+        self.drop_gradients()
+        return time.perf_counter() - started
 
     def optimizer_seconds(self, label: str, repeats: int = 3) -> float:
         """Median seconds of an AdamW update with clipping, each after a backward pass of its own: csm_fast's as its
@@ -278,6 +301,14 @@ class Running:
             torch.cuda.synchronize()
 
 
+def on_a_line(rows: list[int], seconds: list[float], others: list[int]) -> list[float]:
+    """Seconds of batches of other rows: by least squares, or in proportion where all are about as long."""
+    if max(rows) < 1.5 * min(rows):
+        return [n * sum(seconds) / sum(rows) for n in others]
+    slope, start = np.polyfit(rows, seconds, 1)
+    return [float(start + slope * n) for n in others]
+
+
 def check_members(subset: Subset) -> list[int]:
     """Some recordings of middle length: frames enough for a sixteenth of them."""
     groups = buckets(subset, min(16, subset.num_conversations))
@@ -326,6 +357,7 @@ def answers(running: Running) -> dict[str, Callable[..., Any]]:
     """What a worker is asked for, by name."""
     return {
         "run": running.run,
+        "run_part": running.run_part,
         "check": running.check,
         "memory": running.memory,
         "optimizer": running.optimizer_seconds,

@@ -100,9 +100,13 @@ def parts(args: argparse.Namespace, name: str) -> int:
     slow, system = is_slow(args, name), SYSTEMS[name]
     if args.precision == "bf16":
         return args.repeats if slow or system.kept else 1
-    if name == "csm_fast":
-        return args.repeats
-    return args.repeats * (6 if slow else 3 if system.kept or system.code == "transformers" else 2)
+    times = 6 if slow else 4 if system.code == "transformers" else 2 if name == "csm_fast" else 3
+    return args.repeats * times
+
+
+def runs_longest(args: argparse.Namespace, name: str) -> bool:
+    """Whether one of the parts runs the longest batch, too, minutes of a slow system where bf16 is no help."""
+    return args.precision == "bf16" or not is_slow(args, name)
 
 
 def runs_alone(args: argparse.Namespace, name: str) -> bool:

@@ -106,7 +106,8 @@ def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, pre
     else:
         theirs = ["padded-fp32", "padded-kept-fp32", "transformers-fp32", slowest]
         assert args.systems == ["csm_fast", "csm_fast-fp32", *theirs]
-        assert [systems.parts(args, name) for name in args.systems] == [3, 6, 6, 9, 9, 18]
+        assert [systems.parts(args, name) for name in args.systems] == [6, 9, 9, 9, 12, 18]
+        assert [name for name in args.systems if not systems.runs_longest(args, name)] == [slowest]
     chosen = asked("--systems", "csm_fast", "padded-autocast", "transformers")
     assert chosen.systems == ["csm_fast", "padded-autocast", "transformers" + ("-fp32" if precision == "fp32" else "")]
     # Of another device, or asked for: bf16. Only a CPU's memory is kept or not.
@@ -166,18 +167,30 @@ def test_a_process_of_another_set_up_as_ours(monkeypatch):
         kept.clear()
 
 
-def test_parts_of_a_slow_system_are_all_its_batches(monkeypatch):
-    system = running(monkeypatch, "padded-fp32")
+@pytest.mark.parametrize("longest", [True, False])
+def test_parts_of_a_slow_system(monkeypatch, longest):
+    """Where a batch takes a constant and so much a row, every part tells the seconds of all."""
+    system = running(monkeypatch, "padded-fp32", "--synthetic", "24")
     (label,) = system.passes
-    ran = []
-    monkeypatch.setattr(system, "backward", lambda batch, seed: ran.append(batch) or torch.zeros(()))
-    monkeypatch.setattr(compare_systems.time, "perf_counter", iter([0.0, 3.0] * 5).__next__)
-    rows = [tokens[..., 0].numel() for tokens, _ in system.passes[label]]
-    assert len(rows) == 2 and rows[0] < rows[1]
-    for part in (0, 1):
-        assert system.run(label, 1.0, part, 2) == pytest.approx(3.0 * sum(rows) / rows[part])
-    assert [tokens.shape[1] for tokens, _ in ran] == [tokens.shape[1] for tokens, _ in system.passes[label]]
-    assert system.run(label) == 3.0 and len(ran) == 4
+    now, ran = [0.0], []
+
+    def backward(batch, seed):
+        ran.append(system._laid_out(batch))
+        now[0] += 0.5 + 0.01 * ran[-1]
+        return torch.zeros(())
+
+    monkeypatch.setattr(system, "backward", backward)
+    monkeypatch.setattr(compare_systems.time, "perf_counter", lambda: now[0])
+    rows = sorted((system._laid_out(batch) for batch in system.passes[label]), reverse=True)
+    assert len(rows) == 8 and rows[0] > 2 * rows[-1]
+    every = sum(0.5 + 0.01 * n for n in rows)
+    assert [system.run_part(label, part, 3, longest) for part in range(3)] == pytest.approx([every] * 3)
+    assert sorted(ran, reverse=True) == (rows if longest else rows[1:])
+    assert system.run(label) == pytest.approx(every)
+
+
+def test_batches_of_about_the_same_length_are_no_line():
+    assert compare_systems.on_a_line([100, 100], [1.0, 2.0], [200, 50]) == [3.0, 0.75]
 
 
 def test_memory_besides_weights_and_gradients(monkeypatch):

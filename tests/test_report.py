@@ -63,9 +63,9 @@ def test_processors_without_bf16_have_tables_of_their_own(tmp_path):
     rows = [
         row("csm_fast", "batches of 8", [1.0]),
         row("blog", "batches of 8", [2.0]),
-        row("csm_fast", "batches of 8", [5.0], "2026-03-01T10:00:00", **here),
-        row("csm_fast-fp32", "batches of 8", [6.0], "2026-03-01T10:00:00", **here),
-        row("blog-fp32", "batches of 8", [15.0], "2026-03-01T10:00:00", **here),
+        row("csm_fast", "batches of 8", [5.0], "2026-12-01T10:00:00", **here),
+        row("csm_fast-fp32", "batches of 8", [6.0], "2026-12-01T10:00:00", **here),
+        row("blog-fp32", "batches of 8", [15.0], "2026-12-01T10:00:00", **here),
         row("csm_fast", "batches of 8", [1.0], "2026-03-02T10:00:00", precision="bf16"),
         row("blog", "batches of 8", [4.0], "2026-03-02T10:00:00", precision="bf16"),
     ]
@@ -73,10 +73,13 @@ def test_processors_without_bf16_have_tables_of_their_own(tmp_path):
     wide, narrow = (report.PARTS[name](results) for name in ("compare-cpu", "compare-cpu-fp32"))
     assert "4.00x (2.0-4.0)" in wide and "small one" not in wide
     assert "3.00x (3.0-3.0)" in narrow and "1.20x" in narrow and "2.00x" not in narrow and "small one" in narrow
-    later = [{**r, "run": "2026-03-05T10:00:00"} for r in rows[2:5]]
+    later = [{**r, "run": "2026-12-05T10:00:00"} for r in rows[2:5]]
     side = report.PARTS["compare-cpu-fp32-runs"](write(tmp_path, rows + later))
     assert "| blog-fp32, batches of 8 | 3.00x | 3.00x |" in side and "csm_fast-fp32" not in side
     assert "1 of 1 quotients of other days" in side
+    # Those of the first ones are estimates of another kind.
+    first = [{**r, "run": "2026-11-28T03:55:00+00:00"} for r in rows[2:5]]
+    assert report.PARTS["compare-cpu-fp32"](write(tmp_path, first)) == "Not measured.\n"
 
 
 def test_runs_side_by_side(tmp_path):
