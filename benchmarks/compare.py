@@ -21,8 +21,8 @@ straight line over the rows laid out for the rest (``Running.run_part``).
 
 On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
 others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts
-(``systems.parts``): together with the longest batch they are most of an epoch of csm_fast in bf16, and more than half
-of one of the others; of *transformers-all-frames* a sixth without it.
+(``systems.parts``), and the longest batch where that is no matter of minutes or of all memory
+(``systems.runs_longest``).
 
 A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
 ranking.
@@ -35,6 +35,7 @@ for what that needs); "padded" the same in our words on our modules, which stand
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -92,13 +93,15 @@ class Worker:
 
     def ask(self, what: str, *arguments: Any) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # who has stopped does not answer either
+            self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -170,6 +173,16 @@ def arguments() -> argparse.Namespace:
 def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float]) -> list[dict[str, Any]]:
     """A row per system and label: what it is, its times, its memory, its loss's difference. The systems take turns."""
     workers: dict[str, Worker] = {}
+    try:
+        return _measure(args, names, truth, workers)
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _measure(
+    args: argparse.Namespace, names: list[str], truth: dict[str, float], workers: dict[str, Worker]
+) -> list[dict[str, Any]]:
     for name in names:
         workers[name] = Worker(args, name)
         if args.device == "cpu":  # one after the other: a model of 1.5 billion float32 weights is there for a moment
@@ -195,7 +208,7 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
             for row in rows:
                 part = ["run", row["label"]]
                 if row["parts"] > 1:
-                    longest = runs_longest(args, row["system"])
+                    longest = runs_longest(args, row["system"], row["label"])
                     part = ["run_part", row["label"], repeat % row["parts"], row["parts"], longest]
                 row["seconds"].append(workers[row["system"]].ask(*part))
         updates: dict[tuple[str, str], float] = {}
@@ -213,8 +226,6 @@ def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float])
         same_as_plain = is_free(row) or SYSTEMS[row["system"]].kept
         if not same_as_plain and (memory := workers[row["system"]].ask("memory", row["label"])):
             row["memory"] = memory
-    for worker in workers.values():
-        worker.close()
     return rows
 
 

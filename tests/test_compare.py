@@ -76,9 +76,21 @@ def test_a_system_that_stops_costs_its_rows_only(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (
         [r["system"] for r in rows]
-        == ["csm_fast", "padded", "padded-kept", "transformers", "padded-fp32"]
+        == ["csm_fast", "padded", "transformers", "padded-kept", "padded-fp32"]
         == [r["system"] for r in shown]
     )
+
+
+def test_a_system_that_stopped_between_two_questions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny"])
+    worker = compare.Worker(compare.arguments(), "padded")
+    assert worker.about["recordings"] == 3
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(compare.Stopped, match="padded stopped with status -9"):
+        worker.ask("check")
+    worker.close()
+    worker.process.stdout.close()
 
 
 def test_a_system_that_stops_is_told(tmp_path):
@@ -107,7 +119,8 @@ def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, pre
         theirs = ["padded-fp32", "padded-kept-fp32", "transformers-fp32", slowest]
         assert args.systems == ["csm_fast", "csm_fast-fp32", *theirs]
         assert [systems.parts(args, name) for name in args.systems] == [6, 9, 9, 9, 12, 18]
-        assert [name for name in args.systems if not systems.runs_longest(args, name)] == [slowest]
+        longest = [[systems.runs_longest(args, name, f"batches of {n}") for name in args.systems] for n in (8, 32)]
+        assert longest == [[True] * 5 + [False], [True] * 2 + [False] * 4]
     chosen = asked("--systems", "csm_fast", "padded-autocast", "transformers")
     assert chosen.systems == ["csm_fast", "padded-autocast", "transformers" + ("-fp32" if precision == "fp32" else "")]
     # Of another device, or asked for: bf16. Only a CPU's memory is kept or not.
