@@ -105,8 +105,10 @@ def parts(args: argparse.Namespace, name: str) -> int:
 
 
 def runs_longest(args: argparse.Namespace, name: str, label: str) -> bool:
-    """Whether one of the parts runs the longest batch, too. In float32 it takes a slow system minutes, and in batches of
-    32 the others 14 to 17 GiB."""
+    """Whether one of the parts runs the longest batch, too.
+
+    In float32 it takes a slow system minutes, and in batches of 32 the others 14 to 17 GiB.
+    """
     if args.precision == "bf16" or SYSTEMS[name].code == "csm_fast":
         return True
     return not is_slow(args, name) and label == f"batches of {args.batches[0]}"
