@@ -128,9 +128,8 @@ def memory_table(rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:
         if "memory" not in row:
             continue
         figures = row["memory"]
-        same = {"label": row["label"], "checkpointing": row["checkpointing"]}
-        ours = [r for name in OURS[row["recipe"] != "float32" :] for r in rows_of(rows, system=name, **same)]
-        times = f"{figures['besides'] / ours[0]['memory']['besides']:.2f}x" if ours and ours[0] is not row else ""
+        ours = _our_memory(row, rows)
+        times = f"{figures['besides'] / ours['memory']['besides']:.2f}x" if ours is not None else ""
         mib = [f"{figures[key] / MIB:,.0f}" for key in ("weights", "gradients", "peak", "besides")]
         recipe = row["recipe"] + (", checkpointing" if row["checkpointing"] else "")
         lines.append([row["system"], recipe, row["label"], f"{figures['rows']:,}", *mib, times])
@@ -139,6 +138,68 @@ def memory_table(rows: list[Row]) -> tuple[str, list[str], list[list[str]]]:
         head,
         lines,
     )
+
+
+def _our_memory(row: Row, rows: list[Row]) -> Row | None:
+    """What the row's memory is compared with: csm_fast's in the same batches, in float32 what trains in float32."""
+    same = {"label": row["label"], "checkpointing": row["checkpointing"]}
+    for name in OURS[row["recipe"] != "float32" :]:
+        if (found := rows_of(rows, system=name, **same)) and "memory" in found[0]:
+            return None if found[0] is row else found[0]
+    return None
+
+
+def summary(rows: list[Row], spreads: Spreads | None = None) -> tuple[list[str], list[list[str]]]:
+    """A line per system: seconds per epoch and how many times csm_fast's they are, in batches as everyone has them, the
+    optimizer included, and with csm_fast free to pack; and the memory besides weights and gradients."""
+    timed = [row for row in rows if "median_s" in row]
+    equal = list(dict.fromkeys(row["label"] for row in timed if not is_free(row)))
+    free = next((row for row in timed if is_free(row) and row["system"] == "csm_fast"), None)
+    head = ["system", "recipe", *(f"{label}, s" for label in equal)]
+    optimized = any("optimizer_s" in row for row in timed)
+    head += ["with optimizer"] * optimized
+    head += [f"csm_fast in {free['label']}, s"] if free else []
+    head += ["MiB besides"]
+    lines = []
+    for system in dict.fromkeys(row["system"] for row in timed):
+        own = {row["label"]: row for row in rows_of(timed, system=system)}
+        ours = {row["label"]: row for row in rows_of(timed, system="csm_fast")}
+        cells = [_seconds_and_times(own[label], ours.get(label), spreads) if label in own else "" for label in equal]
+        if optimized:
+            cells.append(", ".join(_optimized(own[label], ours.get(label)) for label in equal if label in own))
+        if free:
+            mine = next((row for row in own.values() if is_free(row)), None)
+            theirs = [f"{faster(row, free, spreads)} of {_size(label)}" for label, row in own.items()]
+            cells.append(_seconds_and_times(mine, free, spreads) if mine else ", ".join(theirs))
+        lines.append([system, next(iter(own.values()))["recipe"], *cells, _besides(list(own.values()), rows)])
+    return head, lines
+
+
+def _seconds_and_times(row: Row, ours: Row | None, spreads: Spreads | None) -> str:
+    times = faster(row, ours, spreads)
+    return f"{row['median_s']:.1f}" + (f", {times}" if times else "")
+
+
+def _optimized(row: Row, ours: Row | None) -> str:
+    """Seconds with the optimizer, of the others how many times csm_fast's they are."""
+    whole = _with_optimizer(row, ours)
+    return f"{whole[whole.index('(') + 1 : -1]} ({_size(row['label'])})" if "(" in whole else whole
+
+
+def _size(label: str) -> str:
+    """The number of a label."""
+    return label.rsplit(" ", 1)[-1]
+
+
+def _besides(own: list[Row], rows: list[Row]) -> str:
+    """Of each batch size, with the multiple of csm_fast's."""
+    cells = []
+    for row in own:
+        if "memory" in row:
+            figure, ours = row["memory"]["besides"], _our_memory(row, rows)
+            times = f", {figure / ours['memory']['besides']:.1f}x" if ours is not None else ""
+            cells.append(f"{figure / MIB:,.0f}{times} ({_size(row['label'])})")
+    return "; ".join(cells)
 
 
 def text(head: list[str], lines: list[list[str]]) -> str:

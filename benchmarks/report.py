@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import report_parts
 from benchmarks.compare_table import (
+    FRAME_SECONDS,
     Row,
     Spreads,
     is_free,
@@ -28,6 +29,7 @@ from benchmarks.compare_table import (
     quotient,
     race,
     rows_of,
+    summary,
     time_tables,
 )
 from benchmarks.report_parts import provenance
@@ -68,24 +70,41 @@ def compare(rows: list[Row], earlier: list[Row] | None = None) -> str:
     """Time and memory against the others, one run; the quotients' spread is that of the runs of ``earlier``, too."""
     if not rows:
         return "Not measured.\n"
-    first = rows[0]
-    minutes = first["frames"] * 0.08 / 60
-    text = (
-        f"{first['recordings']} recordings, {minutes:.1f} minutes, {first['rows']:,} rows; `{first['shape']}` shape. "
-    )
-    text += f"{provenance(rows[0])}.\n"
-    every = (earlier or []) + rows
-    spreads: Spreads = {}
-    for name in newest(every):
-        for key, (_, least, most) in _quotients(rows_of(every, run=name)).items():
-            low, high = spreads.get(key, (least, most))
-            spreads[key] = min(low, least), max(high, most)
+    text, spreads = _subject(rows), _spreads(rows, earlier)
     for title, head, lines in time_tables(rows, spreads):
         text += f"\n*{_sentence(title)}*\n\n{markdown(*_without(head, lines, LEFT_OUT))}\n"
     title, head, lines = memory_table(rows)
     if lines:
         text += f"\n*{_sentence(title)}*\n\n{markdown(head, lines)}\n"
     return text
+
+
+def summarized(rows: list[Row], earlier: list[Row] | None = None) -> str:
+    """``compare`` in one table, a line per system."""
+    if not rows:
+        return "Not measured.\n"
+    return f"{_subject(rows)}\n{markdown(*summary(rows, _spreads(rows, earlier)))}\n"
+
+
+def _subject(rows: list[Row]) -> str:
+    """What was trained on, and where the figures come from."""
+    first = rows[0]
+    minutes = first["frames"] * FRAME_SECONDS / 60
+    return (
+        f"{first['recordings']} recordings, {minutes:.1f} minutes, {first['rows']:,} rows; `{first['shape']}` shape. "
+        f"{provenance(first)}.\n"
+    )
+
+
+def _spreads(rows: list[Row], earlier: list[Row] | None) -> Spreads:
+    """The least and the most that a quotient was in the last runs."""
+    every = (earlier or []) + rows
+    spreads: Spreads = {}
+    for name in newest(every):
+        for key, (_, least, most) in _quotients(rows_of(every, run=name)).items():
+            low, high = spreads.get(key, (least, most))
+            spreads[key] = min(low, least), max(high, most)
+    return spreads
 
 
 RUNS = 4  # that are shown side by side
@@ -148,10 +167,10 @@ def _on_cpu(results: Path, precision: str, **wanted: Any) -> list[Row]:
     return [row for row in rows if precision == "bf16" or row["run"] >= FIRST_FP32_RUN]
 
 
-def _of_compare(precision: str, **wanted: Any) -> Callable[[Path], str]:
+def _of_compare(precision: str, form: Callable[..., str] = compare, **wanted: Any) -> Callable[[Path], str]:
     def part(results: Path) -> str:
         rows = _on_cpu(results, precision, **wanted)
-        return compare(last_run(rows), rows)
+        return form(last_run(rows), rows)
 
     return part
 
@@ -165,6 +184,11 @@ def _on_gpu(results: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
+    "speed-cpu": _of_compare("bf16", summarized, shape="small", checkpointing=False),
+    "speed-cpu-csm-1b": _of_compare("bf16", summarized, shape="csm-1b", checkpointing=False),
+    "speed-cpu-fp32": _of_compare("fp32", summarized, shape="small", checkpointing=False),
+    "speed-cpu-fp32-csm-1b": _of_compare("fp32", summarized, shape="csm-1b", checkpointing=False),
+    "speed-gpu": lambda results: summarized(last_run(read(results, "gpu_compare"))),
     "compare-cpu": _of_compare("bf16", shape="small", checkpointing=False),
     "compare-cpu-checkpointing": _of_compare("bf16", shape="small", checkpointing=True),
     "compare-cpu-csm-1b": _of_compare("bf16", shape="csm-1b", checkpointing=False),

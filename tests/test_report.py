@@ -58,6 +58,38 @@ def test_the_last_run_is_shown(tmp_path):
     assert [line[-1] for line in lines[-2:]] == ["", "3.00x"]
 
 
+def test_one_table_for_the_first_page(tmp_path):
+    memory = {"besides": 2**20, "peak": 2**22, "weights": 2**21, "gradients": 2**20, "rows": 300}
+    rows = [
+        row("csm_fast", "batches of 8", [1.0], memory=memory),
+        row("csm_fast", "batches of 32", [2.0], memory={**memory, "besides": 2**21}),
+        row("csm_fast", "packs of 2,048 rows", [0.5]),
+        row("csm_fast-fp32", "packs of 2,048 rows", [0.75], recipe="float32"),
+        row("blog", "batches of 8", [2.0, 2.5, 4.0], memory={**memory, "besides": 3 * 2**20}),
+        row("blog", "batches of 32", [5.0], optimizer_s=2.5, memory={**memory, "besides": 2**23}),
+        row("transformers", "batches of 8", [5.0], ranked=False),
+    ]
+    before = [row("csm_fast", "batches of 32", [2.0], "2025-12-01"), row("blog", "batches of 32", [8.0], "2025-12-01")]
+    text = report.PARTS["speed-cpu"](write(tmp_path, [*before, *rows]))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [name for name in lines[0] if name] == [
+        "system", "recipe", "batches of 8, s", "batches of 32, s", "with optimizer", "csm_fast in packs of 2,048 rows, s",
+        "MiB besides",
+    ]  # fmt: skip
+    found = {line[0]: line[2:] for line in lines[2:]}
+    assert found["csm_fast"] == ["1.0", "2.0", "1.5, 2.5", "0.5", "1 (8); 2 (32)"]
+    assert found["csm_fast-fp32"] == ["", "", "", "0.8, 1.50x (1.5-1.5)", ""]
+    assert found["blog"] == [
+        "2.5, 2.50x (2.0-4.0)", "5.0, 2.50x (2.5-4.0)", "2.00x (8), 3.00x (32)",
+        "5.00x (4.0-8.0) of 8, 10.00x (10.0-10.0) of 32", "3, 3.0x (8); 8, 4.0x (32)",
+    ]  # fmt: skip
+    assert found["transformers"] == ["5.0, not ranked", "", "5.5", "not ranked of 8", ""]
+    # Nothing was packed freely, and nobody updated.
+    bare = [{k: v for k, v in r.items() if k != "optimizer_s"} for r in rows if "packs" not in r["label"]]
+    short = report.PARTS["speed-cpu"](write(tmp_path, bare))
+    assert "| system | recipe | batches of 8, s | batches of 32, s | MiB besides |" in short
+
+
 def test_processors_without_bf16_have_tables_of_their_own(tmp_path):
     here = {"precision": "fp32", "device": "a small one"}
     rows = [
