@@ -352,7 +352,10 @@ def main() -> int:
         lines = [replace(line, met=None) for line in lines]
     for line in lines:
         append(results / "gpu_summary.jsonl", {"benchmark": "gpu_suite", **asdict(line), **about})
-    print(f"\nrows: {results}/gpu_*.jsonl")
+    print(
+        f"\nrows: {results}/gpu_*.jsonl"
+        + ("" if args.rehearse else "; python -m benchmarks.report shows them on the pages")
+    )
     print_table(f"{label}: {about['device']}, torch {about['torch']}, commit {about['commit'] or '?'}", lines)
     return 1 if counts["failed"] else 0
 

@@ -73,8 +73,8 @@ def test_one_table_for_the_first_page(tmp_path):
     text = report.PARTS["speed-cpu"](write(tmp_path, [*before, *rows]))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert [name for name in lines[0] if name] == [
-        "system", "recipe", "batches of 8, s", "batches of 32, s", "with optimizer", "csm_fast in packs of 2,048 rows, s",
-        "MiB besides",
+        "system", "recipe", "batches of 8, s", "batches of 32, s", "with optimizer",
+        "csm_fast in packs of 2,048 rows, s", "MiB besides",
     ]  # fmt: skip
     found = {line[0]: line[2:] for line in lines[2:]}
     assert found["csm_fast"] == ["1.0", "2.0", "1.5, 2.5", "0.5", "1 (8); 2 (32)"]
