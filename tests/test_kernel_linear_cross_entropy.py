@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +185,29 @@ def test_kernel_within_the_error_budget(dtype, vocab, rows, heads, chunk):
         assert launches["_softmax_cross_entropy_kernel"] >= (heads if chunk == "small" and rows > 7 else 1)
     for name, g, t, p in zip(("loss", "parts", "hidden", "weight"), got, truth, plain, strict=True):
         assert_within_budget(name, g, t.to(torch.float64), p)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_fp16_keeps_the_gradients_of_small_weights(impl):
+    """They are formed before a trainer scales its loss, and must be there when it does: also by more than fp16 knows."""
+    exact = case(48, 2, 64, 300, torch.float64)
+    inputs = [x.detach().half().requires_grad_() for x in exact[:2]]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    targets = case(48, 2, 64, 300)[2]
+    weights = torch.full((48, 1), 1 / 2**22, dtype=torch.float64)
+    true_loss, true_parts = linear_cross_entropy(*exact, targets, weights, scale=0.5)
+    truth = torch.autograd.grad(true_loss, exact)
+    with interpreted() if impl == "triton" else contextlib.nullcontext():
+        loss, parts = linear_cross_entropy(*inputs, targets, weights, impl=impl, scale=0.5)
+    assert float(loss.detach()) == pytest.approx(float(true_loss.detach()), rel=1e-3)
+    torch.testing.assert_close(parts.double(), true_parts, rtol=1e-3, atol=0)
+    for scale in (2.0**17, 2.0**27):
+        grads = torch.autograd.grad(scale * loss, inputs, retain_graph=True)
+        for got, want in zip(grads, truth, strict=True):
+            error = (got.double() / scale - want).norm() / want.norm()
+            assert error < 2e-3, float(error)
+    nothing = linear_cross_entropy(*inputs, targets, 0 * weights, impl="torch")[0]
+    assert not any(grad.any() for grad in torch.autograd.grad(nothing, inputs))
 
 
 def test_kernel_takes_any_strides_and_skips_what_is_not_wanted():

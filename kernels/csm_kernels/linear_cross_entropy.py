@@ -24,6 +24,9 @@ DEFAULT_BYTE_BUDGET = 64 * 2**20
 IGNORE = -100
 # A row of 2,051 logits is 4,102 bytes, which no 16-byte load likes; the chunk's copy of the weight has this multiple.
 COLUMNS = 64
+# Most that the weights of a head's rows sum up to where gradients are formed in fp16: a weight's gradient is at most that
+# times the largest number of ``hidden``, which has room for 256 below fp16's 65,504.
+FP16_SUM = 256.0
 
 # --- reference --------------------------------------------------------------------------------------------------------
 
@@ -165,7 +168,8 @@ def _losses_and_gradients(
     wants_weight: bool,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], losses per head [C], and the gradients (empty where not wanted) for an upstream gradient of 1."""
+    """Loss [], losses per head [C], and the gradients (empty where not wanted) for an upstream gradient of 1, in fp16
+    for one of ``_fp16_unit``."""
     rows, heads, width = hidden.shape
     vocab = weight.shape[-1]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -177,6 +181,9 @@ def _losses_and_gradients(
             hidden, weight, targets, row_weights, scale, wants_hidden, wants_weight
         )
         return per_head.sum() * scale, per_head, grad_hidden, grad_weight
+    unit = _fp16_unit(weights, scale) if hidden.dtype == torch.float16 else None
+    if unit is not None:
+        row_weights = row_weights * unit
     grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     grad_weight = hidden.new_empty(0)
     per_head = torch.zeros(heads, dtype=wide, device=hidden.device)
@@ -219,7 +226,16 @@ def _losses_and_gradients(
                 total = part if total is None else total.add_(part)
         if wants_weight and total is not None:
             grad_weight[some_heads] = total[..., :vocab]
+    if unit is not None:
+        per_head /= unit
     return per_head.sum() * scale, per_head, grad_hidden, grad_weight
+
+
+def _fp16_unit(weights: Tensor, scale: float) -> Tensor:
+    """A power of two, [] float32, that the loss is multiplied by while its gradients are formed in fp16: what a trainer
+    scales its loss by is only known afterwards, when weights of 1 / 16384 have made zeros of most of them."""
+    total = weights.float().abs().sum(0).amax() * abs(scale)
+    return torch.where(total > 0, torch.exp2(torch.floor(torch.log2(FP16_SUM / total))), 1.0)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -267,14 +283,20 @@ def _(hidden, weight, targets, weights, scale, byte_budget, wants_hidden, wants_
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or there would be zeros of the size of the weight for an output nobody uses
-    ctx.wants = inputs[6], inputs[7]
-    ctx.save_for_backward(output[2], output[3])
+    _keep(ctx, inputs, output[2:])
+
+
+def _keep(ctx, inputs, grads):
+    ctx.wants, ctx.scale = inputs[6:8], inputs[4]
+    ctx.save_for_backward(*grads, inputs[3] if inputs[0].dtype == torch.float16 else None)
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 9
-    saved = ctx.saved_tensors
+    *saved, weights = ctx.saved_tensors
+    if weights is not None:
+        grad_loss = grad_loss / _fp16_unit(weights, ctx.scale)
     # Nobody sees the saved gradients again unless the graph is kept, so they are handed on as they are, or scaled where
     # they lie: a second tensor of the size of the weights is memory, and on a CPU time too.
     mine = all(type(grad) is Tensor for grad in saved) and not _graph_is_kept()
@@ -311,8 +333,7 @@ class _Direct(torch.autograd.Function):
         loss, per_head, *grads = _losses_and_gradients(*inputs)
         ctx.mark_non_differentiable(per_head)
         ctx.set_materialize_grads(False)
-        ctx.wants = inputs[6], inputs[7]
-        ctx.save_for_backward(*grads)
+        _keep(ctx, inputs, grads)
         return loss, per_head
 
     @staticmethod
