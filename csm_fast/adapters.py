@@ -70,6 +70,7 @@ def attach(
     base: str = "",
     base_hash: str | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> Attached:
     """Put adapters on a model, in place, and freeze everything else that ``section`` does not train.
 
@@ -87,6 +88,8 @@ def attach(
         base: what the weights are called: a hub id, or a path (made absolute), for messages and for loading them again.
         base_hash: their ``weights_hash``, where it is known; computed otherwise.
         seed: of A's values, which depend on nothing else than it and the shapes.
+        device: where the model goes next, if that is not where it is: 4-bit weights are made there. The rest of the
+            model is left where it lies.
 
     Raises:
         InputError: a target that matches nothing or cannot have an adapter; PEFT or bitsandbytes are not installed.
@@ -105,7 +108,7 @@ def attach(
     if base_hash is None:
         base_hash = weights_hash(model, hash_dtype(compute_dtype))
     if section.method == "qlora":
-        quantize_stacks(model, compute_dtype)
+        quantize_stacks(model, compute_dtype, device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if parameter.is_floating_point():

@@ -52,12 +52,19 @@ def compile_layers(model: Any, choice: str = "on", backend: str = "inductor") ->
     return on
 
 
-def _compiled(backend: str) -> Callable[..., Tensor]:
-    # Without these two, older PyTorch counts the variants of both stacks together, up to 8.
+def _limits() -> dict[str, Any]:
+    """``RECOMPILE_LIMIT`` for each stack, as options of ``torch.compile``. PyTorch before 2.13 has none: it counts the
+    variants of both stacks together, for the whole process, up to 8."""
     limits = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
-    known = inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {name: value for name, value in limits.items() if name in known}
-    compiled = torch.compile(run_layer, fullgraph=True, backend=backend, **options)
+    if limits.keys() <= inspect.signature(torch.compile).parameters.keys():
+        return limits
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * RECOMPILE_LIMIT)
+    return {}
+
+
+def _compiled(backend: str) -> Callable[..., Tensor]:
+    compiled = torch.compile(run_layer, fullgraph=True, backend=backend, **_limits())
 
     def run(
         layer: Any,

@@ -206,7 +206,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, random: torch.Generat
     logits = logits.float() / temperature
     if 0 < top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    # argmax(p / Exponential(1)) is a draw from p, and needs no synchronisation.
+    # argmax(p / Exponential(1)) is a draw from p.
     noise = torch.empty(logits.shape).exponential_(1, generator=random).to(logits.device)
     return (logits.softmax(-1) / noise).argmax()
 

@@ -23,6 +23,16 @@ from .config import CSMConfig, TransformerConfig
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def _bare(kind: type[nn.Module], *shape: int, **settings: Any) -> Any:
+    """A module with storage for its parameters and no values: PyTorch's take a quarter of a minute for csm-1b, and are
+    overwritten. On the device that is the default, "meta" too."""
+    return nn.utils.skip_init(kind, *shape, device=torch.get_default_device(), **settings)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return _bare(nn.Linear, inputs, outputs, bias=False)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -43,18 +53,18 @@ class Attention(nn.Module):
             config.rope_old_context_len,
         )
         kv_dim = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
-        self.k_proj = nn.Linear(config.embed_dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.embed_dim, kv_dim, bias=False)
-        self.output_proj = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.q_proj = _linear(config.embed_dim, config.embed_dim)
+        self.k_proj = _linear(config.embed_dim, kv_dim)
+        self.v_proj = _linear(config.embed_dim, kv_dim)
+        self.output_proj = _linear(config.embed_dim, config.embed_dim)
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
-        self.w2 = nn.Linear(config.intermediate_dim, config.embed_dim, bias=False)
-        self.w3 = nn.Linear(config.embed_dim, config.intermediate_dim, bias=False)
+        self.w1 = _linear(config.embed_dim, config.intermediate_dim)
+        self.w2 = _linear(config.intermediate_dim, config.embed_dim)
+        self.w3 = _linear(config.embed_dim, config.intermediate_dim)
 
 
 class Layer(nn.Module):
@@ -89,10 +99,10 @@ class CSM(nn.Module):
         width = config.backbone.embed_dim
         self.backbone = Transformer(config.backbone)
         self.decoder = Transformer(config.decoder)
-        self.text_embeddings = nn.Embedding(config.text_vocab_size, width)
-        self.audio_embeddings = nn.Embedding(config.audio_vocab_size * config.num_codebooks, width)
-        self.projection = nn.Linear(width, config.decoder.embed_dim, bias=False)
-        self.codebook0_head = nn.Linear(width, config.audio_vocab_size, bias=False)
+        self.text_embeddings = _bare(nn.Embedding, config.text_vocab_size, width)
+        self.audio_embeddings = _bare(nn.Embedding, config.audio_vocab_size * config.num_codebooks, width)
+        self.projection = _linear(width, config.decoder.embed_dim)
+        self.codebook0_head = _linear(width, config.audio_vocab_size)
         self.audio_head = nn.Parameter(
             torch.empty(config.num_codebooks - 1, config.decoder.embed_dim, config.audio_vocab_size)
         )

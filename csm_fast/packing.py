@@ -48,8 +48,8 @@ class Pack(NamedTuple):
 
     def to(self, device: torch.device | str) -> Pack:
         """The pack on another device; copies are asynchronous from pinned memory."""
-        device = torch.device(device)
-        if self.tokens.device == device:
+        device, here = torch.device(device), self.tokens.device
+        if here == device or (here.type == device.type and device.index is None):  # "cuda" is where "cuda:0" is
             return self
 
         def move(value: Tensor) -> Tensor:

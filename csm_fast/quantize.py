@@ -84,17 +84,18 @@ def _nf4_linear() -> type:
     return NF4Linear
 
 
-def quantize_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+def quantize_linear(linear: nn.Linear, dtype: torch.dtype, device: torch.device | None = None) -> nn.Linear:
     """The NF4 copy of a layer without bias (blocks of 64, their scales in 8 bits by blocks of 256).
 
     Args:
         linear: weight [out, in], of any float dtype, on any device.
         dtype: float32, bfloat16 or float16: the weight is rounded to it first, and products are computed in it.
+        device: where the copy lies, and is made: a CPU takes a minute for csm-1b. Default: the layer's.
     """
     if linear.bias is not None:
         raise ValueError("layers of CSM have no bias")
     bnb = load_bitsandbytes()
-    device, weight = linear.weight.device, linear.weight.data.to(dtype)
+    device, weight = device or linear.weight.device, linear.weight.data.to(dtype)
     with torch.device("meta"):
         quantized = _nf4_linear()(1, 1, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
     quantized.out_features, quantized.in_features = weight.shape
@@ -104,14 +105,14 @@ def quantize_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     return quantized
 
 
-def quantize_stacks(model: Any, dtype: torch.dtype) -> None:
-    """Replace every linear layer of backbone and decoder by its NF4 form, in place, one at a time."""
+def quantize_stacks(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Replace every linear layer of both stacks by its NF4 form, in place, one at a time (see ``quantize_linear``)."""
     for stack in (getattr(model, name) for name in STACKS):
         layers = [(name, module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
         while layers:
             name, module = layers.pop()
             parent, _, leaf = name.rpartition(".")
-            setattr(stack.get_submodule(parent), leaf, quantize_linear(module, dtype))
+            setattr(stack.get_submodule(parent), leaf, quantize_linear(module, dtype, device))
             del module
 
 

@@ -122,9 +122,15 @@ def plan_memory(config: TrainConfig, shape: CSMConfig, store: TokenStore, device
 
 
 def attach_adapters(
-    model: CSM, config: TrainConfig, dtype: torch.dtype, store: TokenStore, resumed: Path | None
+    model: CSM,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    store: TokenStore,
+    resumed: Path | None,
+    device: torch.device | None = None,
 ) -> None:
-    """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them."""
+    """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them.
+    ``device``: where the run will be, for ``adapters.attach``."""
     from . import adapter_files, adapters
     from .embedding_rows import EmbeddingRows, rows_in
 
@@ -134,7 +140,7 @@ def attach_adapters(
             mend="leave one of them out",
         )
     base = f"{config.model.model}, random, seed {config.data.seed}" if config.model.from_scratch else config.model.model
-    adapters.attach(model, config.adapter, compute_dtype=dtype, base=base, seed=config.data.seed)
+    adapters.attach(model, config.adapter, compute_dtype=dtype, base=base, seed=config.data.seed, device=device)
     if config.adapter.train_embeddings == "rows":
         EmbeddingRows(model, *rows_in([store], model))
     if resumed:

@@ -118,7 +118,7 @@ class Trainer:
         self.record = check_data(self.model, stores, config, self.resumed)
         self.state["data"] = position_identity(config, self.store)
         if adapts:
-            attach_adapters(self.model, config, compute_dtype(self.precision), self.store, self.resumed)
+            attach_adapters(self.model, config, compute_dtype(self.precision), self.store, self.resumed, self.device)
         else:
             cast_weights(self.model, config.optimizer)
         for part in config.model.freeze:

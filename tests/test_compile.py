@@ -13,7 +13,7 @@ from model_cases import MemoryStore, random_conversations, random_model
 from torch._dynamo.utils import counters
 from train_cases import config
 
-from csm_fast import layer_cpu
+from csm_fast import compile, layer_cpu
 from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, DataSection, LossSection
@@ -147,6 +147,15 @@ def test_training_and_validation_need_two_graphs_each_and_a_single_frame_one_mor
         step(model, single)
     assert counters["stats"]["unique_graphs"] <= first + 1
     assert not counters["graph_break"]
+
+
+def test_older_pytorch_has_room_for_the_variants_of_both_stacks(monkeypatch):
+    """It knows no limit of one function's own."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    assert compile._limits() == {"recompile_limit": 16, "isolate_recompiles": True}
+    assert torch._dynamo.config.recompile_limit == 8
+    monkeypatch.setattr(torch, "compile", lambda model=None, *, fullgraph=False, backend="inductor": model)
+    assert compile._limits() == {} and torch._dynamo.config.recompile_limit == 32
 
 
 @pytest.mark.parametrize("frozen", ["backbone", "decoder", "text_embeddings"])

@@ -135,9 +135,10 @@ def test_compiled_layers_compute_the_same_and_recompile_nothing(fresh_compiler, 
         got, plain = step(compiled, moved), step(eager, moved)
         assert_no_worse(got, plain, rounded_truth(dtype, pack), dtype)
         graphs.append(counters["stats"]["unique_graphs"])
-    # One graph a stack, and one more where a kernel takes the longest segment as an integer: PyTorch takes an integer
-    # for a constant until it changes.
-    assert graphs[-1] == graphs[2] <= 3 and not counters["graph_break"], graphs
+    # Two graphs of the backbone, whose last layer goes on with the rows that predict, and one of the depth decoder. The
+    # backbone's come twice where a kernel takes the longest segment as an integer, a constant until it changes.
+    most = 5 if ops.varlen_backend(device, dtype) else 3
+    assert graphs[-1] == graphs[2] <= most and not counters["graph_break"], graphs
 
 
 # --- lean ---------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_kernel_within_the_error_budget(dtype, vocab, rows, heads, chunk):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_fp16_keeps_the_gradients_of_small_weights(impl):
-    """They are formed before a trainer scales its loss, and must be there when it does: also by more than fp16 knows."""
+    """They are formed before a trainer scales its loss, and are there when it does, also by more than fp16 knows."""
     exact = case(48, 2, 64, 300, torch.float64)
     inputs = [x.detach().half().requires_grad_() for x in exact[:2]]
     exact = [x.detach().double().requires_grad_() for x in inputs]

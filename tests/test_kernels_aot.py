@@ -7,6 +7,7 @@ a new file there is found by itself. ``REFUSED = {75: "why"}`` there names an ar
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,16 @@ def test_compiles_and_fits(op, arch):
                 wrong.append(f"{case.name} {dtype}: spills {used.spills} bytes")
     print("", *table, sep="\n")
     assert not wrong, "\n".join([*wrong, *table])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_updates_read_and_write_16_bytes_at_once(dtype):
+    """Of float32 four numbers, of bf16 two times four: an update is nothing but memory."""
+    pytest.importorskip("triton")
+    from aot_registry.adamw import cases
+
+    case = cases(dtype, 90)[0]
+    ptx = case.compile(90).asm["ptx"]
+    wide = {kind: len(re.findall(rf"{kind}\.global\S*\.v[24]\.", ptx)) for kind in ("ld", "st")}
+    # Weight, gradient and two moments come, all but the gradient go; of what else is read there is one number each.
+    assert wide["ld"] >= 4 and wide["st"] >= 3, (wide, sorted(set(re.findall(r"(?:ld|st)\.global\S*", ptx))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_cases import MemoryStore, random_conversations
+from model_cases import MemoryStore, padded, random_conversations
 from train_cases import conversations_of, write_store
 
 from csm_fast import InputError
@@ -17,7 +17,7 @@ from csm_fast.config import DataSection, LossSection, TransformerConfig
 from csm_fast.loader import Packer, prefetch
 from csm_fast.model import Attention
 from csm_fast.ops import plan_segments
-from csm_fast.packing import best_fit, padded_rows, split_documents
+from csm_fast.packing import best_fit, pack_padded, padded_rows, split_documents
 from csm_fast.token_store import TokenStore
 
 LENGTHS = np.loadtxt(Path(__file__).parent / "golden" / "clip_rows.txt", dtype=int)  # of a real corpus, in rows
@@ -229,3 +229,10 @@ def test_packs_from_a_real_store(tmp_path):
     assert step.rows == sum(len(t.text) + len(t.codes) + 1 for c in conversations for t in c)
     assert step.frames == sum(len(t.codes) for c in conversations for t in c)
     assert step.supervised == sum(len(t.codes) + 1 for c in conversations for t in c)
+
+
+def test_a_pack_that_is_there_stays(monkeypatch):
+    """Without an index a device is the current one of its kind, and a tensor on it cannot be pinned again."""
+    pack = pack_padded(*padded(random_conversations([[(3, 5, 0)]])), 1.0)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda:1"))
+    assert pack.to("cuda") is pack and pack.to("cuda:1") is pack

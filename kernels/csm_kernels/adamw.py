@@ -32,8 +32,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 def _jit(kernel):
-    """Compiled once per types and rounding: sizes and settings change from weight to weight and step to step."""
-    names = ["n", "keep", "size", "log_beta1", "log_beta2", "fresh", "fresh_square", "eps", "counters", "salt", "tiles"]
+    """Compiled once per types and rounding, and once more for sizes that are no multiple of 16, which loads of 16 bytes
+    do not fit: settings change from step to step."""
+    names = ["keep", "size", "log_beta1", "log_beta2", "fresh", "fresh_square", "eps", "counters", "salt", "tiles"]
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=names)
 
 

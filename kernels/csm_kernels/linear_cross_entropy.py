@@ -24,8 +24,8 @@ DEFAULT_BYTE_BUDGET = 64 * 2**20
 IGNORE = -100
 # A row of 2,051 logits is 4,102 bytes, which no 16-byte load likes; the chunk's copy of the weight has this multiple.
 COLUMNS = 64
-# Most that the weights of a head's rows sum up to where gradients are formed in fp16: a weight's gradient is at most that
-# times the largest number of ``hidden``, which has room for 256 below fp16's 65,504.
+# Most that the weights of a head's rows sum up to where gradients are formed in fp16: a gradient of its weight is at
+# most that times the largest number of ``hidden``, which may be 256 before fp16's 65,504 are reached.
 FP16_SUM = 256.0
 
 # --- reference --------------------------------------------------------------------------------------------------------

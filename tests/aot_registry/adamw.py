@@ -20,24 +20,23 @@ def cases(dtype: str, arch: int) -> list[AotCase]:
     weights = "bf16" if dtype == "bf16" else "fp32"
     listed = []
     for name, rounding, eight in FORMS[weights]:
-        scales = "*fp32"
+        moments = "*u8" if eight else "*fp32"
+        signature = {
+            **dict.fromkeys(("p_weight", "p_grad"), f"*{weights}"),
+            **dict.fromkeys(("p_mean", "p_square"), moments),
+            **dict.fromkeys(("p_mean_scale", "p_square_scale", "p_mean_map", "p_square_map"), "*fp32"),
+            "p_rest": "*bf16",
+            "p_live": "*u8",
+            **dict.fromkeys(("p_step", "p_found_inf", "p_grad_scale"), "*fp32"),
+            "n": "i32",
+            **dict.fromkeys(SETTINGS, "fp32"),
+            **dict.fromkeys(("counters", "salt", "tiles"), "i32"),
+        }
         listed.append(
             AotCase(
                 f"adamw, {name}",
                 op._adamw_kernel,
-                {
-                    "p_weight": f"*{weights}",
-                    "p_grad": f"*{weights}",
-                    "p_mean": "*u8" if eight else "*fp32",
-                    "p_square": "*u8" if eight else "*fp32",
-                    **dict.fromkeys(("p_mean_scale", "p_square_scale", "p_mean_map", "p_square_map"), scales),
-                    "p_rest": "*bf16",
-                    "p_live": "*u8",
-                    **dict.fromkeys(("p_step", "p_found_inf", "p_grad_scale"), "*fp32"),
-                    "n": "i32",
-                    **dict.fromkeys(SETTINGS, "fp32"),
-                    **dict.fromkeys(("counters", "salt", "tiles"), "i32"),
-                },
+                signature,
                 {
                     "ROUNDING": rounding,
                     "EIGHT": eight,
@@ -49,6 +48,7 @@ def cases(dtype: str, arch: int) -> list[AotCase]:
                     "QUANTIZED": op.QUANTIZED,
                 },
                 num_warps=op.WARPS,
+                aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), "n"),
             )
         )
     return listed
