@@ -160,7 +160,9 @@ def transformers_model(config: CSMConfig, state: dict[str, Tensor]) -> nn.Module
 
     # Its special ids are checked against the vocabulary; none of them is used here.
     special: dict[str, Any] = dict(pad_token_id=0, bos_token_id=0, audio_token_id=0, audio_eos_token_id=0)
-    model: Any = CsmForConditionalGeneration(CsmConfig(**transformers_config(config), **special, codec_config=NO_CODEC))
+    shape = CsmConfig(**transformers_config(config), **special, codec_config=NO_CODEC)
+    with next(iter(state.values())).device:  # its own first values take a while
+        model: Any = CsmForConditionalGeneration(shape)
     result = model.load_state_dict(sesame_to_transformers(state, config), strict=False)
     left = [n for n in result.missing_keys if not n.startswith("codec_model.")] + result.unexpected_keys
     if left:

@@ -40,6 +40,7 @@ import datetime
 import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def work(args: argparse.Namespace) -> None:
     def answer(value: Any) -> None:
         print(json.dumps(value), file=out, flush=True)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks will close what it asks through
     if args.worker == "reference":
         answer(reference(args))
         return
@@ -120,7 +122,9 @@ def work(args: argparse.Namespace) -> None:
     answer(running.about())
     for line in sys.stdin:
         what, *arguments = json.loads(line)
-        answer(known[what](*arguments))
+        value = known[what](*arguments)
+        running.release()
+        answer(value)
 
 
 def arguments() -> argparse.Namespace:
@@ -170,63 +174,154 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, names: list[str], truth: dict[str, float]) -> list[dict[str, Any]]:
-    """A row per system and label: what it is, its times, its memory, its loss's difference. The systems take turns."""
-    workers: dict[str, Worker] = {}
-    try:
-        return _measure(args, names, truth, workers)
-    finally:
-        for worker in workers.values():
-            worker.close()
+class Race:
+    """Some systems, each in its process, that take turns.
 
+    Attributes:
+        rows: one per system and label, of those that have not stopped: what it is, its times, its memory, its loss's
+            difference. They grow while ``run`` runs, so that what is there counts whatever happens then.
+        lost: why a system has stopped, by its name.
+    """
 
-def _measure(
-    args: argparse.Namespace, names: list[str], truth: dict[str, float], workers: dict[str, Worker]
-) -> list[dict[str, Any]]:
-    for name in names:
-        workers[name] = Worker(args, name)
-        if args.device == "cpu":  # one after the other: a model of 1.5 billion float32 weights is there for a moment
-            workers[name].about  # noqa: B018
-    rows = []
-    for name, worker in workers.items():
-        said, right = worker.about, expected(name, truth)
-        difference = abs(worker.ask("check") - right) / abs(right)
-        common = {k: v for k, v in said.items() if k not in ("labels", "environment")}
-        common.update(loss_difference=difference, ranked=difference <= tolerance(name), **said["environment"])
-        labels = list(said["labels"].items())[: 1 if is_slow(args, name) else None]
-        rows += [{"system": name, "label": label, **about, **common} for label, about in labels]
-    if not args.memory_only:
+    def __init__(self, args: argparse.Namespace, truth: dict[str, float]):
+        self.args, self.truth = args, truth
+        self.workers: dict[str, Worker] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.lost: dict[str, str] = {}
+
+    def run(self, names: list[str]) -> None:
+        try:
+            self._run(names)
+        except BaseException:
+            for worker in self.workers.values():  # one of them may be at a question that takes minutes
+                worker.process.kill()
+            raise
+        finally:
+            for worker in self.workers.values():
+                worker.close()
+
+    def _ask(self, name: str, *question: Any) -> Any:
+        """None of a system that has stopped, or does so now."""
+        if name in self.lost:
+            return None
+        try:
+            return self.workers[name].ask(*question) if question else self.workers[name].about
+        except Stopped as error:
+            self.lost[name] = str(error)
+            self.rows = [row for row in self.rows if row["system"] != name]
+            return None
+
+    def _run(self, names: list[str]) -> None:
+        args = self.args
+        for name in names:
+            self.workers[name] = Worker(args, name)
+            if (
+                args.device == "cpu"
+            ):  # one after the other: a model of 1.5 billion float32 weights is there for a moment
+                self._ask(name)
+        for name in names:
+            said, loss, right = self._ask(name), self._ask(name, "check"), expected(name, self.truth)
+            if loss is None:
+                continue
+            difference = abs(loss - right) / abs(right)
+            common = {k: v for k, v in said.items() if k not in ("labels", "environment")}
+            common.update(loss_difference=difference, ranked=difference <= tolerance(name), **said["environment"])
+            labels = list(said["labels"].items())[: 1 if is_slow(args, name) else None]
+            self.rows += [{"system": name, "label": label, **about, **common} for label, about in labels]
+        # Counting a CPU's tensors, or trying its products, leaves its heap as no user has it, so that comes last there.
+        # Elsewhere first: it is there if time runs out.
+        steps = [self._memory] if args.memory_only else [self._rates, self._memory, self._times]
+        for step in steps[::-1] if args.device == "cpu" else steps:
+            step()
+
+    def _times(self) -> None:
+        args = self.args
         # Warm: csm_fast, which keeps products' kernels and memory, on all batches, or many, the others on some.
-        for row in rows:
+        for row in list(self.rows):
             # The longest batch is set aside.
             row["parts"] = max(1, min(parts(args, row["system"]), row["updates"] - 1))
             own = row["system"].startswith("csm_fast")
             share = (1 / 8 if own else 1 / 16) if row["parts"] > 1 else (1.0 if own else 1 / 4)
-            workers[row["system"]].ask("run", row["label"], share)
-            row["seconds"] = []
+            self._ask(row["system"], "run", row["label"], share)
         for repeat in range(args.repeats):
-            for row in rows:
+            for row in list(self.rows):
                 part = ["run", row["label"]]
                 if row["parts"] > 1:
                     longest = runs_longest(args, row["system"], row["label"])
                     part = ["run_part", row["label"], repeat % row["parts"], row["parts"], longest]
-                row["seconds"].append(workers[row["system"]].ask(*part))
+                seconds = self._ask(row["system"], *part)
+                if seconds is not None:
+                    row.setdefault("seconds", []).append(seconds)
+                    row["median_s"] = statistics.median(row["seconds"])
         updates: dict[tuple[str, str], float] = {}
-        for row in rows:
-            row["median_s"] = statistics.median(row["seconds"])
+        for row in list(self.rows):
+            name = row["system"]
             if not args.no_optimizer:
                 # csm_fast's depend on the rows that a batch looks up, PyTorch's on nothing.
-                key = row["system"], row["label"] if row["system"].startswith("csm_fast") else ""
+                key = name, row["label"] if name.startswith("csm_fast") else ""
                 if key not in updates:
-                    updates[key] = workers[row["system"]].ask("optimizer", row["label"])
-                row["optimizer_s"] = updates[key] * row["updates"]
-            if row["flops"] and (args.precision == "bf16" or row["system"] == "csm_fast"):
-                row["matmul_rate"] = workers[row["system"]].ask("rate", row["label"])
-    for row in rows:
-        same_as_plain = is_free(row) or SYSTEMS[row["system"]].kept
-        if not same_as_plain and (memory := workers[row["system"]].ask("memory", row["label"])):
-            row["memory"] = memory
-    return rows
+                    updates[key] = self._ask(name, "optimizer", row["label"])
+                if updates[key] is not None:
+                    row["optimizer_s"] = updates[key] * row["updates"]
+
+    def _rates(self) -> None:
+        for row in list(self.rows):
+            if row["flops"] and (self.args.precision == "bf16" or row["system"] == "csm_fast"):
+                row["matmul_rate"] = self._ask(row["system"], "rate", row["label"])
+
+    def _memory(self) -> None:
+        for row in list(self.rows):
+            same_as_plain = is_free(row) or SYSTEMS[row["system"]].kept
+            if not same_as_plain and (memory := self._ask(row["system"], "memory", row["label"])):
+                row["memory"] = memory
+
+
+def finished(args: argparse.Namespace, rows: list[dict[str, Any]], started: str) -> list[dict[str, Any]]:
+    """The rows that say something, complete with what the run says of all, written to the results."""
+    some = [row for row in rows if "median_s" in row or args.memory_only]
+    for row in some:
+        row.update(run=started, shape=args.shape, allocator=args.allocator, checkpointing=args.checkpointing)
+        row["data"] = "synthetic" if args.synthetic else "recordings"
+        row["sesame_model"] = SYSTEMS[row["system"]].code == "blog"
+        if args.results:
+            append(args.results, {"benchmark": "compare", **row})
+    return some
+
+
+class Ended(Exception):
+    """Somebody wants the comparison to end."""
+
+
+def _end(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise Ended(signal.Signals(number).name)
+
+
+def _compare(args: argparse.Namespace, started: str, rows: list[dict[str, Any]]) -> int:
+    """Add the rows of all systems to ``rows`` as they are finished. The exit status."""
+    try:
+        truth = Worker(args, "reference").about
+    except Stopped as error:
+        print(f"error: {error}; what it said is above", file=sys.stderr)
+        return 1
+    alone = [name for name in args.systems if runs_alone(args, name)]
+    groups = [[name for name in args.systems if name not in alone], *([name] for name in alone)]
+    status = 0
+    while groups:
+        names = groups.pop(0)
+        race = Race(args, truth)
+        try:
+            race.run(names)
+        finally:
+            rows += finished(args, race.rows, started)
+        for name, why in race.lost.items():
+            if len(names) > 1:  # perhaps the others had the memory
+                print(f"{why}; it will be tried again without the others", file=sys.stderr)
+                groups.append([name])
+            else:
+                print(f"error: {why}; what it said is above", file=sys.stderr)
+                status = 1
+    return status
 
 
 def main() -> int:
@@ -235,29 +330,14 @@ def main() -> int:
         work(args)
         return 0
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    try:
-        truth = Worker(args, "reference").about
-    except Stopped as error:
-        print(f"error: {error}; what it said is above", file=sys.stderr)
-        return 1
-    alone = [name for name in args.systems if runs_alone(args, name)]
-    groups = [[name for name in args.systems if name not in alone], *([name] for name in alone)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     rows: list[dict[str, Any]] = []
-    status = 0
-    for names in filter(None, groups):
-        try:
-            some = measure(args, names, truth)
-        except Stopped as error:
-            print(f"error: {error}; what it said is above", file=sys.stderr)
-            status = 1
-            continue
-        for row in some:
-            row.update(run=started, shape=args.shape, allocator=args.allocator, checkpointing=args.checkpointing)
-            row["data"] = "synthetic" if args.synthetic else "recordings"
-            row["sesame_model"] = SYSTEMS[row["system"]].code == "blog"
-            if args.results:
-                append(args.results, {"benchmark": "compare", **row})
-        rows += some
+    try:
+        status = _compare(args, started, rows)
+    except Ended as why:
+        print(f"error: ended by {why}; what is there is shown and recorded", file=sys.stderr)
+        status = 1
     if rows:
         print_tables(rows)
     return status

@@ -37,10 +37,16 @@ def free_label(rows: int) -> str:
     return f"packs of {rows:,} rows"
 
 
-def start(config: CSMConfig) -> CSM:
+def start(config: CSMConfig, device: torch.device, dtype: torch.dtype) -> CSM:
     """Random weights whose loss depends on every part: with heads as small as at the start of a training from scratch,
-    any model's loss is the logarithm of the vocabulary."""
-    model = CSM(config).init_weights(0)
+    any model's loss is the logarithm of the vocabulary. The same on the same device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = CSM(config).init_weights(0, on_device=True)
+    finally:
+        torch.set_default_dtype(before)
     with torch.no_grad():
         for head in (model.codebook0_head.weight, model.audio_head):
             head.mul_(HEADS)
@@ -66,22 +72,23 @@ class Running:
             self._checkpoint()
         self.passes = self._passes()
         self.longest: dict[str, float] = {}  # seconds of each label's longest batch
+        self.release()
 
     # ------------------------------------------------------------------------------------------------------- building
 
     def _model(self) -> Any:
         """The same random weights for everyone."""
         args, system = self.args, self.system
-        ours: Any = start(self.config).to(system.weights)
+        ours: Any = start(self.config, self.device, system.weights)
         if system.code == "csm_fast":
             if system.method != "full":
                 from csm_fast.adapters import attach
 
                 section = AdapterSection(method=system.method)  # type: ignore[arg-type]
                 attach(ours, section, compute_dtype=torch.bfloat16, base_hash="not asked for")
-            return ours.to(self.device)
+            return ours.to(self.device)  # its adapters
         if system.code == "transformers":
-            return baselines.transformers_model(self.config, ours.state_dict()).to(self.device)
+            return baselines.transformers_model(self.config, ours.state_dict())
         theirs: Any = ours
         forward: Any = baselines.blog_forward
         if system.code == "blog":
@@ -104,24 +111,24 @@ class Running:
     def _passes(self) -> dict[str, list[Any]]:
         passes: dict[str, list[Any]] = {}
         for size in self.args.batches:
-            batches: list[Any] = [padded(self.subset, members) for members in buckets(self.subset, size)]
+            batches: list[Any] = [self._there(padded(self.subset, some)) for some in buckets(self.subset, size)]
             if self.system.code == "csm_fast":
                 batches = [self._packed(batch, i) for i, batch in enumerate(batches)]
-            passes[f"batches of {size}"] = [self._there(batch) for batch in batches]
+            passes[f"batches of {size}"] = batches
         if self.system.code == "csm_fast" and not self.args.checkpointing and not self.args.middle:
             rows = self.args.pack_rows
             section = DataSection(batch_rows=rows, pack_rows=rows)
             packer = Packer(self.subset, section, LossSection(), pad=self.device.type)
             packs = [p for i in range(packer.steps_in_epoch(0)) for p in packer.step(0, i).packs]
-            passes[free_label(rows)] = [self._there(pack) for pack in packs]
+            passes[free_label(rows)] = [pack.to(self.device) for pack in packs]
         return passes
 
     def _packed(self, batch: tuple[Tensor, Tensor], seed: int) -> Pack:
         torch.manual_seed(seed)
         return pack_padded(*batch, fraction=self.system.fraction)
 
-    def _there(self, batch: Any) -> Any:
-        return batch.to(self.device) if isinstance(batch, Pack) else tuple(x.to(self.device) for x in batch)
+    def _there(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch[0].to(self.device), batch[1].to(self.device)
 
     # -------------------------------------------------------------------------------------------------------- running
 
@@ -157,6 +164,7 @@ class Running:
         Args:
             share: of the batches, for warming up.
         """
+        self._take_memory(self.passes[label])
         started = time.perf_counter()
         losses = []
         for i, batch in enumerate(self.passes[label][:: round(1 / share)]):
@@ -178,12 +186,26 @@ class Running:
         if longest and part == 0:
             self.longest[label] = self._seconds(first)
         chosen = others[part::parts]
+        self._take_memory(chosen)
         seconds = [self._seconds(batch) for batch in chosen]
         rows = [self._laid_out(batch) for batch in chosen]
         rest = [self._laid_out(batch) for i, batch in enumerate(others) if i % parts != part]
         if not longest:
             rest.append(self._laid_out(first))
         return sum(seconds) + sum(on_a_line(rows, seconds, rest)) + (self.longest[label] if longest else 0.0)
+
+    def _take_memory(self, batches: list[Any]) -> None:
+        """As in the middle of an epoch: on CUDA there is none after ``release``."""
+        if self.device.type == "cuda":
+            self.backward(max(batches, key=self._laid_out), 0)
+            self.drop_gradients()
+            self._wait()
+
+    def release(self) -> None:
+        """Gives a GPU's memory back that nothing is in, for the others that wait for their turns on it."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _seconds(self, batch: Any) -> float:
         started = time.perf_counter()
@@ -289,12 +311,12 @@ class Running:
     def check(self) -> float:
         """The loss of the batch that all are checked on."""
         torch.manual_seed(0)
-        batch: Any = padded(self.subset, check_members(self.subset))
+        batch: Any = self._there(padded(self.subset, check_members(self.subset)))
         if self.system.code == "csm_fast":
             batch = self._packed(batch, 0)
         with torch.no_grad():
             torch.manual_seed(0)
-            return float(self.loss(self._there(batch)))
+            return float(self.loss(batch))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -318,24 +340,21 @@ def check_members(subset: Subset) -> list[int]:
 def reference(args: argparse.Namespace) -> dict[str, float]:
     """CE0 and CEd of the checked batch in float32 by the padded forward, with a sixteenth of the frames and with all,
     as the systems that are asked for need them. Weights are theirs: float32 ones, or rounded to bf16."""
-    config = SHAPES[args.shape]()
+    config, device = SHAPES[args.shape](), torch.device(args.device)
     subset = asked_for(args, config)
-    model: Any = start(config)
-    batch = padded(subset, check_members(subset))
+    batch = [x.to(device) for x in padded(subset, check_members(subset))]
     found = {}
-    # First what is compared with float32 weights, then, rounded in place, what is compared with bf16 ones.
     for dtype in (torch.float32, torch.bfloat16):
         fractions = sorted({SYSTEMS[name].fraction for name in args.systems if SYSTEMS[name].weights == dtype})
         if not fractions:
             continue
-        with torch.no_grad():
-            for p in model.parameters():
-                p.copy_(p.to(dtype))
+        model: Any = start(config, device, dtype).float()
         for part, weight, fraction in [("ce0", 0.0, 1 / 16), *((f"ced{' all' * (f == 1)}", 1.0, f) for f in fractions)]:
             model.decoder_loss_weight, model.amortization_fraction = weight, fraction
             torch.manual_seed(0)
             with torch.no_grad():
                 found[f"{part} {dtype}"] = float(baselines.blog_forward(model, *batch))
+        del model
     return found
 
 

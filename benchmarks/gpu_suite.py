@@ -15,12 +15,14 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from benchmarks.record import append, environment
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 8.0  # to print the table and leave
 # Part of the minutes that are left when it begins; the last one has the rest.
-SHARES = {"tests": 0.3, "step": 0.35, "updates": 0.2, "kernels": 1.0}
+SHARES = {"tests": 0.32, "step": 0.6, "updates": 0.3, "kernels": 1.0}
 EMBED_GOAL, HEADS_GOAL, DEPTH_GOAL = 0.8, 0.6, 2.0
 STEP_GOAL, MEMORY_GOAL = 0.6, 1 / 3
 RIVALS_GOALS = {"padded-autocast": 2.5, "padded-fp32": 10.0, "transformers": 2.0}
@@ -52,13 +54,21 @@ class Line:
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def call(command: list[str], seconds: float) -> str:
-    """Run a command from the repository's root, its output passed through. "" if it went well, else what happened."""
+def call(command: list[str], seconds: float, seen: Callable[[str], None] | None = None) -> str:
+    """Run a command from the repository's root, its output passed through, line by line to ``seen`` too. "" if it went
+    well, else what happened."""
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     print(f"$ {' '.join(command)}   (at most {seconds:.0f} s)", flush=True)
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, start_new_session=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        start_new_session=True,
+        stdout=subprocess.PIPE if seen else None,
     )
+    passed_on = threading.Thread(target=_pass_on, args=(process.stdout, seen))
+    if seen:
+        passed_on.start()
     try:
         status = process.wait(max(1.0, seconds))
         return f"exit status {status}" if status else ""
@@ -66,6 +76,15 @@ def call(command: list[str], seconds: float) -> str:
         return f"stopped after {seconds:.0f} s"
     finally:
         _end(process)
+        if seen:
+            passed_on.join(3.0)
+
+
+def _pass_on(output: Any, seen: Callable[[str], None]) -> None:
+    for line in output:
+        text = line.decode("utf-8", "replace")
+        print(text, end="", flush=True)
+        seen(text.rstrip())
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -97,33 +116,48 @@ def size(path: Path) -> int:
 # ----------------------------------------------------------------------------------------------------------- parts
 
 
+def gpu_test_files() -> list[str]:
+    """Those of ``tests`` that have tests marked gpu, some by ``test_gpu_ops``'s ``DEVICES``."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(f.relative_to(ROOT)) for f in files if re.search(r"mark\.gpu|\bDEVICES\b", f.read_text("utf-8"))]
+
+
 def run_tests(seconds: float) -> dict[str, Any]:
-    """Counts of ``pytest -m gpu`` on the files that have such tests: the others may want packages that are not here."""
+    """Counts of ``pytest -m gpu`` on the files that have such tests: the others may want packages that are not here.
+    What a run has shown counts, also if it was stopped."""
     if importlib.util.find_spec("pytest") is None:
         return {"problem": "pytest is not installed", "passed": 0, "failed": 0, "skipped": 0}
-    files = sorted(
-        str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in f.read_text("utf-8")
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        report = Path(directory) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        problem = call([*command, *files], seconds)
-        return test_counts(report, problem)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--color=no",
+        "-o",
+        "addopts=",
+        "-v",
+    ]
+    lines: list[str] = []
+    problem = call([*command, *gpu_test_files()], seconds, lines.append)
+    return test_counts(lines, problem)
 
 
-def test_counts(report: Path, problem: str) -> dict[str, Any]:
-    """passed, failed (with errors) and skipped of a JUnit report, and the names of what failed."""
-    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "problem": problem}
-    if not report.exists():
-        return {**counts, "failed": 1, "problem": problem or "pytest wrote no report"}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        counts[kind] += 1
-        if kind == "failed":
-            counts["failures"].append(f"{case.get('classname', '')}::{case.get('name', '')}")
-    if counts["failed"] or problem in ("exit status 1", "exit status 5"):  # said by the counts already
-        counts["problem"] = ""
+OUTCOME = re.compile(r"(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+
+
+def test_counts(lines: list[str], problem: str) -> dict[str, Any]:
+    """passed, failed (with errors) and skipped of the lines of ``pytest -v``, and the names of what failed."""
+    kinds = {"PASSED": "passed", "XPASS": "passed", "FAILED": "failed", "ERROR": "failed"}
+    # A test that passes and whose clearing up fails has two lines; the last one counts.
+    outcomes = {found[1]: kinds.get(found[2], "skipped") for line in lines if (found := OUTCOME.match(line))}
+    counts: dict[str, Any] = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
+    counts["failures"] = [name.removeprefix("tests/") for name, kind in outcomes.items() if kind == "failed"]
+    counts["problem"] = problem
+    if counts["failed"] or problem == "exit status 5":  # said by the counts already
+        counts["problem"] = problem if problem.startswith("stopped") else ""
     elif problem:
         counts["failed"] += 1
     return counts
@@ -133,16 +167,8 @@ def compare_command(args: argparse.Namespace, results: Path) -> list[str]:
     systems = ["csm_fast", "csm_fast-compiled", "csm_fast-autocast", "padded-autocast", "padded-fp32"]
     more = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
     systems += [name for name, package in more.items() if importlib.util.find_spec(package)]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.compare",
-        "--results",
-        str(results),
-        "--precision",
-        "bf16",
-        "--repeats",
-    ]
+    command = [sys.executable, "-m", "benchmarks.compare", "--results", str(results)]
+    command += ["--precision", "fp32" if args.rehearse else "bf16", "--repeats"]  # what every CPU multiplies fast
     if args.rehearse:
         command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
         return [*command, "--systems", "csm_fast"]
@@ -158,12 +184,13 @@ def optimizers_command(args: argparse.Namespace, results: Path) -> list[str]:
 
 
 def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.kernels", "--dtype", "bf16", "--results", str(results)]
+    dtype = "fp32" if args.rehearse else "bf16"
+    command = [sys.executable, "-m", "benchmarks.kernels", "--dtype", dtype, "--results", str(results)]
     command += ["--limit-seconds", f"{max(1.0, seconds):.0f}"]
     if args.rehearse:
         command += ["--device", "cpu", "--shape", "small", "--rows", "256", "--fractions", "1/16", "--repeats", "1"]
         return [*command, "--no-compile"]
-    return [*command, "--device", "cuda", "--shape", "csm-1b", "--rows", "1024", "4096", "16384", "65536"]
+    return [*command, "--device", "cuda", "--shape", "csm-1b", "--rows", "2048", "16384", "65536"]
 
 
 # ----------------------------------------------------------------------------------------------------------- table
@@ -185,6 +212,7 @@ def compare_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
     """csm_fast's best full fine-tune against the goals, then every system."""
     timed = [row for row in rows if "median_s" in row]
     packed = [row for row in timed if is_free(row) and row["ranked"] and row["recipe"] == "bf16 weights"]
+    packed = [row for row in packed if row.get("matmul_rate")]
     ours = min(packed, key=lambda row: row["median_s"], default=None)
     lines = []
     if ours is None:

@@ -18,6 +18,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+BUSY_CYCLES = 2_000_000  # a millisecond, or a little more
+
+
 @functools.cache
 def _flush_buffer(device: torch.device) -> Tensor:
     size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
@@ -25,13 +28,14 @@ def _flush_buffer(device: torch.device) -> Tensor:
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call. On CUDA between two events, after the caches were overwritten, which also hides the time
-    that the host takes to launch the first kernels, as a busy GPU would."""
+    """Seconds of one call. On CUDA between two events, with the caches overwritten, queued while the GPU was busy for a
+    millisecond, as it is in a step: that hides the time which the host takes to launch the first kernels."""
     if device.type != "cuda":
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(BUSY_CYCLES)
     _flush_buffer(device).zero_()
     begin.record()
     call()

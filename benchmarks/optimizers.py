@@ -125,7 +125,8 @@ def needed_bytes(way: Way, model: Any, read: tuple[float, float]) -> float:
     return total
 
 
-def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> Iterator[dict[str, Any]]:
+    """A row per way, as soon as it is measured."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     with torch.device(device):
@@ -141,23 +142,20 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> li
             table.grad[int(share * len(table)) :] = 0
     # A CPU's ways take turns, because its speed changes; a GPU would not hold all their moments at once.
     turns = [ways] if device.type == "cpu" else [[way] for way in ways]
-    seconds: list[list[float]] = []
     for some in turns:
         updates = [update_of(way, optimizer_of(way, model), parameters) for way in some]
         took = [[timed(update, device) for update in updates] for _ in range(args.repeats + 2)]
-        seconds += map(list, zip(*took[2:], strict=True))  # the first makes the state, the second is warm
         del updates
-    return [
-        {
-            "way": way.name,
-            "learns": way.learns,
-            "seconds": some,
-            "median_s": statistics.median(some),
-            "bytes": needed_bytes(way, model, tuple(args.read)),
-            "weights": sum(p.numel() for p in parameters),
-        }
-        for way, some in zip(ways, seconds, strict=True)
-    ]
+        # The first makes the state, the second is warm.
+        for way, seconds in zip(some, map(list, zip(*took[2:], strict=True)), strict=True):
+            yield {
+                "way": way.name,
+                "learns": way.learns,
+                "seconds": seconds,
+                "median_s": statistics.median(seconds),
+                "bytes": needed_bytes(way, model, tuple(args.read)),
+                "weights": sum(p.numel() for p in parameters),
+            }
 
 
 def main() -> int:
@@ -184,11 +182,11 @@ def main() -> int:
     rows = []
     for dtype in (BF16, FP32):
         ways = [way for way in WAYS if way.weights == dtype and (there or way.bits == 32)]
-        rows += measure(args, dtype, ways)
-    for row in rows:
-        row.update(about, benchmark="optimizers", run=run, copy_bytes_per_s=copies)
-        if args.results:
-            append(args.results, row)
+        for row in measure(args, dtype, ways):
+            row.update(about, benchmark="optimizers", run=run, copy_bytes_per_s=copies)
+            rows.append(row)
+            if args.results:
+                append(args.results, row)
     print(f"{about['device']}, {args.shape} shape, {rows[0]['weights'] / 1e6:,.0f} million weights")
     print(text(*optimizer_lines(rows)))
     return 0

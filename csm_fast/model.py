@@ -114,14 +114,15 @@ class CSM(nn.Module):
         return forward(self, tokens, tokens_mask)
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> CSM:
+    def init_weights(self, seed: int = 0, on_device: bool = False) -> CSM:
         """Fill every parameter for training from scratch, as a pure function of ``seed`` and the shapes.
 
         Llama's recipe: normal(0, 0.02) for matrices and embeddings, with the projections that write into the
         residual stream scaled by 1/sqrt(2 layers) (GPT-2), and ones for norms. Drawn on the CPU in float32, so that
-        every device starts from the same numbers.
+        every device starts from the same numbers; ``on_device`` where the parameters are, other numbers in less time.
         """
-        generator = torch.Generator().manual_seed(seed)
+        source = self.audio_head.device if on_device else torch.device("cpu")
+        generator = torch.Generator(source).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith(".scale"):
                 parameter.fill_(1.0)
@@ -130,7 +131,8 @@ class CSM(nn.Module):
             if name.endswith(("output_proj.weight", "w2.weight")):
                 stack = self.config.backbone if name.startswith("backbone") else self.config.decoder
                 std /= (2 * stack.num_layers) ** 0.5
-            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+            values = torch.empty(parameter.shape, dtype=torch.float32, device=source)
+            values.normal_(0.0, std, generator=generator)
             parameter.copy_(values)
         return self
 

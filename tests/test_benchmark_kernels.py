@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import pytest
@@ -266,21 +267,45 @@ def test_suite_without_a_gpu(monkeypatch, capsys):
     assert capsys.readouterr().out == "no CUDA device here; --rehearse runs the same path on the CPU\n"
 
 
-def test_suite_counts_tests(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(
-        "<testsuites><testsuite><testcase classname='a' name='x'/><testcase name='y'><skipped/></testcase>"
-        "<testcase classname='b' name='z'><failure/></testcase></testsuite></testsuites>"
+def test_suite_counts_tests():
+    lines = [
+        "collected 7 items / 3 deselected",
+        "tests/test_a.py::test_x[gpu-a b] PASSED                    [ 10%]",
+        "tests/test_a.py::test_y SKIPPED (needs 2 GPUs: PASSED elsewhere) [ 20%]",
+        "tests/test_b.py::test_z[1.0] FAILED [ 30%]",
+        "tests/test_b.py::test_w PASSED",
+        "tests/test_b.py::test_w ERROR",
+        "tests/test_b.py::test_v ",
+        "FAILED tests/test_b.py::test_z[1.0] - assert PASSED",
+    ]
+    counts = gpu_suite.test_counts(lines, "exit status 1")
+    assert (counts["passed"], counts["failed"], counts["skipped"], counts["problem"]) == (1, 2, 1, "")
+    assert counts["failures"] == ["test_b.py::test_z[1.0]", "test_b.py::test_w"]
+    assert (
+        gpu_suite.test_lines(counts)[0].met is False and gpu_suite.test_lines(counts)[1].check == counts["failures"][0]
     )
-    counts = gpu_suite.test_counts(report, "exit status 1")
-    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
-    assert counts["failures"] == ["b::z"] and gpu_suite.test_lines(counts)[0].met is False
-    assert gpu_suite.test_lines(counts)[1].check == "b::z"
-    for problem in ("stopped after 100 s", "exit status 2"):
-        assert gpu_suite.test_counts(tmp_path / "missing.xml", problem)["failed"] == 1
+    # What was stopped has shown something, and did not pass.
+    stopped = gpu_suite.test_counts(lines[:3], "stopped after 100 s")
+    assert (stopped["passed"], stopped["failed"]) == (1, 1) and gpu_suite.test_lines(stopped)[0].met is False
+    assert "stopped after 100 s" in gpu_suite.test_lines(gpu_suite.test_counts(lines, "stopped after 100 s"))[0].figure
+    assert gpu_suite.test_counts([], "exit status 2")["failed"] == 1
     absent = {"problem": "pytest is not installed", "passed": 0, "failed": 0, "skipped": 0}
     (line,) = gpu_suite.test_lines(absent)
     assert line.met is None and line.figure.startswith("pytest is not installed")
+
+
+def test_suite_runs_every_file_with_tests_for_a_gpu():
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=gpu_suite.ROOT, capture_output=True, text=True)
+    files = {line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
+    assert "tests/test_gpu_model.py" in files and files <= set(gpu_suite.gpu_test_files())
+
+
+def test_suite_sees_what_a_command_says_before_it_is_stopped(capfd):
+    lines = []
+    slow = "import time; print('one', flush=True); print('two', flush=True); time.sleep(60)"
+    assert gpu_suite.call([sys.executable, "-c", slow], 2, lines.append) == "stopped after 2 s"
+    assert lines == ["one", "two"] and "two" in capfd.readouterr().out
 
 
 def test_suite_ends_what_takes_too_long(capsys):

@@ -29,7 +29,8 @@ def command(tmp_path, *extra):
 
 
 def test_a_race(tmp_path):
-    systems = ["--systems", "csm_fast", "padded", "transformers"]
+    # Float32, which every processor multiplies fast.
+    systems = ["--systems", "csm_fast", "padded", "transformers", "--precision", "fp32"]
     done = subprocess.run(command(tmp_path, *systems), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "equal updates: batches of 2" in done.stdout and "csm_fast in packs of 2,048 rows" in done.stdout
@@ -37,8 +38,8 @@ def test_a_race(tmp_path):
     assert [(r["system"], r["label"]) for r in rows] == [
         ("csm_fast", "batches of 2"),
         ("csm_fast", "packs of 2,048 rows"),
-        ("padded", "batches of 2"),
-        ("transformers", "batches of 2"),
+        ("padded-fp32", "batches of 2"),
+        ("transformers-fp32", "batches of 2"),
     ]
     for row in rows:
         assert len(row["seconds"]) == 1 and row["median_s"] == row["seconds"][0] > 0
@@ -52,33 +53,82 @@ def test_a_race(tmp_path):
     assert rows[2]["laid_out"] > rows[0]["rows"]
 
 
-def test_a_system_that_stops_costs_its_rows_only(tmp_path, monkeypatch, capsys):
-    """Its process ended by itself, for want of memory say."""
+class Answers:
+    """A worker without a process. ``fails`` says of a system's n-th worker whether it stops when it is asked."""
 
-    def measured(args, names, truth):
-        if names == ["transformers-all-frames"]:
-            raise compare.Stopped("transformers-all-frames stopped with status -9")
-        return [{"system": name, "label": "batches of 3"} for name in names]
+    made = Counter()
+    fails = staticmethod(lambda name, n, what: False)
 
-    class Reference:
-        about = {}
+    def __init__(self, args, name):
+        self.name, self.count = name, self.made[name]
+        self.made[name] += 1
+        figures = {"updates": 4, "laid_out": 50, "flops": 8 * name.startswith("csm_fast")}
+        labels = {f"batches of {size}": figures for size in args.batches}
+        self.about = {"labels": labels, "recipe": "bf16 weights", "rows": 40, "environment": {"device": "a device"}}
+        self.about |= {
+            "recordings": 6,
+            "frames": 30,
+            "compiled": False,
+            "environment": {"device": "a device", "threads": 1},
+        }
+        if name == "reference":
+            self.about = dict.fromkeys((f"{part} {d}" for part in ("ce0", "ced", "ced all") for d in (BF16, FP32)), 1.0)
+        self.process = self
 
-        def __init__(self, *_):
-            pass
+    def ask(self, what, *arguments):
+        if self.fails(self.name, self.count, what):
+            raise compare.Stopped(f"{self.name} stopped with status -9")
+        loss = compare_systems.expected(self.name, Answers(compare.arguments(), "reference").about)
+        return {"check": loss, "memory": {"besides": 1, "peak": 3, "weights": 1, "gradients": 1, "rows": 9}}.get(
+            what, 2.0
+        )
 
-    monkeypatch.setattr(compare, "measure", measured)
-    monkeypatch.setattr(compare, "Worker", Reference)
-    shown = []
-    monkeypatch.setattr(compare, "print_tables", shown.extend)
-    monkeypatch.setattr(sys, "argv", command(tmp_path)[2:])
+    def close(self):
+        pass
+
+    def kill(self):
+        pass
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "Worker", Answers)
+    monkeypatch.setattr(Answers, "made", Counter())
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", command(tmp_path, "--device", "cuda")[2:])
+    return lambda: [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_a_system_that_stops_costs_its_rows_only(answers, monkeypatch, capsys):
+    """Its process ended by itself, for want of memory say: beside the others, or even alone."""
+
+    def fails(name, n, what):
+        return (name == "padded" and n == 0 and what == "memory") or (name == "transformers" and what == "run")
+
+    monkeypatch.setattr(Answers, "fails", staticmethod(fails))
     assert compare.main() == 1
-    assert "error: transformers-all-frames stopped with status -9" in capsys.readouterr().err
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert (
-        [r["system"] for r in rows]
-        == ["csm_fast", "padded", "transformers", "padded-kept", "padded-fp32"]
-        == [r["system"] for r in shown]
-    )
+    out, err = capsys.readouterr()
+    assert "padded stopped with status -9; it will be tried again without the others\n" in err
+    assert "error: transformers stopped with status -9" in err and "error: padded" not in err
+    systems = [row["system"] for row in answers()]
+    assert systems == ["csm_fast", "padded-fp32", "transformers-all-frames", "padded"]
+    assert all(row["seconds"] == [2.0] and row["ranked"] and "memory" in row for row in answers())
+    assert "padded-fp32" in out and "transformers " not in out
+
+
+def test_what_is_there_counts_when_a_comparison_is_ended(answers, monkeypatch, capsys):
+    def fails(name, n, what):
+        if name == "transformers-all-frames" and what == "run":
+            compare._end(compare.signal.SIGTERM, None)
+
+    monkeypatch.setattr(Answers, "fails", staticmethod(fails))
+    assert compare.main() == 1
+    out, err = capsys.readouterr()
+    assert err == "error: ended by SIGTERM; what is there is shown and recorded\n"
+    assert [row["system"] for row in answers()] == ["csm_fast", "padded", "transformers", "padded-fp32"]
 
 
 def test_a_system_that_stopped_between_two_questions(monkeypatch):
@@ -96,7 +146,7 @@ def test_a_system_that_stopped_between_two_questions(monkeypatch):
 def test_a_system_that_stops_is_told(tmp_path):
     wrong = ["--device", "cuda:99", "--systems", "csm_fast"]
     done = subprocess.run(command(tmp_path, *wrong), cwd=ROOT, capture_output=True)
-    assert done.returncode == 1 and b"error: csm_fast stopped" in done.stderr
+    assert done.returncode == 1 and b"error: reference stopped" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
 
 
