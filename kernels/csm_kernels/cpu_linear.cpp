@@ -1,12 +1,14 @@
 // Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
 //
 // A thread takes 64 or 128 columns of the right matrix at a time, brings them into pairs (cpu_products.h) that its second-level
-// cache holds, and goes down the rows of the left one. Where the left matrix comes transposed, as for the gradient of a
+// cache holds, and goes down the rows of the left one, with others at the end. Where the left matrix comes transposed, as for the gradient of a
 // weight, the smaller of both is brought into its order once for all threads.
 
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <vector>
 
 #include "cpu_products.h"
 
@@ -20,6 +22,7 @@ constexpr int64_t PANEL = 64;  // columns of the right matrix at once
 constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
 #endif
 constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
+constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
 
 struct Matrix {
     const bf16* data;
@@ -115,36 +118,86 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
     }
 }
 
-// Each panel, and where those are too few for the threads, pieces of the rows: body(panel, first row, last row).
-template <class Body>
-void each_panel(const Product& p, Body body) {
-    const int64_t pieces = std::max<int64_t>(1, std::min(p.rows / BLOCK, 2 * p.threads / p.panels()));
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p.panels() * pieces; ++i) {
-        const Share some = share(p.rows, static_cast<int>(i % pieces), static_cast<int>(pieces));
-        body(i / pieces, some.first, some.last);
+// Deals out panels, and at the end the pieces of those that others are still at: a processor that is held up for a while,
+// or panels that are too few for the threads, would have all others wait.
+class Panels {
+  public:
+    Panels(int64_t panels, int64_t rows, int threads)
+        : panels(panels), rows(rows), pieces((rows + PIECE - 1) / PIECE), taken(static_cast<size_t>(threads)) {
+        for (Taken& each : taken) each.pieces.store(pieces);
     }
-}
 
-void product(const Product& p, uint32_t* shared, uint32_t* own) {
+    // For every thread to call once: prepare(panel) brings it to where others find it, body(panel, thread, first row, last
+    // row) multiplies with what that thread has prepared.
+    template <class Prepare, class Body>
+    void run(int thread, Prepare prepare, Body body) {
+        Taken& own = taken[static_cast<size_t>(thread)];
+        for (int64_t panel; (panel = next.fetch_add(1)) < panels;) {
+            prepare(panel);
+            own.pieces.store(panel * MOST);  // only now, so that nobody takes of what is not there yet
+            ready.fetch_add(1);
+            take(own, thread, body);
+        }
+        while (ready.load() < panels) _mm_pause();
+        // From here on nobody prepares anything, so what they have prepared stays.
+        const int threads = static_cast<int>(taken.size());
+        for (int other = 1; other < threads; ++other) {
+            const int from = (thread + other) % threads;
+            take(taken[static_cast<size_t>(from)], from, body);
+        }
+    }
+
+  private:
+    static constexpr int64_t MOST = int64_t{1} << 32;  // pieces of a panel, and more
+
+    struct alignas(64) Taken {
+        std::atomic<int64_t> pieces;  // MOST times the panel, and how many pieces of it are taken
+    };
+
+    template <class Body>
+    void take(Taken& from, int thread, Body body) {
+        while (from.pieces.load() % MOST < pieces) {
+            const int64_t found = from.pieces.fetch_add(1), piece = found % MOST;
+            if (piece >= pieces) return;
+            body(found / MOST, thread, piece * PIECE, std::min(rows, (piece + 1) * PIECE));
+        }
+    }
+
+    const int64_t panels, rows, pieces;
+    std::atomic<int64_t> next{0}, ready{0};
+    std::vector<Taken> taken;
+};
+
+// 32-bit numbers that all threads share, and those that each has for itself.
+struct Room {
+    uint32_t* shared;
+    uint32_t* first;
+    int64_t size;
+
+    uint32_t* of(int thread) const { return first + thread * size; }
+};
+
+void product(const Product& p, Panels& panels, const Room& room) {
     const int64_t stride = p.left_stride();
+    const int thread = omp_get_thread_num();
+    uint32_t *const shared = room.shared, *const own = room.of(thread);
+    const auto with = [&](const bf16* a, int64_t a_stride) {
+        panels.run(
+            thread, [&](int64_t panel) { pack(p, panel, own); },
+            [&](int64_t panel, int owner, int64_t first, int64_t last) {
+                panel_product(p, panel, room.of(owner), a + first * a_stride, a_stride, first, last);
+            });
+    };
     if (!p.a.is_turned) {
-        each_panel(p, [=](int64_t panel, int64_t first, int64_t last) {
-            pack(p, panel, own);
-            panel_product(p, panel, own, p.a.data + first * p.a.stride, p.a.stride, first, last);
-        });
+        with(p.a.data, p.a.stride);
         return;
     }
-    const bf16 *all = reinterpret_cast<const bf16*>(shared), *mine = reinterpret_cast<const bf16*>(own);
     if (p.shares_left()) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < (p.rows + 2 * LANE - 1) / (2 * LANE); ++i) {
             turn(p, i * 2 * LANE, std::min(p.rows, (i + 1) * 2 * LANE), shared + i * 2 * LANE * stride);
         }
-        each_panel(p, [=](int64_t panel, int64_t first, int64_t last) {
-            pack(p, panel, own);
-            panel_product(p, panel, own, all + first * 2 * stride, 2 * stride, first, last);
-        });
+        with(reinterpret_cast<const bf16*>(shared), 2 * stride);
         return;
     }
 #pragma omp for schedule(static)
@@ -155,12 +208,13 @@ void product(const Product& p, uint32_t* shared, uint32_t* own) {
         const Share rows = share(p.rows, static_cast<int>(i), static_cast<int>(blocks));
         turn(p, rows.first, rows.last, own);
         for (int64_t panel = 0; panel < p.panels(); ++panel) {
-            panel_product(p, panel, shared + panel * p.panel_size(), mine, 2 * stride, rows.first, rows.last);
+            panel_product(p, panel, shared + panel * p.panel_size(), reinterpret_cast<const bf16*>(own), 2 * stride,
+                          rows.first, rows.last);
         }
     }
 }
 
-// 32-bit numbers that all threads share, and that each has for itself.
+// Of a `Room`.
 struct Sizes {
     int64_t shared, own;
 
@@ -200,8 +254,10 @@ extern "C" void product_bf16(const void* a, int64_t a_stride, int turned_a, cons
     p.c = static_cast<bf16*>(c);
     const Sizes sizes(p);
     uint32_t* const shared = static_cast<uint32_t*>(scratch);
+    const Room room{shared, shared + sizes.shared, sizes.own};
+    Panels panels(p.panels(), p.rows, threads);
 #pragma omp parallel num_threads(threads)
-    product(p, shared, shared + sizes.shared + omp_get_thread_num() * sizes.own);
+    product(p, panels, room);
 }
 
 #endif
