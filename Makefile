@@ -33,10 +33,11 @@ $(VENV)/.ready: setup.py Makefile
 	$(PIP) -e '.[dev,qlora]'
 	# Meta's package carries the Llama-3 tokenizer; its other requirements are not needed for that.
 	$(PIP) --no-deps llama-models
-	# moshi pins older versions of torch and others than it needs for Mimi.
-	$(PIP) --no-deps moshi==0.2.13
 	$(PIP) einops sphn sentencepiece sounddevice==0.5 aiohttp
+	# moshi pins older versions of torch and others than it needs for Mimi. Last, so that pip does not mourn over them.
+	$(PIP) --no-deps moshi==0.2.13
 	@touch $@
+	@echo "ready: $(BIN)/csm-fast and $(BIN)/csm-fast-train (make demo tries them)"
 
 # The main job, each step a command that works on your own data too. DATA=metadata.json takes the place of the
 # recordings; CODEC=transformers uses kyutai/mimi where the hub can be reached.

@@ -1,12 +1,39 @@
 """Package description of csm_fast. Tool settings live in pyproject.toml."""
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
+PACKAGES = {"csm_fast": "csm_fast", "csm_kernels": "kernels/csm_kernels"}
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "csm_fast" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+
+class EditableWheel(editable_wheel):
+    """``pip install -e``: puts a folder with a link to each package on the path.
+
+    setuptools' own way, for packages in several folders, is a finder that comes after the path. A script beside the
+    clone has a folder ``csm_fast`` on its path, the clone, which Python then takes for a package without code.
+    """
+
+    def _select_strategy(self, name: str, tag: str, build_lib: Any) -> Any:
+        try:
+            from setuptools.command.editable_wheel import _StaticPth
+
+            links = ROOT / ".links"
+            links.mkdir(exist_ok=True)
+            for package, folder in PACKAGES.items():
+                link = links / package
+                if not link.is_symlink():
+                    link.symlink_to(os.path.relpath(ROOT / folder, links), target_is_directory=True)
+            return _StaticPth(self.distribution, name, [links])
+        except (ImportError, OSError):  # another setuptools, or a file system without links
+            return super()._select_strategy(name, tag, build_lib)
+
 
 setup(
     name="csm_fast",
@@ -16,9 +43,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["csm_fast", "csm_kernels"],
+    packages=list(PACKAGES),
     # No top-level package named `kernels`: it would shadow Hugging Face's.
-    package_dir={"csm_fast": "csm_fast", "csm_kernels": "kernels/csm_kernels"},
+    package_dir=PACKAGES,
+    cmdclass={"editable_wheel": EditableWheel},
     package_data={"csm_fast": ["py.typed"], "csm_kernels": ["*.cpp", "*.h"]},
     install_requires=[
         "torch>=2.11",

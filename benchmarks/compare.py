@@ -155,6 +155,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.synthetic is not None and args.synthetic < 1:
+        parser.error(f"--synthetic {args.synthetic}: there are no recordings to train on; give at least 1")
     there = [name for name in ("train", "val") if (Path(args.data) / name).is_dir()]
     if not args.synthetic and not there:
         parser.error(f"{args.data}: no tokens there; csm-fast pretokenize makes them, or take --synthetic 200")

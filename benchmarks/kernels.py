@@ -355,8 +355,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     if args.source:
-        lines = args.source.read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row.get("benchmark") == "kernels"]
+        try:
+            lines = args.source.read_text(encoding="utf-8").splitlines()
+            rows = [row for row in map(json.loads, lines) if row.get("benchmark") == "kernels"]
+        except (OSError, ValueError, AttributeError) as error:
+            print(f"error: {args.source} is no file of results ({error}); give what --results wrote", file=sys.stderr)
+            return 2
     else:
         device = resolve_device(args.device)
         cuda = device.type == "cuda"

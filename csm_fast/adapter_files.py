@@ -170,7 +170,11 @@ def check_base(saved: SavedAdapter, base_hash: str, base: str) -> None:
 
 
 def load_adapters(
-    model: Any, directory: str | os.PathLike[str], *, compute_dtype: torch.dtype | None = None
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> adapters.Attached:
     """Attach the adapter in ``directory`` to a plain model and load it, ready for use or for further training.
 
@@ -180,6 +184,7 @@ def load_adapters(
     Args:
         model: ``CSM`` or any module with Sesame's tree, with the weights the adapter was trained on.
         compute_dtype: as for ``adapters.attach``; by default the one it was trained with, or the model's own.
+        device: as for ``adapters.attach``.
 
     Raises:
         InputError: another base than the adapter names, tensors that do not fit, PEFT is not installed.
@@ -190,7 +195,7 @@ def load_adapters(
     base_hash = adapters.weights_hash(model, adapters.hash_dtype(saved.compute_dtype or dtype))
     check_base(saved, base_hash, "")
     section = dataclasses.replace(saved.section, target_modules=_words(model, saved))
-    attached = adapters.attach(model, section, compute_dtype=dtype, base=saved.base, base_hash=base_hash)
+    attached = adapters.attach(model, section, compute_dtype=dtype, base=saved.base, base_hash=base_hash, device=device)
     load_into(model, directory)
     return attached
 

@@ -246,6 +246,28 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((p for p in named if complete(p)), key=lambda p: int(p.name.removeprefix("step-")))
 
 
+def damaged(run_dir: Path) -> list[tuple[Path, str]]:
+    """Checkpoints that are not whole, oldest first, and what is wrong. Saving leaves none: somebody or a drive did."""
+    found = []
+    for path in run_dir.glob("step-*"):
+        if _STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and not complete(path):
+            found.append((path, _damage(path)))
+    return sorted(found, key=lambda item: int(item[0].name.removeprefix("step-")))
+
+
+def _damage(checkpoint: Path) -> str:
+    try:
+        files = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["files"]
+        for name, size in files.items():
+            if not (checkpoint / name).exists():
+                return f"{name} is missing"
+            if (here := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {here:,} bytes of {size:,}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return f"{STATE} cannot be read" if (checkpoint / STATE).exists() else f"{STATE} is missing"
+
+
 def prune(run_dir: Path, keep: int, best: str | None) -> None:
     """Remove all but the newest ``keep`` checkpoints and the best one."""
     for path in checkpoints(run_dir)[:-keep]:

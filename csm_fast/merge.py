@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .adapter_files import adapter_size, load_adapters, load_base
-from .adapter_formats import SavedAdapter
+from .adapter_formats import ADAPTER_CONFIG, SavedAdapter
 from .adapters import adapted_weight
 from .checkpoint import read_record, write_record
 from .command_config import MergeConfig, VerifyAdapterConfig
@@ -106,8 +106,15 @@ def merge(config: MergeConfig) -> None:
     """``csm-fast merge``: write base + adapter as one model under Sesame's names, checked on the adapter's probe.
 
     Raises:
-        InputError: no such adapter or base, they do not belong together, or the merged model's loss has drifted.
+        InputError: no such adapter or base, they do not belong together, the merged model's loss has drifted, or it
+            would be written over an adapter.
     """
+    if (Path(config.out).expanduser() / ADAPTER_CONFIG).exists():
+        raise InputError(
+            "holds an adapter, and a run could not continue from it with a whole model beside it",
+            file=config.out,
+            mend="give --out a directory of its own",
+        )
     model, saved = load_base(config.adapter, config.base)
     log.info("Base      %s", saved.base)
     log.info("Adapter   %s", describe(saved))
@@ -141,7 +148,7 @@ def verify(config: VerifyAdapterConfig) -> None:
     log.info("Base      %s", saved.base)
     log.info("Adapter   %s", describe(saved))
     log.info("Probe     %d rows, loss %.6f when it was saved (%s)", probe.pack.rows, probe.loss, probe.name)
-    load_adapters(model, config.adapter, compute_dtype=probe.dtype)  # quantised on the CPU, as in training
+    load_adapters(model, config.adapter, compute_dtype=probe.dtype, device=device)  # quantised there, as in training
     _check(probe, "loaded", probe.loss_of(model.to(device), device), probe.allowed)
     del model  # one at a time
     model, saved = load_base(config.adapter, config.base)

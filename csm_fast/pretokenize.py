@@ -370,11 +370,9 @@ class _Run:
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
+    from .machine import resolve_device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(resolve_device(name))
 
 
 def _say(line: str) -> None:

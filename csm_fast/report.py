@@ -68,17 +68,21 @@ def lines(summary: dict[str, Any], last: dict[str, Any] | None, entropy: list[fl
     """The summary in words."""
     text = [""]
     if last:
-        text.append(
-            f"val_loss {summary['val_loss_first']:.3f} -> {summary['val_loss_last']:.3f} "
-            f"(best {summary['val_loss_best'] or summary['val_loss_last']:.3f} at step {summary['best_step'] or 0}; "
-            f"guessing evenly, ln V per codebook, gives {summary['uniform_loss']:.3f})"
-        )
+        guess = f"guessing evenly, ln V per codebook, gives {summary['uniform_loss']:.3f}"
+        if summary["best_step"]:
+            text.append(
+                f"val_loss {summary['val_loss_first']:.3f} -> {summary['val_loss_last']:.3f} "
+                f"(best {summary['val_loss_best']:.3f} at step {summary['best_step']}; {guess})"
+            )
+        else:
+            text.append(f"val_loss {summary['val_loss_first']:.3f} at the start, never measured again ({guess})")
         text += codebook_table(last["val_per_codebook"], entropy)
         text.append(
             f"probability of stopping at the true end {summary['eos_p_end']:.3f}, "
             f"false stops {100 * summary['false_eos_rate']:.2f} % of frames"
         )
-    text.append(f"best checkpoint  {summary['best']}")
+    unknown = "" if summary["best_step"] else " (the newest: none was validated)"
+    text.append(f"best checkpoint  {summary['best']}{unknown}")
     text.append(f"last checkpoint  {summary['last']}")
     text.append(f"metrics, plot    {summary['metrics']}, {summary['plot']}")
     return text

@@ -15,7 +15,7 @@ import torch
 
 from . import memory
 from .checkpoint import read_record
-from .config import NAMED_SHAPES, CSMConfig, OptimizerSection, TrainConfig
+from .config import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
 from .config_io import read_mapping
 from .convert import load_model
 from .errors import InputError
@@ -152,15 +152,38 @@ def open_optional_split(data: str, split: str) -> TokenStore | None:
     return open_split(data, split) if path.exists() or old_directory(path).exists() else None
 
 
-def check_data(model: CSM, stores: list[TokenStore], config: TrainConfig, resumed: Path | None) -> dict[str, Any]:
+def check_adapter(section: AdapterSection) -> None:
+    """Refuse settings of adapters where none are trained.
+
+    Raises:
+        InputError: one that is not the default, with ``method`` full.
+    """
+    if section.method != "full":
+        return
+    for name, default in dataclasses.asdict(AdapterSection()).items():
+        if getattr(section, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{flag} belongs to adapters, and --method full trains none",
+                mend=f"add --method lora, or leave {flag} out",
+            )
+
+
+def check_data(
+    model: CSM, stores: list[TokenStore], config: TrainConfig, resumed: Path | None, is_named: bool = True
+) -> dict[str, Any]:
     """Refuse, by name, data made with another codec or tokenizer than the model's.
+
+    Args:
+        is_named: the model is what ``config.model.model`` names, and not one that was handed over.
 
     Returns:
         The record of codec and tokenizer that the model's checkpoints will carry.
     """
     num_codebooks, vocab = vocabulary(model)
     known = {}
-    if resumed or not config.model.from_scratch:
+    is_named = is_named and not config.model.from_scratch
+    if resumed or is_named:
         known = read_record(str(resumed or config.model.model))
     for store in stores:
         check_compatible(
@@ -178,7 +201,7 @@ def check_data(model: CSM, stores: list[TokenStore], config: TrainConfig, resume
             )
         # Weights that say nothing of their codec are Sesame's or made from them, and speak Mimi.
         offline = store.codec.get("kind") == "offline"
-        if offline and not known and not config.model.from_scratch and vocab == 2051:
+        if offline and not known and is_named and vocab == 2051:
             raise InputError(
                 f"was made with the {store.codec['name']}; {config.model.model} speaks kyutai/mimi",
                 file=store.path,

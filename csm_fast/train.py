@@ -34,6 +34,7 @@ from .run_marker import RunMarker
 from .start import (
     attach_adapters,
     base_dtypes,
+    check_adapter,
     check_data,
     check_position,
     check_precision,
@@ -78,6 +79,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model: CSM | None = None, loss_function: LossFunction | None = None):
         self.config = config
+        check_adapter(config.adapter)
         config.optimizer.learning_rate = peak_learning_rate(config.optimizer, config.adapter.method)
         self.run_dir = Path(config.run.output_dir).expanduser()
         # 1. Machine.
@@ -101,6 +103,7 @@ class Trainer:
                 file=self.run_dir,
                 mend="choose another --output-dir, or leave out --no-resume to continue it",
             )
+        self._tell_damage(found)
         self.state: dict[str, Any] = {"step": 0, "epoch": 0, "index": 0, "best_val_loss": None, "best_step": None}
         self.resumed = found[-1] if found else None
         adapts = config.adapter.method != "full"
@@ -115,7 +118,7 @@ class Trainer:
         else:
             self.model = model if model is not None else starting_model(config, compute_dtype(self.precision))
         stores = [store for store in (self.store, self.val_store) if store is not None]
-        self.record = check_data(self.model, stores, config, self.resumed)
+        self.record = check_data(self.model, stores, config, self.resumed, is_named=model is None)
         self.state["data"] = position_identity(config, self.store)
         if adapts:
             attach_adapters(self.model, config, compute_dtype(self.precision), self.store, self.resumed, self.device)
@@ -342,6 +345,20 @@ class Trainer:
         except OSError as error:
             raise ckpt.disk_error(error, self.run_dir, "older checkpoints could not be removed") from None
         self.window.pause(time.monotonic() - started)
+
+    def _tell_damage(self, whole: list[Path]) -> None:
+        """Refuse to begin anew where only damaged checkpoints are left; name those that are passed over."""
+        broken = ckpt.damaged(self.run_dir)
+        if broken and not whole:
+            path, what = broken[-1]
+            raise InputError(
+                f"is damaged: {what}; no whole checkpoint is left to continue from",
+                file=path,
+                mend="restore it, or choose another --output-dir",
+            )
+        for path, what in broken:
+            if int(path.name.removeprefix("step-")) > int(whole[-1].name.removeprefix("step-")):
+                log.warning("warning: %s is damaged: %s; the run continues from %s", path, what, whole[-1].name)
 
     def _link_best(self) -> None:
         """``best`` follows the best validation; without a validation split, the last checkpoint."""

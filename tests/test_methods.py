@@ -117,6 +117,10 @@ def test_an_adapter_checkpoint_holds_what_was_trained(base, tmp_path):
         ({"target_modules": ["audio_head"]}, "--train-heads"),
         ({"precision": "fp16", "optimizer_in_backward": True, "max_grad_norm": 0}, "--optimizer-in-backward cannot"),
         ({"precision": "fp16", "weights": "bf16-kahan", "method": "full"}, "leave one of them out"),
+        (
+            {"lora_rank": 8, "method": "full"},
+            "--lora-rank belongs to adapters.*add --method lora, or leave --lora-rank",
+        ),
     ],
 )
 def test_what_adapters_cannot_do_is_refused(base, tmp_path, extra, words):

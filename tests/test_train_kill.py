@@ -287,7 +287,7 @@ def test_how_often_one_validates_and_samples_leaves_no_trace_in_the_weights(tmp_
     assert {**outcome(tmp_path / "pieces"), "steps": 0} == {**runs["often"], "steps": 0}
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     """Its sizes tell; the one before it gives the same end, and a best one that is gone gives way to the next."""
     train(config(tmp_path, output_dir=str(tmp_path / "alone"), keep=3))
     train(config(tmp_path, keep=3))
@@ -296,8 +296,23 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     with open(run / "step-000012" / "optimizer.safetensors", "r+b") as file:
         file.truncate(1000)
     (run / "step-000009" / "trainer_state.json").write_text("{")
+    caplog.clear()
     assert train(config(tmp_path, keep=3))["complete"]
     assert outcome(run) == outcome(tmp_path / "alone")
+    (told,) = (r.getMessage() for r in caplog.records if "step-000012 is damaged" in r.getMessage())
+    assert "optimizer.safetensors has 1,000 bytes of" in told and told.endswith("continues from step-000006")
+
+
+def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path):
+    train(config(tmp_path, keep=3))
+    run = tmp_path / "run"
+    for name in ("step-000006", "step-000009"):
+        (run / name / "trainer_state.json").write_text("{")
+    (run / "step-000012" / "model.safetensors").unlink()
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*"))
+    with pytest.raises(InputError, match="step-000012: is damaged: model.safetensors is missing; no whole checkpoint"):
+        train(config(tmp_path, keep=3))
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*")) == before
 
 
 def test_what_is_not_ours_in_the_run_directory_stays(tmp_path):

@@ -1,8 +1,8 @@
 // Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
 //
 // A thread takes 64 or 128 columns of the right matrix at a time, brings them into pairs (cpu_products.h) that its second-level
-// cache holds, and goes down the rows of the left one, with others at the end. Where the left matrix comes transposed, as for the gradient of a
-// weight, the smaller of both is brought into its order once for all threads.
+// cache holds, and goes down the rows of the left one, together with others at the end. Where the left matrix comes
+// transposed, as for the gradient of a weight, the smaller of both is brought into its order once for all threads.
 
 #include <omp.h>
 
