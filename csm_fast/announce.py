@@ -46,6 +46,10 @@ def announce(trainer: Any) -> None:
     )
     every = trainer.packer.steps_in_epoch(0)
     log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, trainer.total_steps, trainer.device)
+    if trainer.state["step"] >= trainer.total_steps:
+        log.info(
+            "Done      it is at step %d already; a larger --max-steps or --n-epochs goes on", trainer.state["step"]
+        )
     if trainer.compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache directory")
         log.info("Compile   layers when they first run, up to a minute; kept in %s for the next run", kept)

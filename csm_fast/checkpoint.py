@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -96,6 +97,35 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint: weights, of adapters only theirs, and the optimizer's state, also before it is there."""
+    whole = getattr(model, "adapter", None) is None
+    total = sum(p.numel() * p.element_size() for p in model.parameters() if whole or p.requires_grad)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            form = _state_form(optimizer, parameter).values()
+            total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in form)
+    return total
+
+
+def check_space(run_dir: Path, needed: int) -> None:
+    """Refuse a run whose first checkpoint could not be saved.
+
+    Raises:
+        InputError: fewer than ``needed`` bytes are free.
+    """
+    try:
+        free = shutil.disk_usage(run_dir).free
+    except OSError:
+        return
+    if free < needed:
+        raise InputError(
+            f"a checkpoint takes {needed / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} left",
+            file=run_dir,
+            mend="free space, or choose another --output-dir",
+        )
 
 
 def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:

@@ -241,7 +241,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             negative.update({"action": "store_false"} if hint is bool else {"action": "store_const", "const": "off"})
             first = "--no-" + shown.removeprefix("--")
             group.add_argument(
-                first, help="(it is on by default)" if default is True else argparse.SUPPRESS, **negative
+                first, help=f"({shown} is the default)" if default is True else argparse.SUPPRESS, **negative
             )
             if hidden:
                 group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)

@@ -207,6 +207,10 @@ def _check_columns(names: list[str], file: str, delimiter: str) -> None:
             if other != delimiter and other in names[0]:
                 what = f"the columns are separated by {other!r}, not {delimiter!r}"
                 raise InputError(what, file=file, mend="save it with commas as .csv, or with tabs as .tsv")
+    if not any(difflib.get_close_matches(name.lower(), (*KEYS, *TURNS), 1) for name in names):
+        raise InputError(
+            "the first line names no column that is known here", file=file, mend="add one before it: text,path,speaker"
+        )
     for i, name in enumerate(names):
         try:
             if not name:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import platform
 import statistics
 import time
@@ -236,6 +237,8 @@ def trace(trainer: Trainer, batches: list[StepBatch], path: Path) -> tuple[list[
             with record_function(STEP):
                 one_step(trainer, batch, i)
 
+    # Its library says on stderr that it starts and stops, in the middle of the table.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
         seconds = timed(trainer.device, steps)
     path.unlink(missing_ok=True)

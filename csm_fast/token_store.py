@@ -243,6 +243,8 @@ def open_split(data_dir: str | os.PathLike[str], split: str, *, verify: bool = T
         what = f"no {split!r} split here" + (f" (there is {', '.join(there)})" if there else "")
         if (Path(data_dir).expanduser() / MANIFEST).is_file():
             raise InputError("is one split of a store", file=data_dir, mend="give the directory that it lies in")
+        if not Path(data_dir).expanduser().is_dir():
+            what = "is a file, not a directory of tokens" if Path(data_dir).expanduser().exists() else "does not exist"
         mend = "run csm-fast pretokenize with this --output"
         if split == "val":
             mend += " and --val-data or --val-fraction"

@@ -200,6 +200,7 @@ class Trainer:
     def _run(self) -> dict:
         run = self.config.run
         self._open_run()
+        ckpt.check_space(self.run_dir, ckpt.size(self.model, self.update.optimizer))
         announce(self)
         self.marker.beat(self.state["step"])
         if self.state["step"] == 0:

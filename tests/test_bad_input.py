@@ -318,8 +318,8 @@ STORES = {
     "a newer format": (edit_manifest(lambda m: m.update(format_version=9)), "format version 9", "upgrade csm_fast"),
     "no train split": (lambda t: shutil.rmtree(t / "train"), "no 'train' split here (there is val)", "run csm-fast"),
     "empty": (lambda t: shutil.rmtree(t) or t.mkdir(), "no 'train' split here", "run csm-fast pretokenize"),
-    "a file": (lambda t: shutil.rmtree(t) or t.write_text("x"), "no 'train' split here", "run csm-fast pretokenize"),
-    "nowhere": (lambda t: shutil.rmtree(t), "no 'train' split here", "run csm-fast pretokenize"),
+    "a file": (lambda t: shutil.rmtree(t) or t.write_text("x"), "is a file, not a directory of", "run csm-fast"),
+    "nowhere": (lambda t: shutil.rmtree(t), "does not exist", "run csm-fast pretokenize"),
     "val of another codec": (
         lambda t: shutil.rmtree(t / "val") or write_store(t / "val", conversations_of(2, 1), fingerprint="d" * 64),
         "train and val were made with different codecs",

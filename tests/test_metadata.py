@@ -451,3 +451,13 @@ def test_bad_splits():
     assert "nothing to split" in message(split_validation, [], 0.1, 0)
     for fraction in (0, 1, -0.1, 2, float("nan"), True, "0.1"):
         assert "validation fraction" in message(split_validation, same, fraction, 0)
+
+
+def test_a_table_without_names_of_columns(tmp_path):
+    path = tmp_path / "clips.csv"
+    path.write_text("hello,one.wav,0\nagain,two.wav,0\n")
+    with pytest.raises(InputError, match="clips.csv: the first line names no column .*; add one before it: text,path"):
+        load_metadata(path)
+    path.write_text("txt,pth\nhello,one.wav\n")
+    with pytest.raises(InputError, match="did you mean 'text'"):
+        load_metadata(path)

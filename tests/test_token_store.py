@@ -328,7 +328,7 @@ def test_what_is_no_store(tmp_path, store_path):
     with pytest.raises(InputError, match="there is train.*--val-data") as error:
         open_split(store_path.parent, "val")
     one_line(error)
-    with pytest.raises(InputError, match="no 'train' split"):
+    with pytest.raises(InputError, match="nowhere: does not exist; run csm-fast pretokenize"):
         open_split(tmp_path / "nowhere", "train")
     assert open_split(store_path.parent, "train").num_conversations == 30
 

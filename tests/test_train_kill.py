@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,25 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path):
     with pytest.raises(InputError, match="step-000012: is damaged: model.safetensors is missing; no whole checkpoint"):
         train(config(tmp_path, keep=3))
     assert sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", [{}, {"weights": "bf16-stochastic", "optimizer": "adamw-8bit", "precision": "bf16"}])
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(tmp_path, monkeypatch, form):
+    used = shutil.disk_usage(tmp_path)
+    train(config(tmp_path, n_epochs=1, **form))
+    saved = tmp_path / "run" / "last"
+    needed = sum((saved / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer"))
+    other = config(tmp_path, output_dir=str(tmp_path / "other"), **form)
+    for share, fits in ((0.8, False), (1.1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=int(share * needed): used._replace(free=n))
+        if fits:
+            assert train(other)["complete"]
+        else:
+            with pytest.raises(
+                InputError, match="other: a checkpoint takes .* GiB, and the disk has .* left; free space"
+            ):
+                train(other)
+            assert not list((tmp_path / "other").glob("step-*"))
 
 
 def test_what_is_not_ours_in_the_run_directory_stays(tmp_path):
