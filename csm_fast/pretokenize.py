@@ -45,7 +45,11 @@ class PretokenizeConfig:
 
     train_data: str = field(metadata={"help": "metadata of the training set: .json, .jsonl, .csv or .parquet"})
     val_data: str | None = option(None, "metadata of the validation set")
-    val_fraction: float | None = option(None, "take this share of the training set as validation set, e.g. 0.05")
+    val_fraction: float | None = option(
+        None,
+        "take about this share of the training set as validation set, e.g. 0.05: each recording has that chance, "
+        "whatever else is there, so that more data moves none (--seed takes others)",
+    )
     output: str = option("tokens", "directory that will hold train/, val/ and report.json", alias=("o",))
     codec: Literal["auto", "transformers", "moshi", "offline"] = option(
         "auto", "Mimi through transformers or moshi, or the offline stand-in, whose audio is not intelligible"
