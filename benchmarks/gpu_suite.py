@@ -155,7 +155,7 @@ def test_counts(lines: list[str], problem: str) -> dict[str, Any]:
     outcomes = {found[1]: kinds.get(found[2], "skipped") for line in lines if (found := OUTCOME.match(line))}
     counts: dict[str, Any] = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
     counts["failures"] = [name.removeprefix("tests/") for name, kind in outcomes.items() if kind == "failed"]
-    counts["problem"] = problem
+    counts["problem"] = problem = problem or ("" if outcomes else "pytest showed no test")
     if counts["failed"] or problem == "exit status 5":  # said by the counts already
         counts["problem"] = problem if problem.startswith("stopped") else ""
     elif problem:

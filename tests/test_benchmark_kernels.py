@@ -380,11 +380,11 @@ def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys
         return ""
 
     monkeypatch.setattr(gpu_suite, "call", call)
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda seconds: gpu_suite.test_counts(tmp_path / "none", "") | {})
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda seconds: gpu_suite.test_counts([], ""))
     monkeypatch.setattr(gpu_suite.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--rehearse"])
     monkeypatch.chdir(tmp_path)
-    assert gpu_suite.main() == 1  # pytest wrote no report
+    assert gpu_suite.main() == 1  # pytest showed no test
     assert [c[2] for c in commands] == ["benchmarks.compare", "benchmarks.optimizers", "benchmarks.kernels"]
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"gpu_tests.jsonl", "gpu_summary.jsonl"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "gpu_summary.jsonl").read_text().splitlines()]

@@ -151,11 +151,9 @@ def test_training_and_validation_need_two_graphs_each_and_a_single_frame_one_mor
 
 def test_older_pytorch_has_room_for_the_variants_of_both_stacks(monkeypatch):
     """It knows no limit of one function's own."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    assert compile._limits() == {"recompile_limit": 16, "isolate_recompiles": True}
-    assert torch._dynamo.config.recompile_limit == 8
     monkeypatch.setattr(torch, "compile", lambda model=None, *, fullgraph=False, backend="inductor": model)
-    assert compile._limits() == {} and torch._dynamo.config.recompile_limit == 32
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert compile._limits() == {} and torch._dynamo.config.recompile_limit == 32
 
 
 @pytest.mark.parametrize("frozen", ["backbone", "decoder", "text_embeddings"])

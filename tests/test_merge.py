@@ -133,12 +133,12 @@ def test_the_command_line(base, tmp_path, capfd):
     assert {t.dtype for t in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
     assert read_record(str(tmp_path / "merged"))["codec"]["name"] == "some codec"
     assert cli.main(["merge", *arguments, "--base", str(tmp_path / "nowhere")]) == 2
+    assert "no such file" in capfd.readouterr().err
     # Over the adapter itself: the run that it belongs to could not go on.
     assert cli.main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "adapter")]) == 2
     assert (
         "adapter: holds an adapter" in capfd.readouterr().err and not (tmp_path / "adapter/model.safetensors").exists()
     )
-    assert "no such file" in capfd.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -301,15 +301,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     assert train(config(tmp_path, keep=3))["complete"]
     assert outcome(run) == outcome(tmp_path / "alone")
     (told,) = (r.getMessage() for r in caplog.records if "step-000012 is damaged" in r.getMessage())
-    assert "optimizer.safetensors has 1,000 bytes of" in told and told.endswith("continues from step-000006")
+    assert "optimizer.safetensors has 1,000 bytes of" in told and told.endswith("continues from step-000008")
 
 
 def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path):
     train(config(tmp_path, keep=3))
     run = tmp_path / "run"
-    for name in ("step-000006", "step-000009"):
-        (run / name / "trainer_state.json").write_text("{")
-    (run / "step-000012" / "model.safetensors").unlink()
+    *older, newest = ckpt.checkpoints(run)
+    for path in older:
+        (path / "trainer_state.json").write_text("{")
+    (newest / "model.safetensors").unlink()
     before = sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*"))
     with pytest.raises(InputError, match="step-000012: is damaged: model.safetensors is missing; no whole checkpoint"):
         train(config(tmp_path, keep=3))
