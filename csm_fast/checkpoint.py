@@ -285,6 +285,25 @@ def damaged(run_dir: Path) -> list[tuple[Path, str]]:
     return sorted(found, key=lambda item: int(item[0].name.removeprefix("step-")))
 
 
+def check_damage(run_dir: Path, whole: list[Path]) -> None:
+    """Refuse to begin anew where only damaged checkpoints are left; name those that are passed over.
+
+    Raises:
+        InputError: ``whole``, the run's ``checkpoints``, is empty, and damaged ones are there.
+    """
+    broken = damaged(run_dir)
+    if broken and not whole:
+        path, what = broken[-1]
+        raise InputError(
+            f"is damaged: {what}; no whole checkpoint is left to continue from",
+            file=path,
+            mend="restore it, or choose another --output-dir",
+        )
+    for path, what in broken:
+        if int(path.name.removeprefix("step-")) > int(whole[-1].name.removeprefix("step-")):
+            log.warning("warning: %s is damaged: %s; the run continues from %s", path, what, whole[-1].name)
+
+
 def _damage(checkpoint: Path) -> str:
     try:
         files = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["files"]

@@ -103,7 +103,7 @@ class Trainer:
                 file=self.run_dir,
                 mend="choose another --output-dir, or leave out --no-resume to continue it",
             )
-        self._tell_damage(found)
+        ckpt.check_damage(self.run_dir, found)
         self.state: dict[str, Any] = {"step": 0, "epoch": 0, "index": 0, "best_val_loss": None, "best_step": None}
         self.resumed = found[-1] if found else None
         adapts = config.adapter.method != "full"
@@ -346,20 +346,6 @@ class Trainer:
         except OSError as error:
             raise ckpt.disk_error(error, self.run_dir, "older checkpoints could not be removed") from None
         self.window.pause(time.monotonic() - started)
-
-    def _tell_damage(self, whole: list[Path]) -> None:
-        """Refuse to begin anew where only damaged checkpoints are left; name those that are passed over."""
-        broken = ckpt.damaged(self.run_dir)
-        if broken and not whole:
-            path, what = broken[-1]
-            raise InputError(
-                f"is damaged: {what}; no whole checkpoint is left to continue from",
-                file=path,
-                mend="restore it, or choose another --output-dir",
-            )
-        for path, what in broken:
-            if int(path.name.removeprefix("step-")) > int(whole[-1].name.removeprefix("step-")):
-                log.warning("warning: %s is damaged: %s; the run continues from %s", path, what, whole[-1].name)
 
     def _link_best(self) -> None:
         """``best`` follows the best validation; without a validation split, the last checkpoint."""
