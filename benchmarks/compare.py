@@ -217,9 +217,8 @@ class Race:
         args = self.args
         for name in names:
             self.workers[name] = Worker(args, name)
-            if (
-                args.device == "cpu"
-            ):  # one after the other: a model of 1.5 billion float32 weights is there for a moment
+            if args.device == "cpu":
+                # One after the other: a model of 1.5 billion float32 weights is there for a moment.
                 self._ask(name)
         for name in names:
             said, loss, right = self._ask(name), self._ask(name, "check"), expected(name, self.truth)
