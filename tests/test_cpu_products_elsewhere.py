@@ -1,5 +1,5 @@
-"""The products' form for other processors passes the same tests: where there is AVX512-BF16 that for AVX2, elsewhere
-that for AVX512-BF16, whose instructions are written out (``avx512_written_out.h``)."""
+"""The products' forms for other processors pass the same tests. There are three: for AVX2, AVX512-BF16 and tiles (AMX).
+Instructions that this processor lacks are written out (``avx512_written_out.h``, ``amx_written_out.h``)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,22 @@ def features() -> set[str]:
     return set(next(line for line in lines if line.startswith("flags")).split())
 
 
+def others() -> dict[str, str]:
+    """Compiler flags by form, of those that this processor does not have."""
+    tiles, wide = f"-DMAY_USE_TILES -include {TESTS / 'amx_written_out.h'}", f"-include {TESTS / 'avx512_written_out.h'}"
+    if native._may_use_tiles():
+        return {"AVX2": "-mno-avx512f", "AVX512-BF16": "-UMAY_USE_TILES"}
+    if "avx512_bf16" in features():
+        return {"AVX2": "-mno-avx512f", "AMX": tiles}
+    return {"AVX512-BF16": wide, "AMX": f"{wide} {tiles}"}
+
+
 @pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.reason()}")
-def test_the_form_for_other_processors(tmp_path):
-    other = "-mno-avx512f" if "avx512f" in features() else f"-include {TESTS / 'avx512_written_out.h'}"
-    there = {**os.environ, "CXX": f"g++ {other}", "XDG_CACHE_HOME": str(tmp_path)}
+@pytest.mark.parametrize("other", ["AVX2", "AVX512-BF16", "AMX"])
+def test_the_form_for_other_processors(other, tmp_path):
+    if other not in others():
+        pytest.skip("is this processor's own form")
+    there = {**os.environ, "CXX": f"g++ {others()[other]}", "XDG_CACHE_HOME": str(tmp_path)}
     ask = "from csm_kernels import native; import torch; "
     ask += "print(native.library_function('product_scratch', torch.bfloat16)(64, 64, 256, False, 1))"
     forms = [

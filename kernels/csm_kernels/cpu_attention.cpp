@@ -46,6 +46,7 @@ void each(const Pack& pack, Work work) {
     const int64_t items = pack.segments * pack.kv_heads;
 #pragma omp parallel num_threads(pack.threads)
     {
+        const Tiles tiles;
         char* const mine = static_cast<char*>(pack.scratch) + omp_get_thread_num() * pack.scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < items; ++i) {

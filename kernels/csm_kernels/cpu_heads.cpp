@@ -15,7 +15,11 @@ namespace {
 
 constexpr int64_t PIECE = 256;         // columns of the weight at once, about
 constexpr int64_t AHEAD = 2;           // pairs of the weight's rows that are asked for ahead of their use
+#ifdef HAS_TILES
+constexpr int64_t GRADIENT_ROWS = BLOCK_SIDE;
+#else
 constexpr int64_t GRADIENT_ROWS = 12;  // rows of the weight's gradient at once
+#endif
 
 struct Heads {
     int64_t rows, heads, width, vocab;
@@ -150,6 +154,7 @@ extern "C" int64_t heads_cross_entropy_bf16(const void* hidden, int64_t hidden_r
     const bool wants_grad = grad_hidden || grad_weight;
 #pragma omp parallel num_threads(threads)
     {
+        const Tiles tiles;
         Scratch mine(static_cast<char*>(scratch) + omp_get_thread_num() * bytes);
         const Place at(mine, sizes);
 #pragma omp for schedule(dynamic, 1)

@@ -9,11 +9,16 @@
 
 #include "cpu_common.h"
 
-// Where there are tiles for it (AMX), PyTorch's products are several times as fast as these could be; on AVX-512 without
-// bf16 it multiplies in float32 registers itself.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
+// Where this process may use tiles (AMX), which a processor can have and a system refuse, whoever builds defines MAY_USE_TILES.
+// A compiler that does not know them then leaves all products to PyTorch, whose tiles are several times as fast as registers.
+// On AVX-512 without bf16 it multiplies in float32 registers itself.
+#if defined(MAY_USE_TILES) && !(defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#elif defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_PRODUCTS 1
 #define ADDS_PAIRS 1
+#ifdef MAY_USE_TILES
+#define HAS_TILES 1
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #define HAS_PRODUCTS 1
 #endif

@@ -16,10 +16,17 @@
 
 namespace {
 
-#ifdef ADDS_PAIRS
-constexpr int64_t PANEL = 64;  // columns of the right matrix at once
+// Columns of the right matrix at once, and of those that lie together as pairs.
+#ifdef HAS_TILES
+constexpr int64_t PANEL = 256, STRIP = BLOCK_SIDE;
+constexpr int64_t ROWS = BLOCK_SIDE;  // of a block of the result
 #else
-constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
+#ifdef ADDS_PAIRS
+constexpr int64_t PANEL = 64, STRIP = PANEL;
+#else
+constexpr int64_t PANEL = 128, STRIP = PANEL;  // rows of the left one are widened once for so many
+#endif
+constexpr int64_t ROWS = TILE_ROWS;
 #endif
 constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
 constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
@@ -37,7 +44,14 @@ struct Product {
     bf16* c;                       // [rows, columns]
     int threads;
 
+    // A turned matrix is filled up with zeros to whole steps of tiles.
+#ifdef HAS_TILES
+    int64_t pairs() const { return a.is_turned ? whole_lanes((inner + 1) / 2) : (inner + 1) / 2; }
+    int64_t depth() const { return a.is_turned ? 2 * pairs() : inner; }
+#else
     int64_t pairs() const { return (inner + 1) / 2; }
+    int64_t depth() const { return inner; }
+#endif
     // Of a turned left matrix's rows, in pairs: no power of two, or a column of it would fall into one set of a cache.
     int64_t left_stride() const { return whole_lanes(pairs()) + LANE; }
     int64_t panels() const { return (columns + PANEL - 1) / PANEL; }
@@ -50,13 +64,17 @@ struct Product {
     bool shares_left() const { return rows <= columns; }
 };
 
-// Panel `i` of b as pairs, [pairs, its columns rounded up to 16].
+// Panel `i` of b as pairs, strip by strip [pairs, its columns rounded up to 16].
 void pack(const Product& p, int64_t i, uint32_t* out) {
-    const int64_t first = i * PANEL, width = std::min(PANEL, p.columns - first);
-    if (p.b.is_turned) {
-        pairs_of_columns(p.b.data + first * p.b.stride, p.b.stride, width, p.inner, out, whole_lanes(width));
-    } else {
-        pairs_of_rows(p.b.data + first, p.b.stride, p.inner, width, p.pairs(), out);
+    const int64_t end = std::min(p.columns, (i + 1) * PANEL);
+    for (int64_t first = i * PANEL; first < end; first += STRIP, out += p.pairs() * STRIP) {
+        const int64_t width = std::min(STRIP, end - first), stride = whole_lanes(width), filled = (p.inner + 1) / 2;
+        if (p.b.is_turned) {
+            pairs_of_columns(p.b.data + first * p.b.stride, p.b.stride, width, p.inner, out, stride);
+            clear(out + filled * stride, (p.pairs() - filled) * stride);
+        } else {
+            pairs_of_rows(p.b.data + first, p.b.stride, p.inner, width, p.pairs(), out);
+        }
     }
 }
 
@@ -94,27 +112,35 @@ void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
     }
 }
 
-// Rows [first, last) of c in the columns of a panel. a: at row `first`.
-void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf16* a, int64_t a_stride, int64_t first,
-                   int64_t last) {
-    const int64_t column = panel * PANEL, width = std::min(PANEL, p.columns - column), padded = whole_lanes(width);
+// Rows [first, last) of c in a strip of at most so many columns. a: at row `first`.
+void strip_product(const Product& p, int64_t column, int64_t width, const uint32_t* b, const bf16* a, int64_t a_stride,
+                   int64_t first, int64_t last) {
+    const int64_t padded = whole_lanes(width);
     bf16* c = p.c + first * p.columns + column;
     const bf16* plus = p.plus ? p.plus + first * p.columns + column : nullptr;
     if (padded == width) {
-        multiply(a, a_stride, last - first, b, padded, padded, p.inner, c, p.columns, plus);
+        multiply(a, a_stride, last - first, b, padded, padded, p.depth(), c, p.columns, plus);
         return;
     }
-    bf16 rows[TILE_ROWS * PANEL];
-    for (int64_t i = 0; i < last - first; i += TILE_ROWS) {
-        const int64_t count = std::min<int64_t>(TILE_ROWS, last - first - i);
+    bf16 rows[ROWS * STRIP];
+    for (int64_t i = 0; i < last - first; i += ROWS) {
+        const int64_t count = std::min<int64_t>(ROWS, last - first - i);
         for (int64_t k = 0; plus && k < count; ++k) {
-            std::memcpy(static_cast<void*>(rows + k * PANEL), plus + (i + k) * p.columns, static_cast<size_t>(width) * 2);
-            clear(rows + k * PANEL + width, padded - width);
+            std::memcpy(static_cast<void*>(rows + k * STRIP), plus + (i + k) * p.columns, static_cast<size_t>(width) * 2);
+            clear(rows + k * STRIP + width, padded - width);
         }
-        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.inner, rows, PANEL, plus ? rows : nullptr);
+        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.depth(), rows, STRIP, plus ? rows : nullptr);
         for (int64_t k = 0; k < count; ++k) {
-            std::memcpy(static_cast<void*>(c + (i + k) * p.columns), rows + k * PANEL, static_cast<size_t>(width) * 2);
+            std::memcpy(static_cast<void*>(c + (i + k) * p.columns), rows + k * STRIP, static_cast<size_t>(width) * 2);
         }
+    }
+}
+
+void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf16* a, int64_t a_stride, int64_t first,
+                   int64_t last) {
+    const int64_t start = panel * PANEL, end = std::min(p.columns, start + PANEL);
+    for (int64_t column = start; column < end; column += STRIP, b += p.pairs() * STRIP) {
+        strip_product(p, column, std::min(STRIP, end - column), b, a, a_stride, first, last);
     }
 }
 
@@ -178,6 +204,7 @@ struct Room {
 };
 
 void product(const Product& p, Panels& panels, const Room& room) {
+    const Tiles tiles;
     const int64_t stride = p.left_stride();
     const int thread = omp_get_thread_num();
     uint32_t *const shared = room.shared, *const own = room.of(thread);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cpu_lanes.h"
+#include "cpu_tiles.h"
 
 #ifdef HAS_PRODUCTS
 
@@ -138,6 +139,9 @@ INLINE void run_tile(Share row, Share lane, const Left* a, int64_t a_stride, con
 template <class T>
 inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t columns,
                      int64_t inner, T* c, int64_t c_stride, const T* plus = nullptr) {
+#ifdef HAS_TILES
+    multiply_in_tiles(a, a_stride, rows, b, b_stride, columns, inner, c, c_stride, plus);
+#else
     // Tiles of about the same size: a small one at the end would wait for its own results.
     const int64_t lanes = columns / LANE, across = (lanes + TILE_LANES - 1) / TILE_LANES;
     const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -205,6 +209,7 @@ inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32
             }
         }
     }
+#endif
 #endif
 }
 

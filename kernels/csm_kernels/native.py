@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -30,7 +31,7 @@ import torch
 FOLDER = Path(__file__).parent
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"cpu_{noun}.cpp" for noun in NOUNS)
-HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_lanes.h", "cpu_products.h"))
+HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_lanes.h", "cpu_tiles.h", "cpu_products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120
@@ -55,8 +56,8 @@ SIGNATURES = {
     "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
     "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
-# These are there only where the library multiplies bf16 faster than PyTorch: on processors that do so in registers
-# (AVX512-BF16), or floats only (AVX2), not in tiles (AMX).
+# These are there only where the library multiplies bf16 faster than PyTorch: on processors that do so in tiles (AMX) or
+# registers (AVX512-BF16), or floats only (AVX2).
 OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
 # A row that is not as it must be, or bytes.
 ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
@@ -135,7 +136,7 @@ def _load() -> tuple[Functions | None, str]:
         try:
             functions = _bound(_opened(compiler))
             own = ("product", BF16) in functions
-            rest = "" if own else "; matrix products are PyTorch's (its own need AVX512-BF16 or AVX2)"
+            rest = "" if own else "; matrix products are PyTorch's (its own need AMX, AVX512-BF16 or AVX2)"
             return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
             why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
@@ -176,8 +177,22 @@ def _opened(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], *arguments: str) -> None:
-    command = [*compiler, *FLAGS, *arguments]
+    asked = itertools.dropwhile(lambda word: not word.startswith("-"), compiler)  # of CXX; the last of two contrary flags counts
+    command = [*compiler, *_flags(), *asked, *arguments]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, "-DMAY_USE_TILES") if _may_use_tiles() else FLAGS
+
+
+@functools.lru_cache(maxsize=1)
+def _may_use_tiles() -> bool:
+    """Whether the processor has tiles (AMX) and Linux lets this process use them; it has to be asked."""
+    if "amx_bf16" not in _processor().split():
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # x86-64; asm/prctl.h
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _cache() -> Path:
@@ -188,7 +203,7 @@ def _key(compiler: list[str]) -> str:
     asked = [*compiler, "--version"]
     version = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
     sources = (path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES))
-    parts = (*sources, *compiler, version.stdout, " ".join(FLAGS), _processor())
+    parts = (*sources, *compiler, version.stdout, " ".join(_flags()), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,174 @@
+// Products of bf16 matrices in tiles (AMX): 16 rows of 64 bytes, of which one instruction adds up 16 x 16 sums of 32 products.
+//
+// A block of the result, up to 32 x 32, is four tiles of sums; two tiles of the left matrix, whose rows lie as in memory, and
+// two of the right one, which comes as pairs (cpu_products.h), are read for it 32 numbers deep.
+
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu_lanes.h"
+
+#ifdef HAS_PRODUCTS
+
+namespace {
+
+#ifdef HAS_TILES
+
+constexpr int64_t TILE = 16;              // rows of a tile, and 32-bit numbers of a row
+constexpr int64_t BLOCK_SIDE = 2 * TILE;  // of a block of sums; and as deep is a step
+constexpr int64_t HIGH = 128;             // rows of the left matrix that meet a strip of the right one's columns at once
+constexpr int64_t DEPTH = 512;            // of that strip, what the first-level cache holds beside the sums
+
+// Palette 1 of LDTILECFG.
+struct alignas(64) TileShapes {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+// What the tiles of this thread are shaped for, 0 for nothing.
+thread_local int64_t tiles_shaped = 0;
+
+// In every thread that multiplies, for as long as it does: others may shape its tiles before and afterwards.
+struct Tiles {
+    Tiles() { tiles_shaped = 0; }
+    ~Tiles() {
+        if (tiles_shaped) _tile_release();
+    }
+};
+
+// Memory that was written so far is written before tiles are read: the instructions' operands do not tell the compiler.
+INLINE void written() { __asm__ volatile("" ::: "memory"); }
+
+// Tiles 0 to 3 are sums [2, 2], 4 and 5 the left matrix, 6 and 7 the right one.
+inline void shape_tiles(int64_t rows) {
+    const int64_t low = std::min(rows, TILE), high = rows > TILE ? rows - TILE : TILE, wanted = low * (TILE + 1) + high;
+    if (wanted == tiles_shaped) return;
+    TileShapes shapes = {};
+    shapes.palette = 1;
+    for (int i = 0; i < 8; ++i) shapes.row_bytes[i] = 64, shapes.rows[i] = TILE;
+    for (int i : {0, 1, 4}) shapes.rows[i] = static_cast<uint8_t>(low);
+    for (int i : {2, 3, 5}) shapes.rows[i] = static_cast<uint8_t>(high);
+    written();
+    _tile_loadconfig(&shapes);
+    tiles_shaped = wanted;
+}
+
+// Strides of tiles are bytes.
+template <int I, int J>
+INLINE void add_step(const bf16* a, int64_t a_bytes, const uint32_t* b, int64_t b_bytes) {
+    _tile_loadd(6, b, b_bytes);
+    _tile_loadd(4, a, a_bytes);
+    if constexpr (J == 2) _tile_loadd(7, b + TILE, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (J == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (I == 2) {
+        _tile_loadd(5, a + TILE * a_bytes / 2, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (J == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// A matrix's part of a step's depth, and what lies behind the last whole step, with zeros, in rows of 64 and 128 bytes.
+struct Operands {
+    const bf16 *a, *a_rest;
+    const uint32_t *b, *b_rest;
+    int64_t a_stride, b_stride, steps;
+    bool has_rest;
+};
+
+// sums [I tiles, J tiles] = from + a b; from null: a b. The rows of both are `stride` floats apart.
+template <int I, int J>
+inline __attribute__((noinline)) void block(const Operands& x, float* sums, const float* from, int64_t stride) {
+    const int64_t bytes = stride * 4, a_bytes = x.a_stride * 2, b_bytes = x.b_stride * 4;
+    written();
+    if (from) {
+        _tile_loadd(0, from, bytes);
+        if constexpr (J == 2) _tile_loadd(1, from + TILE, bytes);
+        if constexpr (I == 2) _tile_loadd(2, from + TILE * stride, bytes);
+        if constexpr (I == 2 && J == 2) _tile_loadd(3, from + TILE * stride + TILE, bytes);
+    } else {
+        _tile_zero(0);
+        if constexpr (J == 2) _tile_zero(1);
+        if constexpr (I == 2) _tile_zero(2);
+        if constexpr (I == 2 && J == 2) _tile_zero(3);
+    }
+    for (int64_t i = 0; i < x.steps; ++i) {
+        add_step<I, J>(x.a + i * BLOCK_SIDE, a_bytes, x.b + i * TILE * x.b_stride, b_bytes);
+    }
+    if (x.has_rest) add_step<I, J>(x.a_rest, BLOCK_SIDE * 2, x.b_rest, BLOCK_SIDE * 4);
+    // Of a row, the last columns first.
+    if constexpr (J == 2) _tile_stored(1, sums + TILE, bytes);
+    if constexpr (I == 2 && J == 2) _tile_stored(3, sums + TILE * stride + TILE, bytes);
+    _tile_stored(0, sums, bytes);
+    if constexpr (I == 2) _tile_stored(2, sums + TILE * stride, bytes);
+}
+
+inline void run_block(int64_t rows, int64_t columns, const Operands& x, float* sums, const float* from, int64_t stride) {
+    shape_tiles(rows);
+    if (rows > TILE) {
+        columns > TILE ? block<2, 2>(x, sums, from, stride) : block<2, 1>(x, sums, from, stride);
+    } else {
+        columns > TILE ? block<1, 2>(x, sums, from, stride) : block<1, 1>(x, sums, from, stride);
+    }
+}
+
+// `multiply` of cpu_products.h. The thread has `Tiles`.
+template <class T>
+inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
+                              int64_t columns, int64_t inner, T* c, int64_t c_stride, const T* plus) {
+    alignas(64) float sums[HIGH * BLOCK_SIDE];
+    alignas(64) bf16 a_rest[HIGH * BLOCK_SIDE];
+    alignas(64) uint32_t b_rest[TILE * BLOCK_SIDE];
+    const int64_t whole = inner / BLOCK_SIDE * BLOCK_SIDE, rest = inner - whole;
+    for (int64_t top = 0; top < rows; top += HIGH) {
+        const int64_t count = std::min(HIGH, rows - top);
+        const bf16* left = a + top * a_stride;
+        for (int64_t i = 0; rest && i < count; ++i) {
+            store_bits(a_rest + i * BLOCK_SIDE, load_some(left + i * a_stride + whole, rest));
+        }
+        for (int64_t last = columns, width; last > 0; last -= width) {
+            width = last % BLOCK_SIDE ? TILE : BLOCK_SIDE;
+            const int64_t column = last - width;
+            for (int64_t i = 0; rest && i < TILE; ++i) {
+                for (int64_t j = 0; j < width; j += TILE) {
+                    const uint32_t* from = b + (whole / 2 + i) * b_stride + column + j;
+                    store_bits(b_rest + i * BLOCK_SIDE + j, 2 * i < rest ? load_bits(from) : Bits{});
+                }
+            }
+            for (int64_t k = 0; k < inner; k += DEPTH) {
+                const bool is_last = k + DEPTH >= inner;
+                for (int64_t row = 0; row < count; row += BLOCK_SIDE) {
+                    const int64_t some = std::min(BLOCK_SIDE, count - row), at = (top + row) * c_stride + column;
+                    const Operands x{left + row * a_stride + k, a_rest + row * BLOCK_SIDE, b + k / 2 * b_stride + column, b_rest,
+                                     a_stride, b_stride, (std::min(whole, k + DEPTH) - k) / BLOCK_SIDE, is_last && rest};
+                    if constexpr (std::is_same<T, float>::value) {
+                        run_block(some, width, x, c + at, k ? c + at : plus ? plus + at : nullptr, c_stride);
+                        continue;
+                    }
+                    float* to = sums + row * BLOCK_SIDE;
+                    run_block(some, width, x, to, k ? to : nullptr, BLOCK_SIDE);
+                    for (int64_t i = 0; is_last && i < some; ++i) {
+                        for (int64_t j = width - LANE; j >= 0; j -= LANE) {
+                            const int64_t place = at + i * c_stride + j;
+                            const Floats sum = load(to + i * BLOCK_SIDE + j);
+                            put_lane(c + place, plus ? sum + load(plus + place) : sum);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#else
+
+struct Tiles {};
+
+#endif
+
+}  // namespace
+
+#endif
