@@ -113,6 +113,9 @@ INLINE Floats larger(Floats x, Floats y) {  // y where one is NaN
 INLINE void put_lane(bf16* to, Floats x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
+INLINE void put_lanes(bf16* to, Floats low, Floats high) {
+    store_bits(to, (Bits)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
 
 #else
 

@@ -16,17 +16,14 @@
 
 namespace {
 
-// Columns of the right matrix at once, and of those that lie together as pairs.
 #ifdef HAS_TILES
-constexpr int64_t PANEL = 256, STRIP = BLOCK_SIDE;
-constexpr int64_t ROWS = BLOCK_SIDE;  // of a block of the result
+constexpr int64_t STRIP = BLOCK_SIDE;        // columns of the right matrix that lie together as pairs
+constexpr int64_t PANEL_BYTES = 1 << 19;     // of so many strips, a quarter of a second-level cache
+constexpr int64_t AHEAD = 4;                 // pairs of rows that are asked for ahead of their use
+#elif defined(ADDS_PAIRS)
+constexpr int64_t PANEL = 64;  // columns of the right matrix at once
 #else
-#ifdef ADDS_PAIRS
-constexpr int64_t PANEL = 64, STRIP = PANEL;
-#else
-constexpr int64_t PANEL = 128, STRIP = PANEL;  // rows of the left one are widened once for so many
-#endif
-constexpr int64_t ROWS = TILE_ROWS;
+constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
 #endif
 constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
 constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
@@ -54,8 +51,25 @@ struct Product {
 #endif
     // Of a turned left matrix's rows, in pairs: no power of two, or a column of it would fall into one set of a cache.
     int64_t left_stride() const { return whole_lanes(pairs()) + LANE; }
-    int64_t panels() const { return (columns + PANEL - 1) / PANEL; }
-    int64_t panel_size() const { return pairs() * whole_lanes(std::min(PANEL, columns)); }
+    // Columns of the right matrix at once.
+#ifdef HAS_TILES
+    int64_t panel() const {
+        const int64_t strips = (columns + STRIP - 1) / STRIP, each = (strips + threads - 1) / threads;
+        return std::max<int64_t>(1, std::min(each, PANEL_BYTES / (pairs() * STRIP * 4))) * STRIP;
+    }
+#else
+    int64_t panel() const { return PANEL; }
+#endif
+    int64_t panels() const { return (columns + panel() - 1) / panel(); }
+    int64_t panel_size() const { return pairs() * whole_lanes(std::min(panel(), columns)); }
+    // A piece of the result in a panel's columns, which lies together until it is done: lines that are a power of two apart
+    // fall into one set of a cache.
+    int64_t piece_stride() const { return whole_lanes(std::min(panel(), columns)) + LINE; }
+#ifdef HAS_TILES
+    int64_t piece_size() const { return PIECE * piece_stride() / 2; }
+#else
+    int64_t piece_size() const { return 0; }
+#endif
     // As many as give each thread the same, of at most `most` rows.
     int64_t blocks(int64_t most) const {
         const int64_t least = (rows + most - 1) / most;
@@ -64,19 +78,48 @@ struct Product {
     bool shares_left() const { return rows <= columns; }
 };
 
+#ifdef HAS_TILES
+
 // Panel `i` of b as pairs, strip by strip [pairs, its columns rounded up to 16].
 void pack(const Product& p, int64_t i, uint32_t* out) {
-    const int64_t end = std::min(p.columns, (i + 1) * PANEL);
-    for (int64_t first = i * PANEL; first < end; first += STRIP, out += p.pairs() * STRIP) {
-        const int64_t width = std::min(STRIP, end - first), stride = whole_lanes(width), filled = (p.inner + 1) / 2;
-        if (p.b.is_turned) {
-            pairs_of_columns(p.b.data + first * p.b.stride, p.b.stride, width, p.inner, out, stride);
-            clear(out + filled * stride, (p.pairs() - filled) * stride);
-        } else {
-            pairs_of_rows(p.b.data + first, p.b.stride, p.inner, width, p.pairs(), out);
+    const int64_t first = i * p.panel(), end = std::min(p.columns, first + p.panel()), pairs = p.pairs();
+    if (p.b.is_turned) {
+        const int64_t filled = (p.inner + 1) / 2;
+        for (int64_t column = first; column < end; column += STRIP, out += pairs * STRIP) {
+            const int64_t width = std::min(STRIP, end - column), stride = whole_lanes(width);
+            pairs_of_columns(p.b.data + column * p.b.stride, p.b.stride, width, p.inner, out, stride);
+            clear(out + filled * stride, (pairs - filled) * stride);
+        }
+        return;
+    }
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        const int64_t rows = std::min<int64_t>(2, p.inner - 2 * pair);
+        const bf16 *row = p.b.data + 2 * pair * p.b.stride, *later = row + 2 * AHEAD * p.b.stride;
+        const bool has_later = 2 * (pair + AHEAD) + 1 < p.inner;
+        for (int64_t column = first, strip = 0; column < end; column += STRIP, ++strip) {
+            const int64_t width = std::min(STRIP, end - column);
+            if (has_later) {
+                __builtin_prefetch(later + column);
+                __builtin_prefetch(later + p.b.stride + column);
+            }
+            pairs_of_rows(row + column, p.b.stride, rows, width, 1, out + strip * pairs * STRIP + pair * whole_lanes(width));
         }
     }
 }
+
+#else
+
+// Panel `i` of b as pairs, [pairs, its columns rounded up to 16].
+void pack(const Product& p, int64_t i, uint32_t* out) {
+    const int64_t first = i * PANEL, width = std::min(PANEL, p.columns - first);
+    if (p.b.is_turned) {
+        pairs_of_columns(p.b.data + first * p.b.stride, p.b.stride, width, p.inner, out, whole_lanes(width));
+    } else {
+        pairs_of_rows(p.b.data + first, p.b.stride, p.inner, width, p.pairs(), out);
+    }
+}
+
+#endif
 
 // Columns [first, last) of a turned matrix as rows, their pairs along it: [last - first, left stride].
 void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
@@ -112,36 +155,44 @@ void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
     }
 }
 
-// Rows [first, last) of c in a strip of at most so many columns. a: at row `first`.
-void strip_product(const Product& p, int64_t column, int64_t width, const uint32_t* b, const bf16* a, int64_t a_stride,
-                   int64_t first, int64_t last) {
-    const int64_t padded = whole_lanes(width);
-    bf16* c = p.c + first * p.columns + column;
-    const bf16* plus = p.plus ? p.plus + first * p.columns + column : nullptr;
-    if (padded == width) {
-        multiply(a, a_stride, last - first, b, padded, padded, p.depth(), c, p.columns, plus);
-        return;
-    }
-    bf16 rows[ROWS * STRIP];
-    for (int64_t i = 0; i < last - first; i += ROWS) {
-        const int64_t count = std::min<int64_t>(ROWS, last - first - i);
-        for (int64_t k = 0; plus && k < count; ++k) {
-            std::memcpy(static_cast<void*>(rows + k * STRIP), plus + (i + k) * p.columns, static_cast<size_t>(width) * 2);
-            clear(rows + k * STRIP + width, padded - width);
-        }
-        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.depth(), rows, STRIP, plus ? rows : nullptr);
-        for (int64_t k = 0; k < count; ++k) {
-            std::memcpy(static_cast<void*>(c + (i + k) * p.columns), rows + k * STRIP, static_cast<size_t>(width) * 2);
-        }
+// Rows of the result, of `width` columns, from one place to another.
+void copy_rows(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t to_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+        std::memcpy(static_cast<void*>(to + i * to_stride), from + i * stride, static_cast<size_t>(width) * sizeof(bf16));
     }
 }
 
+// Rows [first, last) of c in the columns of a panel, at most PIECE of them. a: at row `first`. piece: scratch.
 void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf16* a, int64_t a_stride, int64_t first,
-                   int64_t last) {
-    const int64_t start = panel * PANEL, end = std::min(p.columns, start + PANEL);
-    for (int64_t column = start; column < end; column += STRIP, b += p.pairs() * STRIP) {
-        strip_product(p, column, std::min(STRIP, end - column), b, a, a_stride, first, last);
+                   int64_t last, uint32_t* piece) {
+    const int64_t column = panel * p.panel(), width = std::min(p.panel(), p.columns - column), padded = whole_lanes(width);
+    bf16* c = p.c + first * p.columns + column;
+    const bf16* plus = p.plus ? p.plus + first * p.columns + column : nullptr;
+#ifdef HAS_TILES
+    bf16* out = reinterpret_cast<bf16*>(piece);
+    const int64_t stride = p.piece_stride();
+    if (plus) copy_rows(plus, p.columns, last - first, width, out, stride);
+    for (int64_t strip = 0; strip < padded; strip += STRIP) {
+        const int64_t some = std::min(STRIP, padded - strip);
+        multiply(a, a_stride, last - first, b + strip * p.pairs(), some, some, p.depth(), out + strip, stride,
+                 plus ? out + strip : nullptr);
     }
+    copy_rows(out, stride, last - first, width, c, p.columns);
+#else
+    (void)piece;
+    if (padded == width) {
+        multiply(a, a_stride, last - first, b, padded, padded, p.inner, c, p.columns, plus);
+        return;
+    }
+    bf16 rows[TILE_ROWS * PANEL];
+    for (int64_t i = 0; i < last - first; i += TILE_ROWS) {
+        const int64_t count = std::min<int64_t>(TILE_ROWS, last - first - i);
+        if (plus) copy_rows(plus + i * p.columns, p.columns, count, width, rows, PANEL);
+        for (int64_t k = 0; plus && k < count; ++k) clear(rows + k * PANEL + width, padded - width);
+        multiply(a + i * a_stride, a_stride, count, b, padded, padded, p.inner, rows, PANEL, plus ? rows : nullptr);
+        copy_rows(rows, PANEL, count, width, c + i * p.columns, p.columns);
+    }
+#endif
 }
 
 // Deals out panels, and at the end the pieces of those that others are still at: a processor that is held up for a while,
@@ -207,12 +258,12 @@ void product(const Product& p, Panels& panels, const Room& room) {
     const Tiles tiles;
     const int64_t stride = p.left_stride();
     const int thread = omp_get_thread_num();
-    uint32_t *const shared = room.shared, *const own = room.of(thread);
+    uint32_t *const shared = room.shared, *const own = room.of(thread), *const piece = own + room.size - p.piece_size();
     const auto with = [&](const bf16* a, int64_t a_stride) {
         panels.run(
             thread, [&](int64_t panel) { pack(p, panel, own); },
             [&](int64_t panel, int owner, int64_t first, int64_t last) {
-                panel_product(p, panel, room.of(owner), a + first * a_stride, a_stride, first, last);
+                panel_product(p, panel, room.of(owner), a + first * a_stride, a_stride, first, last, piece);
             });
     };
     if (!p.a.is_turned) {
@@ -236,7 +287,7 @@ void product(const Product& p, Panels& panels, const Room& room) {
         turn(p, rows.first, rows.last, own);
         for (int64_t panel = 0; panel < p.panels(); ++panel) {
             panel_product(p, panel, shared + panel * p.panel_size(), reinterpret_cast<const bf16*>(own), 2 * stride,
-                          rows.first, rows.last);
+                          rows.first, rows.last, piece);
         }
     }
 }
@@ -253,7 +304,7 @@ struct Sizes {
         } else {
             shared = p.panels() * p.panel_size(), own = std::min(BLOCK, p.rows) * p.left_stride();
         }
-        shared = whole_lanes(shared), own = whole_lanes(own);
+        shared = whole_lanes(shared), own = whole_lanes(own) + p.piece_size();
     }
 };
 

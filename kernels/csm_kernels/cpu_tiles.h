@@ -115,6 +115,20 @@ inline void run_block(int64_t rows, int64_t columns, const Operands& x, float* s
     }
 }
 
+// A block of sums, or plus + them, to memory.
+template <class T>
+INLINE void put_block(const float* sums, int64_t rows, int64_t columns, T* c, int64_t c_stride, const T* plus) {
+    for (int64_t i = 0; i < rows; ++i, sums += BLOCK_SIDE, c += c_stride) {
+        Floats low = load(sums), high = load(sums + TILE);
+        if (columns == BLOCK_SIDE) {
+            if (plus) low += load(plus + i * c_stride), high += load(plus + i * c_stride + TILE);
+            put_lanes(c, low, high);
+        } else {
+            put_lane(c, plus ? low + load(plus + i * c_stride) : low);
+        }
+    }
+}
+
 // `multiply` of cpu_products.h. The thread has `Tiles`.
 template <class T>
 inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
@@ -148,15 +162,9 @@ inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, con
                         run_block(some, width, x, c + at, k ? c + at : plus ? plus + at : nullptr, c_stride);
                         continue;
                     }
-                    float* to = sums + row * BLOCK_SIDE;
+                    float* to = inner > DEPTH ? sums + row * BLOCK_SIDE : sums;
                     run_block(some, width, x, to, k ? to : nullptr, BLOCK_SIDE);
-                    for (int64_t i = 0; is_last && i < some; ++i) {
-                        for (int64_t j = width - LANE; j >= 0; j -= LANE) {
-                            const int64_t place = at + i * c_stride + j;
-                            const Floats sum = load(to + i * BLOCK_SIDE + j);
-                            put_lane(c + place, plus ? sum + load(plus + place) : sum);
-                        }
-                    }
+                    if (is_last) put_block(to, some, width, c + at, c_stride, plus ? plus + at : nullptr);
                 }
             }
         }
