@@ -106,17 +106,6 @@ void gradient_of_hidden(const Heads& sizes, const Place& at, const bf16* weight,
     }
 }
 
-// To memory past the caches, which would read a line before they write it.
-inline void stream(const bf16* from, bf16* to, int64_t count) {
-    const int64_t before = std::min(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / 2));
-    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(before) * sizeof(bf16));
-    int64_t i = before;
-    for (; i + LINE <= count; i += LINE) {
-        for (int64_t j = i; j < i + LINE; j += 2 * LANE) stream_bits(to + j, load_bits(from + j));
-    }
-    std::memcpy(static_cast<void*>(to + i), from + i, static_cast<size_t>(count - i) * sizeof(bf16));
-}
-
 void gradient_of_weight(const Heads& sizes, const Place& at, const bf16* hidden, bf16* out) {
     pairs_of_rows(hidden, sizes.hidden_row, sizes.rows, sizes.width, at.pairs, at.hidden_rows);
     transposed(at.hidden_rows, 2 * sizes.width, at.pairs, 2 * sizes.width, at.hidden, at.pair_stride);

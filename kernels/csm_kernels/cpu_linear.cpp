@@ -177,7 +177,7 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
         multiply(a, a_stride, last - first, b + strip * p.pairs(), some, some, p.depth(), out + strip, stride,
                  plus ? out + strip : nullptr);
     }
-    copy_rows(out, stride, last - first, width, c, p.columns);
+    for (int64_t i = 0; i < last - first; ++i) stream(out + i * stride, c + i * p.columns, width);
 #else
     (void)piece;
     if (padded == width) {

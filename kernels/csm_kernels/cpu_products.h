@@ -260,6 +260,17 @@ inline void pairs_of_rows(const bf16* x, int64_t stride, int64_t rows, int64_t w
     }
 }
 
+// To memory past the caches, which would read a line before they write it.
+inline void stream(const bf16* from, bf16* to, int64_t count) {
+    const int64_t before = std::min(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / 2));
+    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(before) * sizeof(bf16));
+    int64_t i = before;
+    for (; i + LINE <= count; i += LINE) {
+        for (int64_t j = i; j < i + LINE; j += 2 * LANE) stream_bits(to + j, load_bits(from + j));
+    }
+    std::memcpy(static_cast<void*>(to + i), from + i, static_cast<size_t>(count - i) * sizeof(bf16));
+}
+
 }  // namespace
 
 #endif
