@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -21,8 +23,8 @@ struct Shapes {
     uint8_t rows[16];
 };
 
-thread_local Shapes shapes;  // palette 0: not to be used
-thread_local unsigned char tiles[8][16][64];
+inline thread_local Shapes shapes;  // palette 0: not to be used
+inline thread_local unsigned char tiles[8][16][64];
 
 inline void check(bool right) {
     if (!right) __builtin_trap();

@@ -178,6 +178,12 @@ inline __m256i narrowed(__m512 a) {
     return as<__m256i>(out);
 }
 
+// The second one's numbers first.
+inline __m512i narrowed_together(__m512 high, __m512 low) {
+    const __m256i halves[2] = {narrowed(low), narrowed(high)};
+    return load(halves);
+}
+
 inline __m512 pairs_added(__m512 sum, __m512i a, __m512i b) {
     Floats16 out = as<Floats16>(sum);
     for (int i = 0; i < 16; ++i) {
@@ -217,4 +223,5 @@ inline __m512 pairs_added(__m512 sum, __m512i a, __m512i b) {
 #define _mm512_cmplt_epi32_mask written_out::less
 #define _mm512_cmp_ps_mask written_out::greater
 #define _mm512_cvtneps_pbh written_out::narrowed
+#define _mm512_cvtne2ps_pbh written_out::narrowed_together
 #define _mm512_dpbf16_ps written_out::pairs_added

@@ -46,8 +46,9 @@ def distance(got: Tensor, want: Tensor) -> float:
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
-# Of the last three the inner dimension is more than is multiplied at once, of the last the rows are, too.
-DEEP = [(20, 1100, 70), (9, 513, 200), (230, 1029, 200)]
+# Of the last four the inner dimension is more than is multiplied at once, of (230, ...) the rows are, too; of the last
+# it comes in parts.
+DEEP = [(20, 1100, 70), (9, 513, 200), (230, 1029, 200), (131, 4109, 75)]
 PRODUCTS = [(1, 2, 1), (5, 16, 64), (7, 33, 17), (64, 130, 65), (211, 100, 131), *DEEP]
 
 

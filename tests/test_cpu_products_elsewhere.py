@@ -23,7 +23,10 @@ def features() -> set[str]:
 
 def others() -> dict[str, str]:
     """Compiler flags by form, of those that this processor does not have."""
-    tiles, wide = f"-DMAY_USE_TILES -include {TESTS / 'amx_written_out.h'}", f"-include {TESTS / 'avx512_written_out.h'}"
+    tiles, wide = (
+        f"-DMAY_USE_TILES -include {TESTS / 'amx_written_out.h'}",
+        f"-include {TESTS / 'avx512_written_out.h'}",
+    )
     if native._may_use_tiles():
         return {"AVX2": "-mno-avx512f", "AVX512-BF16": "-UMAY_USE_TILES"}
     if "avx512_bf16" in features():

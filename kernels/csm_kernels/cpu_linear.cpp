@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <vector>
 
 #include "cpu_products.h"
@@ -20,6 +21,7 @@ namespace {
 constexpr int64_t STRIP = BLOCK_SIDE;        // columns of the right matrix that lie together as pairs
 constexpr int64_t PANEL_BYTES = 1 << 19;     // of so many strips, a quarter of a second-level cache
 constexpr int64_t AHEAD = 4;                 // pairs of rows that are asked for ahead of their use
+constexpr int64_t PART = 2048;               // of the inner dimension at once, about
 #elif defined(ADDS_PAIRS)
 constexpr int64_t PANEL = 64;  // columns of the right matrix at once
 #else
@@ -40,6 +42,8 @@ struct Product {
     const bf16* plus;              // [rows, columns], added, or null; may be c
     bf16* c;                       // [rows, columns]
     int threads;
+    float* sums = nullptr;  // [rows, sums_stride], where only a part of the inner dimension is multiplied at once
+    bool is_first = true, is_last = true;
 
     // A turned matrix is filled up with zeros to whole steps of tiles.
 #ifdef HAS_TILES
@@ -76,6 +80,24 @@ struct Product {
         return std::min(rows, (least + threads - 1) / threads * threads);
     }
     bool shares_left() const { return rows <= columns; }
+#ifdef HAS_TILES
+    int64_t parts() const { return (inner + PART / 2 - 1) / PART > 1 ? (inner + PART / 2 - 1) / PART : 1; }
+#else
+    int64_t parts() const { return 1; }
+#endif
+    int64_t sums_stride() const { return whole_lanes(columns) + LANE; }
+    int64_t sums_size() const { return parts() > 1 ? rows * sums_stride() : 0; }
+    Product part(int64_t i) const {
+        const int64_t steps = (inner + LINE - 1) / LINE;
+        const Share mine = share(steps, static_cast<int>(i), static_cast<int>(parts()));
+        const int64_t first = mine.first * LINE;
+        Product out = *this;
+        out.a.data += a.is_turned ? first * a.stride : first;
+        out.b.data += b.is_turned ? first : first * b.stride;
+        out.inner = std::min(inner, mine.last * LINE) - first;
+        out.is_first = i == 0, out.is_last = i + 1 == parts();
+        return out;
+    }
 };
 
 #ifdef HAS_TILES
@@ -171,6 +193,20 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
 #ifdef HAS_TILES
     bf16* out = reinterpret_cast<bf16*>(piece);
     const int64_t stride = p.piece_stride();
+    if (p.sums) {
+        float* sums = p.sums + first * p.sums_stride() + column;
+        for (int64_t strip = 0; strip < padded; strip += STRIP) {
+            const int64_t some = std::min(STRIP, padded - strip);
+            multiply(a, a_stride, last - first, b + strip * p.pairs(), some, some, p.depth(), sums + strip, p.sums_stride(),
+                     p.is_first ? nullptr : sums + strip);
+        }
+        for (int64_t i = 0; p.is_last && i < last - first; ++i, sums += p.sums_stride()) {
+            if (plus) copy_rows(plus + i * p.columns, p.columns, 1, width, out, stride);
+            for (int64_t j = 0; j < padded; j += LANE) put_lane(out + j, plus ? load(sums + j) + load(out + j) : load(sums + j));
+            stream(out, c + i * p.columns, width);
+        }
+        return;
+    }
     if (plus) copy_rows(plus, p.columns, last - first, width, out, stride);
     for (int64_t strip = 0; strip < padded; strip += STRIP) {
         const int64_t some = std::min(STRIP, padded - strip);
@@ -292,19 +328,23 @@ void product(const Product& p, Panels& panels, const Room& room) {
     }
 }
 
-// Of a `Room`.
+// Of a `Room`, for every part of a product.
 struct Sizes {
-    int64_t shared, own;
+    int64_t shared = 0, own = 0;
 
-    explicit Sizes(const Product& p) {
-        if (!p.a.is_turned) {
-            shared = 0, own = p.panel_size();
-        } else if (p.shares_left()) {
-            shared = p.rows * p.left_stride(), own = p.panel_size();
-        } else {
-            shared = p.panels() * p.panel_size(), own = std::min(BLOCK, p.rows) * p.left_stride();
+    explicit Sizes(const Product& whole) {
+        for (int64_t i = 0; i < whole.parts(); ++i) {
+            const Product p = whole.part(i);
+            int64_t together = 0, alone = 0;
+            if (!p.a.is_turned) {
+                alone = p.panel_size();
+            } else if (p.shares_left()) {
+                together = p.rows * p.left_stride(), alone = p.panel_size();
+            } else {
+                together = p.panels() * p.panel_size(), alone = std::min(BLOCK, p.rows) * p.left_stride();
+            }
+            shared = std::max(shared, whole_lanes(together)), own = std::max(own, whole_lanes(alone) + p.piece_size());
         }
-        shared = whole_lanes(shared), own = whole_lanes(own) + p.piece_size();
     }
 };
 
@@ -316,8 +356,9 @@ Product described(int64_t rows, int64_t inner, int64_t columns, int turned_a, in
 
 // Bytes of scratch that `product_bf16` needs.
 extern "C" int64_t product_scratch_bf16(int64_t rows, int64_t inner, int64_t columns, int turned_a, int threads) {
-    const Sizes sizes(described(rows, inner, columns, turned_a, threads));
-    return 4 * (sizes.shared + threads * sizes.own);
+    const Product p = described(rows, inner, columns, turned_a, threads);
+    const Sizes sizes(p);
+    return 4 * (whole_lanes(p.sums_size()) + sizes.shared + threads * sizes.own);
 }
 
 // c [rows, columns] = a b, or plus + a b (`plus` may be c). a is [rows, inner], or lies as [inner, rows] (`turned_a`); b is
@@ -331,11 +372,16 @@ extern "C" void product_bf16(const void* a, int64_t a_stride, int turned_a, cons
     p.plus = static_cast<const bf16*>(plus);
     p.c = static_cast<bf16*>(c);
     const Sizes sizes(p);
-    uint32_t* const shared = static_cast<uint32_t*>(scratch);
+    uint32_t* shared = static_cast<uint32_t*>(scratch);
+    if (p.parts() > 1) p.sums = static_cast<float*>(scratch), shared += whole_lanes(p.sums_size());
     const Room room{shared, shared + sizes.shared, sizes.own};
-    Panels panels(p.panels(), p.rows, threads);
+    std::deque<Panels> panels;
+    for (int64_t i = 0; i < p.parts(); ++i) panels.emplace_back(p.part(i).panels(), p.rows, threads);
 #pragma omp parallel num_threads(threads)
-    product(p, panels, room);
+    for (size_t i = 0; i < panels.size(); ++i) {
+        product(p.part(static_cast<int64_t>(i)), panels[i], room);
+#pragma omp barrier
+    }
 }
 
 #endif

@@ -177,7 +177,9 @@ def _opened(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], *arguments: str) -> None:
-    asked = itertools.dropwhile(lambda word: not word.startswith("-"), compiler)  # of CXX; the last of two contrary flags counts
+    asked = itertools.dropwhile(
+        lambda word: not word.startswith("-"), compiler
+    )  # of CXX; the last of two contrary flags counts
     command = [*compiler, *_flags(), *asked, *arguments]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
