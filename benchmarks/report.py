@@ -159,24 +159,45 @@ def _quotients(rows: list[Row]) -> dict[tuple[str, str], tuple[float, float, flo
 FIRST_FP32_RUN = "2026-11-28T05:38"
 
 
-def _on_cpu(results: Path, precision: str, **wanted: Any) -> list[Row]:
-    """Of processors that multiply bf16 fast, or of those that do not."""
-    # Rows that do not say which are older than the question: processors with AVX512-BF16.
+def _kind(row: Row) -> str:
+    """Of the processor: "bf16" multiplies that in registers, "amx" in tiles; where the others trained in float32,
+    "fp32"."""
+    # Rows that do not say it are older than the question: processors with AVX512-BF16.
+    if row.get("precision", "bf16") != "bf16":
+        return "fp32"
+    return "amx" if row["device"].endswith("(AMX)") else "bf16"
+
+
+def _on_cpu(results: Path, kind: str, **wanted: Any) -> list[Row]:
+    """Of one kind of processors."""
     rows = rows_of(read(results, "compare"), data="recordings", **wanted)
-    rows = [row for row in rows if row.get("precision", "bf16") == precision]
-    return [row for row in rows if precision == "bf16" or row["run"] >= FIRST_FP32_RUN]
+    return [row for row in rows if _kind(row) == kind and (kind != "fp32" or row["run"] >= FIRST_FP32_RUN)]
 
 
-def _of_compare(precision: str, form: Callable[..., str] = compare, **wanted: Any) -> Callable[[Path], str]:
+def _of_compare(kind: str, form: Callable[..., str] = compare, **wanted: Any) -> Callable[[Path], str]:
     def part(results: Path) -> str:
-        rows = _on_cpu(results, precision, **wanted)
+        rows = _on_cpu(results, kind, **wanted)
         return form(last_run(rows), rows)
 
     return part
 
 
-def _of_runs(precision: str) -> Callable[[Path], str]:
-    return lambda results: runs(_on_cpu(results, precision, shape="small", checkpointing=False))
+def _of_runs(kind: str) -> Callable[[Path], str]:
+    return lambda results: runs(_on_cpu(results, kind, shape="small", checkpointing=False))
+
+
+def _on_cpus(kind: str, ending: str) -> dict[str, Callable[[Path], str]]:
+    """The parts about one kind of processors, by their names."""
+    small: dict[str, Any] = {"shape": "small", "checkpointing": False}
+    large: dict[str, Any] = {"shape": "csm-1b", "checkpointing": False}
+    return {
+        f"speed-cpu{ending}": _of_compare(kind, summarized, **small),
+        f"speed-cpu{ending}-csm-1b": _of_compare(kind, summarized, **large),
+        f"compare-cpu{ending}": _of_compare(kind, **small),
+        f"compare-cpu{ending}-checkpointing": _of_compare(kind, shape="small", checkpointing=True),
+        f"compare-cpu{ending}-csm-1b": _of_compare(kind, **large),
+        f"compare-cpu{ending}-runs": _of_runs(kind),
+    }
 
 
 def _on_gpu(results: Path) -> str:
@@ -184,19 +205,10 @@ def _on_gpu(results: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
-    "speed-cpu": _of_compare("bf16", summarized, shape="small", checkpointing=False),
-    "speed-cpu-csm-1b": _of_compare("bf16", summarized, shape="csm-1b", checkpointing=False),
-    "speed-cpu-fp32": _of_compare("fp32", summarized, shape="small", checkpointing=False),
-    "speed-cpu-fp32-csm-1b": _of_compare("fp32", summarized, shape="csm-1b", checkpointing=False),
+    **_on_cpus("bf16", ""),
+    **_on_cpus("amx", "-amx"),
+    **_on_cpus("fp32", "-fp32"),
     "speed-gpu": lambda results: summarized(last_run(read(results, "gpu_compare"))),
-    "compare-cpu": _of_compare("bf16", shape="small", checkpointing=False),
-    "compare-cpu-checkpointing": _of_compare("bf16", shape="small", checkpointing=True),
-    "compare-cpu-csm-1b": _of_compare("bf16", shape="csm-1b", checkpointing=False),
-    "compare-cpu-runs": _of_runs("bf16"),
-    "compare-cpu-fp32": _of_compare("fp32", shape="small", checkpointing=False),
-    "compare-cpu-fp32-checkpointing": _of_compare("fp32", shape="small", checkpointing=True),
-    "compare-cpu-fp32-csm-1b": _of_compare("fp32", shape="csm-1b", checkpointing=False),
-    "compare-cpu-fp32-runs": _of_runs("fp32"),
     "compare-gpu": _on_gpu,
     "pretokenize": lambda results: report_parts.pretokenize(read(results, "pretokenize")),
     "data-path": lambda results: report_parts.data_path(read(results, "data_path")),
@@ -281,9 +293,9 @@ def main() -> int:
         for name in stale:
             print(f"{name} is not what benchmarks/results says; run python -m benchmarks.report")
         return int(bool(stale))
-    for precision, name in (("bf16", "compare-cpu.png"), ("fp32", "compare-cpu-fp32.png")):
-        if rows := last_run(_on_cpu(args.results, precision, shape="small", checkpointing=False)):
-            draw(rows, args.root / "docs" / name)
+    for kind, ending in (("bf16", ""), ("amx", "-amx"), ("fp32", "-fp32")):
+        if rows := last_run(_on_cpu(args.results, kind, shape="small", checkpointing=False)):
+            draw(rows, args.root / "docs" / f"compare-cpu{ending}.png")
     if scaled := read(args.results, "scaling"):
         report_parts.draw_scaling(scaled, args.root / "docs" / "scaling-cpu.png")
     print(f"written: {', '.join(stale) or 'nothing new'}")
