@@ -11,6 +11,7 @@ from typing import Any
 from . import checkpoint as ckpt
 from . import memory
 from .config import TrainConfig
+from .console import counted
 from .errors import OutOfMemory
 from .model import vocabulary
 from .model_shape import parameter_shapes
@@ -31,16 +32,16 @@ def announce(trainer: Any) -> None:
     per_step = (
         f"{config.data.batch_rows:,} rows"
         if config.data.batch_rows
-        else f"{config.data.batch_size * config.data.gradient_accumulation} conversations"
+        else counted(config.data.batch_size * config.data.gradient_accumulation, "conversation")
     )
     how = trainer.precision + ", compiled" * trainer.compiled
     log.info("Model     %s: %s of %s parameters trained, %s", start, f"{trained:,}", f"{every:,}", how)
     if method := _method(config):
         log.info("Method    %s", method)
     log.info(
-        "Data      %s: %s conversations, %.2f h; %s",
+        "Data      %s: %s, %.2f h; %s",
         config.data.data,
-        f"{trainer.store.num_conversations:,}",
+        counted(trainer.store.num_conversations, "conversation"),
         trainer.store.num_frames * 0.08 / 3600,
         trainer.store.codec["name"],
     )

@@ -9,6 +9,11 @@ import time
 from typing import Any
 
 
+def counted(count: int, noun: str) -> str:
+    """"1 turn", "1,200 turns"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class StepProgress:
     """Steps done and time left, on standard error: a live bar on a terminal, one line per log elsewhere.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from csm_fast.console import counted
 from csm_fast.token_store import TokenStore
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def render(report: Mapping[str, Any]) -> str:
         )
     skipped = report["skipped"]
     lines += _listed(
-        f"left out: {skipped['turns']:,} turns in {skipped['conversations']:,} conversations",
+        f"left out: {counted(skipped['turns'], 'turn')} in {counted(skipped['conversations'], 'conversation')}",
         [f"  {entry['reason']}" for entry in skipped["listed"]],
         skipped["clips"],
     )

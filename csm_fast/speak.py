@@ -31,6 +31,8 @@ def speak(config: GenerateConfig) -> Speech:
     out = Path(config.out).expanduser()
     if out.is_dir() or not out.parent.is_dir():  # better now than after a minute of speech
         raise InputError("cannot be written", file=out, mend="name a file in a folder that exists")
+    if out.suffix.lower() != ".wav":
+        raise InputError("speech is written as WAV", file=out, mend=f"name it {out.stem}.wav")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)

@@ -708,6 +708,7 @@ def test_generate(tmp_path, model, refused, monkeypatch):
     refused(generate("--seed", "-1"), "--seed -1", "2^63 - 1")
     refused(generate("--speaker", "-7"), "--speaker -7", "2^31 - 1")
     refused(generate("--out", "no/such/folder/x.wav"), "x.wav: cannot be written", "a folder that exists")
+    refused(generate("--out", "x.mp4"), "x.mp4: speech is written as WAV", "name it x.wav")
     refused(generate("--out", "m"), "m: cannot be written", "name a file")
     refused(generate("--out", "/proc/x.wav"), "/proc/x.wav: cannot be written (No such file", "choose a folder")
     assert cli.main(generate("--out", "~/home.wav")) == 0 and (tmp_path / "home.wav").exists()
