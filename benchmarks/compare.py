@@ -17,7 +17,8 @@ csm_fast in packs of ``--pack-rows``, the others in their buckets. Times are of 
 built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, medians are
 shown. A system that takes minutes (``is_slow``) runs the first of ``--batches`` only, and a part of them per
 repetition, every third of three: together an epoch. Times are then those of a part and of the longest batch, and of a
-straight line over the rows laid out for the rest (``Running.run_part``).
+straight line over the rows laid out for the rest (``Running.run_part``). transformers and whoever keeps memory run
+parts, too, so that it all takes a quarter of an hour.
 
 On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
 others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts

@@ -99,7 +99,7 @@ def parts(args: argparse.Namespace, name: str) -> int:
     """A repetition of a system runs one of so many parts of its batches."""
     slow, system = is_slow(args, name), SYSTEMS[name]
     if args.precision == "bf16":
-        return args.repeats if slow or system.kept else 1
+        return args.repeats if slow or system.kept or system.code == "transformers" else 1
     times = 6 if slow else 4 if system.code == "transformers" else 2 if name == "csm_fast" else 3
     return args.repeats * times
 
