@@ -10,7 +10,7 @@ from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
-    """"1 turn", "1,200 turns"."""
+    """One turn is "1 turn", more are "1,200 turns"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 

@@ -1,7 +1,7 @@
 // Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
 //
-// A thread takes 64 or 128 columns of the right matrix at a time, brings them into pairs (cpu_products.h) that its second-level
-// cache holds, and goes down the rows of the left one, together with others at the end. Where the left matrix comes
+// A thread takes a panel of the right matrix at a time, 64 columns or more, brings them into pairs (cpu_products.h) that its
+// second-level cache holds, and goes down the rows of the left one, together with others at the end. Where the left matrix comes
 // transposed, as for the gradient of a weight, the smaller of both is brought into its order once for all threads.
 
 #include <omp.h>
@@ -29,6 +29,7 @@ constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so 
 #endif
 constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
 constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
+static_assert(BLOCK <= PIECE, "there is room for so many rows of a result");
 
 struct Matrix {
     const bf16* data;
@@ -43,7 +44,7 @@ struct Product {
     bf16* c;                       // [rows, columns]
     int threads;
     float* sums = nullptr;  // [rows, sums_stride], where only a part of the inner dimension is multiplied at once
-    bool is_first = true, is_last = true;
+    bool is_first = true, is_last = true;  // of those parts
 
     // A turned matrix is filled up with zeros to whole steps of tiles.
 #ifdef HAS_TILES
@@ -81,12 +82,13 @@ struct Product {
     }
     bool shares_left() const { return rows <= columns; }
 #ifdef HAS_TILES
-    int64_t parts() const { return (inner + PART / 2 - 1) / PART > 1 ? (inner + PART / 2 - 1) / PART : 1; }
+    int64_t parts() const { return std::max<int64_t>(1, (inner + PART / 2 - 1) / PART); }
 #else
     int64_t parts() const { return 1; }
 #endif
     int64_t sums_stride() const { return whole_lanes(columns) + LANE; }
     int64_t sums_size() const { return parts() > 1 ? rows * sums_stride() : 0; }
+    // Of the inner dimension, in whole steps of tiles.
     Product part(int64_t i) const {
         const int64_t steps = (inner + LINE - 1) / LINE;
         const Share mine = share(steps, static_cast<int>(i), static_cast<int>(parts()));
@@ -380,6 +382,7 @@ extern "C" void product_bf16(const void* a, int64_t a_stride, int turned_a, cons
 #pragma omp parallel num_threads(threads)
     for (size_t i = 0; i < panels.size(); ++i) {
         product(p.part(static_cast<int64_t>(i)), panels[i], room);
+        _mm_sfence();  // for what went past the caches
 #pragma omp barrier
     }
 }
