@@ -100,17 +100,24 @@ inline Share share(int64_t items, int part, int parts) {
     return {items * part / parts, items * (part + 1) / parts};
 }
 
+// One copy of a body for one thread and for several: compiled twice, its multiplications and additions could be fused in
+// another way, and a result would depend on the threads.
+template <class Body>
+__attribute__((noinline)) void run_share(const Body& body, int thread, int64_t first, int64_t last) {
+    body(thread, first, last);
+}
+
 // body(thread, first, last) over `items`.
 template <class Body>
 void parallel(int64_t items, int threads, Body body) {
     if (threads <= 1) {
-        body(0, int64_t{0}, items);
+        run_share(body, 0, int64_t{0}, items);
         return;
     }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {
         const Share mine = share(items, thread, threads);
-        body(thread, mine.first, mine.last);
+        run_share(body, thread, mine.first, mine.last);
     }
 }
 

@@ -27,9 +27,12 @@ constexpr int64_t PANEL = 64;  // columns of the right matrix at once
 #else
 constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
 #endif
-constexpr int64_t BLOCK = 96;  // rows of a transposed left matrix at once
+#ifdef HAS_TILES
+constexpr int64_t PIECE = 2 * BLOCK_SIDE;
+#else
 constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
-static_assert(BLOCK <= PIECE, "there is room for so many rows of a result");
+#endif
+constexpr int64_t BLOCK = PIECE;  // rows of a transposed left matrix at once
 
 struct Matrix {
     const bf16* data;
@@ -343,7 +346,8 @@ struct Sizes {
             } else if (p.shares_left()) {
                 together = p.rows * p.left_stride(), alone = p.panel_size();
             } else {
-                together = p.panels() * p.panel_size(), alone = std::min(BLOCK, p.rows) * p.left_stride();
+                const int64_t blocks = p.blocks(BLOCK);
+                together = p.panels() * p.panel_size(), alone = (p.rows + blocks - 1) / blocks * p.left_stride();
             }
             shared = std::max(shared, whole_lanes(together)), own = std::max(own, whole_lanes(alone) + p.piece_size());
         }
