@@ -79,8 +79,8 @@ def test_products_of_views():
 
 
 def test_what_lies_beside_a_matrix_is_not_read(form):
-    if form == "PyTorch":
-        pytest.skip("oneDNN reads it, on processors with tiles (AMX), where the inner dimension is 33")
+    if form == "PyTorch" and native._may_use_tiles():
+        pytest.skip("oneDNN reads it on processors with tiles (AMX) where the inner dimension is no multiple of 32")
     around = torch.full((50, 90), math.nan, dtype=BF16)
     for shape in ((20, 32), (19, 33)):
         a = around[1 : 1 + shape[0], 1 : 1 + shape[1]]
