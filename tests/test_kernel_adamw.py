@@ -402,6 +402,32 @@ def test_codes_of_8_bits_are_the_nearest(signed):
         cpu_adamw._code_table(torch.linspace(0.9, 1.0, 256).numpy().tobytes())
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", FORMS)
+def test_moments_get_the_nearest_codes(form):
+    """On both sides of every border, at the end of a parameter too; the gradients are the moments, their squares the
+    second ones."""
+    optimizer = AdamW([torch.nn.Parameter(torch.zeros(4096, device=device_of(form)))], bits=8)
+    signed, unsigned = (values.cpu() for values in optimizer._code_maps(torch.device(device_of(form))))
+    borders = (signed[:-1].double() + signed[1:].double()) / 2
+    squared = ((unsigned[:-1].double() + unsigned[1:].double()) / 2).sqrt()
+    numbers = torch.cat([x * y for x in (borders, squared) for y in (1 - 3e-7, 1 + 3e-7)]).float()
+    numbers = torch.cat([numbers, torch.randn(4080, generator=torch.Generator().manual_seed(0)) / 5]).clamp(-1, 1)
+    blocks = torch.cat([torch.ones(20, 1), numbers[: 20 * 255].view(20, 255)], 1).flatten()  # each has a scale of 1
+    grad = torch.cat([blocks, torch.tensor([-1.0, 0.5, 1e-9])])
+    p = torch.nn.Parameter(torch.zeros(len(grad), device=device_of(form)))
+    optimizer = AdamW([p], lr=1e-3, betas=(0.0, 0.0), weight_decay=0.1, bits=8)
+    p.grad = grad.to(p.device)
+    with running(form):
+        optimizer.step()
+    state = {name: value.cpu() for name, value in optimizer.state[p].items()}
+    for name, moment, code in (("exp_avg", grad, signed), ("exp_avg_sq", grad * grad, unsigned)):
+        assert torch.equal(state[f"{name}_absmax"], torch.ones(21)), name
+        got = code[state[name].long()]
+        distances = (moment.double()[:, None] - code.double()[int(code[0] == 0) :]).abs()  # zero is no square's code
+        assert torch.equal((moment.double() - got.double()).abs(), distances.amin(1)), name
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_table_that_begins_to_decay(form):
     """Then every row changes; and what got gradients meanwhile is known when it no longer does."""

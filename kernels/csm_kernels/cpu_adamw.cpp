@@ -3,13 +3,12 @@
 
 #include <cmath>
 
-#include "cpu_common.h"
+#include "cpu_eighths.h"
 
 namespace {
 
 constexpr int64_t PIECE = 1024;      // places whose draws are made at once
 constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/rounding.py
-constexpr int64_t QUANTIZED = 256;   // numbers of a moment in 8 bits that share a scale
 constexpr int64_t SUMMED = 1 << 16;  // numbers of a partial sum
 constexpr int64_t ROWS = 32;         // rows of a table that a thread takes at once
 
@@ -83,51 +82,6 @@ INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_
             put(w[i], x);
             if constexpr (ROUNDING == KAHAN) put(c[i], x - wide(w[i]));
         }
-    }
-}
-
-// A moment in 8 bits: codes, and a scale for each QUANTIZED of them. `map` is what codes stand for. `codes` and `bounds` are
-// cpu_adamw.py's `code_table`: of numbers whose magnitude begins with the same 16 bits, those above the bound have the code
-// after the other ones'.
-struct Eighths {
-    uint8_t* codes;
-    float* scales;
-    const float* map;
-    const int32_t* first_codes;
-    const float* bounds;
-    int32_t least;  // code; that of zero is no second moment's (csm_fast/adamw.py)
-};
-
-constexpr int32_t LOW = (127 - 24) << 7, PREFIXES = (24 << 7) + 1;  // of magnitudes from 2^-24 to 1
-
-INLINE void widen(const Eighths& e, int64_t at, int64_t count, float* out) {
-    const uint8_t* codes = e.codes + at;
-    const float scale = e.scales[at / QUANTIZED];
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = e.map[codes[i]] * scale;
-}
-
-INLINE void narrow(const Eighths& e, int64_t at, int64_t count, const float* x) {
-    float highest = 0.0f;
-#pragma omp simd reduction(max : highest)
-    for (int64_t i = 0; i < count; ++i) {
-        const float size = __builtin_fabsf(x[i]);
-        highest = size > highest ? size : highest;
-    }
-    e.scales[at / QUANTIZED] = highest;
-    const float by = highest > 0.0f ? highest : 1.0f;
-    uint8_t* codes = e.codes + at;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-        const float within = x[i] / by;
-        int32_t bits;
-        std::memcpy(&bits, &within, sizeof bits);
-        const int32_t prefix = (bits & 0x7FFFFFFF) >> 16;
-        int32_t place = (prefix < LOW ? LOW : prefix) - LOW;
-        place = place < PREFIXES ? place : PREFIXES - 1;  // NaN, which nobody's moments are
-        place += bits < 0 ? PREFIXES : 0;
-        const int32_t code = e.first_codes[place] + (within > e.bounds[place]);
-        codes[i] = static_cast<uint8_t>(code > e.least ? code : e.least);
     }
 }
 
@@ -257,13 +211,20 @@ void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t wi
                                  const float* found_inf, const float* grad_scale, double lr, double beta1, double beta2,     \
                                  double weight_decay, double eps, int stochastic, int64_t counters, int64_t salt,            \
                                  int64_t tiles, int threads) {                                                               \
-        const Eighths mean_eighths = {static_cast<uint8_t*>(mean), mean_scales, maps, first_codes, bounds, 0};               \
-        const Eighths square_eighths = {static_cast<uint8_t*>(square), square_scales, maps + 256,                            \
-                                        first_codes + 2 * PREFIXES, bounds + 2 * PREFIXES, 1};                               \
-        Moments moments = {static_cast<float*>(mean), static_cast<float*>(square), nullptr, nullptr};                        \
-        if (mean_scales) moments = {nullptr, nullptr, &mean_eighths, &square_eighths};                                       \
-        adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows, width,    \
-              step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles, threads); \
+        const auto run = [=](Moments moments) {                                                                              \
+            adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows,     \
+                  width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles,       \
+                  threads);                                                                                                  \
+        };                                                                                                                   \
+        if (!mean_scales) {                                                                                                  \
+            run({static_cast<float*>(mean), static_cast<float*>(square), nullptr, nullptr});                                 \
+            return;                                                                                                          \
+        }                                                                                                                    \
+        const Codes mean_codes(maps, first_codes, bounds);                                                                   \
+        const Codes square_codes(maps + 256, first_codes + 2 * PREFIXES, bounds + 2 * PREFIXES);                             \
+        const Eighths mean_eighths = {static_cast<uint8_t*>(mean), mean_scales, &mean_codes, 0};                             \
+        const Eighths square_eighths = {static_cast<uint8_t*>(square), square_scales, &square_codes, 1};                     \
+        run({nullptr, nullptr, &mean_eighths, &square_eighths});                                                             \
     }                                                                                                                        \
     extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums,  \
                                            int threads) {                                                                    \

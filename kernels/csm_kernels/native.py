@@ -31,7 +31,9 @@ import torch
 FOLDER = Path(__file__).parent
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"cpu_{noun}.cpp" for noun in NOUNS)
-HEADERS = tuple(FOLDER / name for name in ("cpu_common.h", "cpu_lanes.h", "cpu_tiles.h", "cpu_products.h"))
+HEADERS = tuple(
+    FOLDER / name for name in ("cpu_common.h", "cpu_eighths.h", "cpu_lanes.h", "cpu_tiles.h", "cpu_products.h")
+)
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120

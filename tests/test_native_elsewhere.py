@@ -1,5 +1,6 @@
-"""The products' forms for other processors pass the same tests. There are three: for AVX2, AVX512-BF16 and tiles (AMX).
-Instructions that this processor lacks are written out (``avx512_written_out.h``, ``amx_written_out.h``)."""
+"""The library's forms for other processors pass the same tests. There are three of the products, for AVX2, AVX512-BF16
+and tiles (AMX), and two of AdamW's codes of 8 bits, for AVX2 and AVX-512. Instructions that this processor lacks are
+written out (``avx512_written_out.h``, ``amx_written_out.h``)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from csm_kernels import native
 
 TESTS = Path(__file__).parent
+TESTED = [TESTS / name for name in ("test_cpu_products.py", "test_kernel_adamw.py")]
 SERVED = native.function("product", torch.bfloat16) is not None
 
 
@@ -48,7 +50,7 @@ def test_the_form_for_other_processors(other, tmp_path):
     assert all(form.returncode == 0 for form in forms), forms
     assert forms[0].stdout != forms[1].stdout  # each has its own width of a panel
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(TESTS / "test_cpu_products.py"), "-p", "no:xdist", "-k", "not opcheck"],
+        [sys.executable, "-m", "pytest", *map(str, TESTED), "-p", "no:xdist", "-k", "not opcheck and not interpreter"],
         env=there,
         capture_output=True,
         text=True,
