@@ -79,10 +79,14 @@ def optimizer_lines(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def optimizers(rows: list[Row]) -> str:
-    """Updates with clipping, of the last run."""
+    """Updates with clipping, of the last run on each device."""
     if not rows:
         return "Not measured.\n"
-    some = rows_of(rows, run=rows[-1]["run"])
+    runs = {row["device"]: row["run"] for row in rows}
+    return "\n".join(_updates(rows_of(rows, run=run, device=device)) for device, run in runs.items())
+
+
+def _updates(some: list[Row]) -> str:
     first, (text, audio) = some[0], some[0]["read"]
     return (
         f"{first['weights'] / 1e6:,.0f} million weights, `{first['shape']}` shape; {text:.2%} of the text table's rows "
