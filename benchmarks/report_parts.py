@@ -26,10 +26,14 @@ def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
 
 
 def pretokenize(rows: list[Row]) -> str:
-    """Audio seconds per second and where the time goes, one line per system."""
-    rows = latest(rows, "system")
-    if not rows:
-        return "Not measured.\n"
+    """Audio seconds per second and where the time goes, a line per system, the last run on each device."""
+    by_device: dict[str, list[Row]] = {}
+    for row in latest(rows, "system", "device"):
+        by_device.setdefault(row["device"], []).append(row)
+    return "\n".join(map(_encodings, by_device.values())) or "Not measured.\n"
+
+
+def _encodings(rows: list[Row]) -> str:
     (moshi,) = rows_of(rows, system="moshi")
     head = ["system", "s", "times moshi's speed", "with imports, s", "range", "times moshi's speed", "audio s/s"]
     head += ["decode", "encode", "write", "MiB", "codes unlike moshi's", "first levels", "near ties"]
