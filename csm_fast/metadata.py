@@ -138,6 +138,7 @@ def load_metadata(
             tagged[0].text.partition("]")[0] + "]",
             len(tagged),
         )
+    _warn_of_repeats(conversations)
     return conversations
 
 
@@ -356,6 +357,37 @@ def _uniform(name: str) -> float:
 def _recording_name(audio_path: str, file: str) -> str:
     # Relative to the metadata file, so that a data folder splits alike wherever it lies.
     return os.path.relpath(audio_path, os.path.dirname(os.path.abspath(file)))
+
+
+def _warn_of_repeats(conversations: list[Conversation]) -> None:
+    """Rows that are there twice count twice in the loss; a recording with two texts has a wrong one."""
+    of_turns: dict[tuple, int] = {}
+    of_cut: dict[tuple[str, float | None, float | None], Turn] = {}
+    repeats, contradictions = [], []
+    for conversation in conversations:
+        turns = tuple((t.audio_path, t.text, t.speaker, t.start, t.end) for t in conversation.turns)
+        if (row := of_turns.setdefault(turns, conversation.row)) != conversation.row:
+            repeats.append((conversation.row, row))
+        for turn in conversation.turns:
+            known = of_cut.setdefault((turn.audio_path, turn.start, turn.end), turn)
+            if known.text != turn.text:
+                contradictions.append((turn, known))
+    if repeats:
+        again, row = repeats[0]
+        file = conversations[0].turns[0].file
+        _log.warning("%s, row %d is row %d again and counts twice (%d such rows)", file, again, row, len(repeats))
+    if contradictions:
+        turn, known = contradictions[0]
+        _log.warning(
+            "%s, row %s: %s has another text than in row %s: %s and %s (%d such turns)",
+            turn.file,
+            turn.row,
+            os.path.basename(turn.audio_path),
+            known.row,
+            show(turn.text),
+            show(known.text),
+            len(contradictions),
+        )
 
 
 def _check_recordings(turns: list[Turn]) -> None:

@@ -50,7 +50,7 @@ class PretokenizeConfig:
         "take about this share of the training set as validation set, e.g. 0.05: each recording has that chance, "
         "whatever else is there, so that more data moves none (--seed takes others)",
     )
-    output: str = option("tokens", "directory that will hold train/, val/ and report.json", alias=("o",))
+    output: str = option("tokens", "directory that will hold train/, val/ and report.json", alias=("output-dir", "o"))
     codec: Literal["auto", "transformers", "moshi", "offline"] = option(
         "auto", "Mimi through transformers or moshi, or the offline stand-in, whose audio is not intelligible"
     )

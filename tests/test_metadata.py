@@ -163,12 +163,34 @@ def test_texts_are_cleaned_and_nothing_else():
 
 
 def test_a_text_that_looks_like_a_speaker_tag_warns_once(tmp_path, caplog):
-    rows = [{"text": t, "path": "a.wav"} for t in ("fine", "[1] hm", "[22]x", "[laughs] hi")]
+    texts = ("fine", "[1] hm", "[22]x", "[laughs] hi")
+    rows = [{"text": t, "path": "a.wav", "start": i} for i, t in enumerate(texts)]
     with caplog.at_level(logging.WARNING, "csm_fast"):
         assert turns(write(tmp_path, "m.json", rows))[1].text == "[1] hm"
     assert len(caplog.records) == 1
     line = caplog.records[0].getMessage()
     assert "m.json, row 2" in line and "[1]" in line and "2 such" in line
+
+
+def test_rows_that_are_there_twice_warn_once(tmp_path, caplog):
+    def said(*rows):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "csm_fast"):
+            load_metadata(write(tmp_path, "m.json", list(rows)), check_files=False)
+        return [record.getMessage() for record in caplog.records]
+
+    row, other = {"text": "Hi.", "path": "a.wav"}, {"text": "Bye.", "path": "b.wav"}
+    again = {**row, "path": "./a.wav", "speaker": 999}
+    (line,) = said(row, other, again, row)
+    assert "m.json, row 3 is row 1 again" in line and "2 such rows" in line
+    (line,) = said(other, row, {**row, "text": "Ho."})
+    assert "row 3: a.wav has another text than in row 2: 'Ho.' and 'Hi.' (1 such turns)" in line
+    # A cut of it, another speaker's, and the turns of conversations that overlap are not the same.
+    assert said(row, {**row, "start": 1}, {**row, "end": 1}, {**row, "speaker": 3}) == []
+    turn, next_one = ({"text": r["text"], "audio_path": r["path"], "speaker": 0} for r in (row, other))
+    assert said([turn, next_one], [next_one, turn], [turn]) == []
+    (line,) = said([turn, next_one], [turn], [turn, next_one])
+    assert "row 3 is row 1 again" in line
 
 
 def test_import_is_light():
