@@ -18,7 +18,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,11 +132,11 @@ def load_metadata(
     tagged = [turn for turn in turns if re.match(r"\[[0-9]+\]", turn.text)]
     if tagged:
         _log.warning(
-            "%s, row %s: the text begins with %s, which the model reads as a speaker tag (%d such turns)",
+            "%s, row %s: the text begins with %s, which the model reads as a speaker tag%s",
             file,
             tagged[0].row,
             tagged[0].text.partition("]")[0] + "]",
-            len(tagged),
+            _more(tagged),
         )
     _warn_of_repeats(conversations)
     return conversations
@@ -375,19 +375,24 @@ def _warn_of_repeats(conversations: list[Conversation]) -> None:
     if repeats:
         again, row = repeats[0]
         file = conversations[0].turns[0].file
-        _log.warning("%s, row %d is row %d again and counts twice (%d such rows)", file, again, row, len(repeats))
+        _log.warning("%s, row %d is row %d again and counts twice%s", file, again, row, _more(repeats))
     if contradictions:
         turn, known = contradictions[0]
         _log.warning(
-            "%s, row %s: %s has another text than in row %s: %s and %s (%d such turns)",
+            "%s, row %s: %s has another text than in row %s: %s and %s%s",
             turn.file,
             turn.row,
             os.path.basename(turn.audio_path),
             known.row,
             show(turn.text),
             show(known.text),
-            len(contradictions),
+            _more(contradictions),
         )
+
+
+def _more(found: Sized) -> str:
+    """Besides the first one, which is shown."""
+    return f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
 
 
 def _check_recordings(turns: list[Turn]) -> None:
@@ -396,6 +401,5 @@ def _check_recordings(turns: list[Turn]) -> None:
         return
     turn = next(turn for turn in turns if turn.audio_path in missing)
     kind = "is a folder" if os.path.isdir(turn.audio_path) else "does not exist"
-    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     mend = "check the path; it is relative to the metadata file"
-    raise InputError(f"the recording {turn.audio_path} {kind}{more}", file=turn.file, row=turn.row, mend=mend)
+    raise InputError(f"the recording {turn.audio_path} {kind}{_more(missing)}", file=turn.file, row=turn.row, mend=mend)

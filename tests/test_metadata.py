@@ -169,7 +169,7 @@ def test_a_text_that_looks_like_a_speaker_tag_warns_once(tmp_path, caplog):
         assert turns(write(tmp_path, "m.json", rows))[1].text == "[1] hm"
     assert len(caplog.records) == 1
     line = caplog.records[0].getMessage()
-    assert "m.json, row 2" in line and "[1]" in line and "2 such" in line
+    assert "m.json, row 2" in line and "[1]" in line and "(and 1 more)" in line
 
 
 def test_rows_that_are_there_twice_warn_once(tmp_path, caplog):
@@ -182,9 +182,9 @@ def test_rows_that_are_there_twice_warn_once(tmp_path, caplog):
     row, other = {"text": "Hi.", "path": "a.wav"}, {"text": "Bye.", "path": "b.wav"}
     again = {**row, "path": "./a.wav", "speaker": 999}
     (line,) = said(row, other, again, row)
-    assert "m.json, row 3 is row 1 again" in line and "2 such rows" in line
+    assert "m.json, row 3 is row 1 again" in line and "(and 1 more)" in line
     (line,) = said(other, row, {**row, "text": "Ho."})
-    assert "row 3: a.wav has another text than in row 2: 'Ho.' and 'Hi.' (1 such turns)" in line
+    assert "row 3: a.wav has another text than in row 2: 'Ho.' and 'Hi.'" in line and "more" not in line
     # A cut of it, another speaker's, and the turns of conversations that overlap are not the same.
     assert said(row, {**row, "start": 1}, {**row, "end": 1}, {**row, "speaker": 3}) == []
     turn, next_one = ({"text": r["text"], "audio_path": r["path"], "speaker": 0} for r in (row, other))
