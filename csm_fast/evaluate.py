@@ -15,6 +15,7 @@ from .config import DataSection, LossSection
 from .loader import Packer
 from .loss import coefficients, predictor_states
 from .model import run_decoder, vocabulary
+from .packing import MAX_POSITIONS
 
 VALIDATION = 3  # purpose of the frames' draw
 CONVERSATIONS = 64  # planned together: a fixed number, so that the draw does not depend on the pack size
@@ -30,9 +31,10 @@ class Validator:
         data: pack size and masked speakers of the run.
         loss: the preset that combines CE0 and CEd into ``val_loss``; frames are not weighted here.
         fraction: share of the supervised frames that the depth decoder is scored on.
+        limit: most rows of a document: the model's context.
     """
 
-    def __init__(self, store: Any, data: DataSection, loss: LossSection, fraction: float):
+    def __init__(self, store: Any, data: DataSection, loss: LossSection, fraction: float, limit: int = MAX_POSITIONS):
         section = DataSection(
             data=data.data,
             batch_size=CONVERSATIONS,
@@ -42,7 +44,7 @@ class Validator:
             seed=0,
         )
         self.loss = loss
-        self.packer = Packer(store, section, LossSection(amortization_fraction=fraction))
+        self.packer = Packer(store, section, LossSection(amortization_fraction=fraction), limit=limit)
         self.conversations = store.num_conversations
 
     def __call__(self, model: Any, device: torch.device, autocast: Any = nullcontext) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Trainer:
         shape = model.config if model is not None else shape_beforehand(config, self.resumed)
         if shape is not None:
             plan_memory(config, shape, self.store, self.device, self.precision)
+            self._lay_out(shape.backbone.max_seq_len)  # before the weights: what cannot be packed is told at once
         if self.resumed and not adapts:
             self.model = load_model(str(self.resumed), dtype=base_dtypes(config, compute_dtype(self.precision)))
         else:
@@ -129,10 +130,9 @@ class Trainer:
         self.model.activation_checkpointing = config.model.activation_checkpointing
         self.model.to(self.device).train()
         self.compiled = compile_layers(self.model, config.model.compile)
-        # 4. Optimizer, loss, packs.
-        limit = stack_limit(self.model.backbone)
-        self.packer = Packer(self.store, config.data, config.loss, pad=self.device.type, limit=limit)
-        self.total_steps = self._count_steps()
+        if shape is None:
+            self._lay_out(stack_limit(self.model.backbone))
+        # 4. Optimizer, loss.
         a, b = coefficients(config.loss, vocabulary(self.model)[0])
         loss_function = loss_function or partial(packed_loss, a=a, b=b)
         self.update = Update(
@@ -146,9 +146,6 @@ class Trainer:
         )
         if self.resumed:
             self.update.load(self.resumed, self.state)
-        self.validator = None
-        if self.val_store is not None:
-            self.validator = Validator(self.val_store, config.data, config.loss, config.run.val_fraction_frames)
         self.sampler: Any = None
         if config.run.gen_every:
             from .generate import Sampler
@@ -161,6 +158,16 @@ class Trainer:
         self.stopping: str | None = None
 
     # ------------------------------------------------------------------------------------------------------ set-up
+
+    def _lay_out(self, limit: int) -> None:
+        """The packs of a model that sees ``limit`` positions."""
+        config = self.config
+        self.packer = Packer(self.store, config.data, config.loss, pad=self.device.type, limit=limit)
+        self.total_steps = self._count_steps()
+        self.validator = None
+        if self.val_store is not None:
+            fraction = config.run.val_fraction_frames
+            self.validator = Validator(self.val_store, config.data, config.loss, fraction, limit)
 
     def _count_steps(self) -> int:
         run = self.config.run

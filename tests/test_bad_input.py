@@ -370,8 +370,9 @@ def test_stores_that_do_not_fit_the_model(tmp_path, refused):
     )
 
 
-def test_conversations_that_do_not_fit(tmp_path, refused):
+def test_conversations_that_do_not_fit(tmp_path, refused, monkeypatch):
     prepare(tmp_path)
+    monkeypatch.setattr("csm_fast.train.starting_model", lambda *_: pytest.fail("made before the packs were"))
     refused(train(tmp_path, pack_rows=9), "tokens/train: conversation", "a pack here holds 9", "raise --pack-rows to")
     refused(train(tmp_path, batch_rows=20), "needs 2", "--batch-rows is 20", "raise --batch-rows to at least")
     (tmp_path / "short.yaml").write_text(

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import K, config, make_store
+from train_cases import MODEL_YAML, K, config, make_store, turn, write_store
 
 from csm_fast import InputError
 from csm_fast.loader import Packer
@@ -187,6 +188,19 @@ def test_every_part_gets_a_gradient_and_a_silent_one_is_named(tmp_path, caplog):
     assert [r.getMessage() for r in caplog.records if "no gradient" in r.getMessage()] == [
         "warning: bystander is trainable but got no gradient in the first step"
     ]
+
+
+def test_a_short_context_cuts_both_splits(tmp_path):
+    """Turns have up to 17 rows; two to a conversation are mostly more than a context of 18 holds."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        write_store(tmp_path / "tokens" / split, [[turn(rng, 2 * i), turn(rng, 2 * i + 1)] for i in range(8)])
+    (tmp_path / "model.yaml").write_text(MODEL_YAML.replace("embed_dim: 48", "embed_dim: 48, max_seq_len: 18"))
+    trainer = Trainer(config(tmp_path, max_steps=2))
+    for packer in (trainer.packer, trainer.validator.packer):
+        documents = [d for c in range(packer.store.num_conversations) for d in packer.documents(c)]
+        assert len(documents) > packer.store.num_conversations and max(d.rows for d in documents) <= 18
+    assert trainer.run()["complete"]
 
 
 def test_masked_speakers_are_context_only(tmp_path):
