@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 from csm_kernels import adamw as _adamw
@@ -61,33 +60,35 @@ __all__ = [
 ]
 
 IMPLS = ("auto", "triton", "torch")
-_impl: ContextVar[str] = ContextVar("csm_fast_impl", default="auto")
+_impl = "auto"
 
 
 @contextlib.contextmanager
 def using(impl: str) -> Iterator[None]:
-    """Within it, operators that are not told otherwise use ``impl``.
+    """Within it, operators that are not told otherwise use ``impl``, in every thread: on CUDA, autograd runs backward
+    passes in threads of its own, and with them what is recomputed there, and updates.
 
     Raises:
         ValueError: not one of "auto", "triton", "torch".
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; use one of {', '.join(IMPLS)}")
-    token = _impl.set(impl)
+    global _impl
+    before, _impl = _impl, impl
     try:
         yield
     finally:
-        _impl.reset(token)
+        _impl = before
 
 
 def asked() -> str:
     """``impl`` of the enclosing ``using``, "auto" without one. A compiled layer cannot ask; it is told."""
-    return _impl.get()
+    return _impl
 
 
 def chosen(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
     """("triton" or "torch", why) of the operators for tensors on ``device``."""
-    device, impl = torch.device(device), _impl.get()
+    device, impl = torch.device(device), _impl
     if impl != "auto":
         return impl, "asked for"
     if dtype == torch.float64:
@@ -103,7 +104,7 @@ def frame_embed(
     tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor, impl: str | None = None
 ) -> Tensor:
     """Sum of each row's live embeddings, [N, D]; shapes and errors as in ``csm_kernels.frame_embed``."""
-    return _frame_embed.frame_embed(tokens, is_audio, text_table, audio_table, impl=impl or _impl.get())
+    return _frame_embed.frame_embed(tokens, is_audio, text_table, audio_table, impl=impl or _impl)
 
 
 def frame_embed_with_codes(
@@ -119,7 +120,7 @@ def frame_embed_with_codes(
 
     ``into`` counts where PyTorch's form runs on a CPU.
     """
-    device, impl = tokens.device.type, impl or _impl.get()
+    device, impl = tokens.device.type, impl or _impl
     if any(rows is not None for rows in into) and device == "cpu" and impl == "auto":
         impl = "torch"
     into = into if impl == "torch" and device == "cpu" else (None, None)
@@ -139,7 +140,7 @@ def linear_cross_entropy(
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return _linear_cross_entropy.linear_cross_entropy(
-        hidden.to(dtype), weight.to(dtype), targets, weights, impl=impl or _impl.get(), scale=scale
+        hidden.to(dtype), weight.to(dtype), targets, weights, impl=impl or _impl, scale=scale
     )
 
 
@@ -150,7 +151,7 @@ def depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, i
 
 def adamw_form(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> str:
     """How an update of AdamW runs: "library" (on a CPU) or "triton", in one pass; "torch": PyTorch's operators."""
-    if weight.device.type == "cpu" and _impl.get() != "triton":
+    if weight.device.type == "cpu" and _impl != "triton":
         return "library" if _cpu_adamw.serves_adamw(weight, grad, exp_avg) else "torch"
     return chosen(weight.device, weight.dtype)[0]
 

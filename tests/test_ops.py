@@ -1,5 +1,7 @@
 """The choice of implementation, and a whole model on the kernels."""
 
+import threading
+
 import pytest
 import torch
 from kernel_cases import interpreted, poisoned
@@ -55,6 +57,15 @@ def test_using_is_nested_checked_and_undone():
     with pytest.raises(ValueError, match="impl is 'gpu'"), ops.using("gpu"):
         pass
     assert ops.chosen("cuda", torch.float64) == ("torch", "float64: the kernels compute in float32")
+
+
+def test_using_reaches_the_threads_of_backward_passes():
+    seen = []
+    with ops.using("triton"):
+        thread = threading.Thread(target=lambda: seen.append(ops.asked()))
+        thread.start()
+        thread.join()
+    assert seen == ["triton"] and ops.asked() == "auto"
 
 
 def test_doctor_says_what_was_chosen_and_what_to_type(tmp_path, monkeypatch, capsys):
