@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from csm_kernels import native
 from torch import Tensor, nn
 
 from benchmarks import baselines, parity
@@ -20,7 +21,7 @@ from benchmarks.products import matmul_rate, products, step_flops
 from benchmarks.record import environment
 from benchmarks.systems import SYSTEMS, WIDE, keeps_memory
 from benchmarks.tracked import Tracked
-from csm_fast import CSM, CSMConfig
+from csm_fast import CSM, CSMConfig, ops
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, DataSection, LossSection, OptimizerSection
 from csm_fast.loader import Packer
@@ -64,6 +65,10 @@ class Running:
         self.device, self.config = torch.device(args.device), SHAPES[args.shape]()
         if keeps_memory(args, args.worker) and self.device.type == "cpu":
             keep_freed_memory()
+        if self.system.operators:
+            self.form = contextlib.ExitStack()  # for as long as this is there
+            self.form.enter_context(native.left_out())
+            self.form.enter_context(ops.using("torch"))
         self.subset = asked_for(args, self.config)
         self.model = self._model()
         self.tables = TableGradients(self.model) if self.system.code == "csm_fast" else None

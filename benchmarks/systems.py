@@ -21,6 +21,7 @@ class System:
         compiled: csm_fast's layers under torch.compile.
         fraction: of the frames that the depth decoder sees.
         kept: in a process set up as csm_fast's own, where that is not csm_fast.
+        operators: csm_fast with PyTorch's operators, without its kernels and its library.
     """
 
     code: str
@@ -30,6 +31,7 @@ class System:
     compiled: bool = False
     fraction: float = 1 / 16
     kept: bool = False
+    operators: bool = False
 
     @property
     def recipe(self) -> str:
@@ -47,6 +49,7 @@ class System:
 WIDE = torch.float32
 SYSTEMS = {
     "csm_fast": System("csm_fast"),
+    "csm_fast-operators": System("csm_fast", operators=True),
     "csm_fast-compiled": System("csm_fast", compiled=True),
     "csm_fast-autocast": System("csm_fast", WIDE, True),
     "csm_fast-fp32": System("csm_fast", WIDE),

@@ -1,27 +1,32 @@
 """The layers of both stacks on a CPU: one autograd node each, where a layer is plain.
 
-Plain means linear layers without bias, hooks or adapters, with weights of one type. Everything else, and whatever is
-compiled or forced onto the Triton kernels, runs as ``model.run_layer`` is written.
+Plain means linear layers without bias or hooks, with weights of one type; frozen 4-bit weights and LoRA adapters are
+plain too. Everything else (DoRA, an adapter's dropout), and whatever is compiled or forced onto the Triton kernels,
+runs as ``model.run_layer`` is written.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .quantize import dense_weight, is_quantized
 
 
 def serves(layer: Any, x: Tensor, attend: Any) -> bool:
     """Whether ``run`` may take the place of ``model.run_layer``."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "order"):
         return False
-    linears = _linears(layer)
-    if ops.asked() == "triton" or not all(map(_is_plain, linears)):
+    if ops.asked() == "triton":
         return False
-    types = {linear.weight.dtype for linear in linears}
+    linears = [_parts(linear) for linear in _linears(layer)]
+    if None in linears:
+        return False
+    types = {t for linear in linears for t in linear.types}  # type: ignore[union-attr]
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         return all(t.is_floating_point for t in types)
     return types == {x.dtype, layer.sa_norm.scale.dtype, layer.mlp_norm.scale.dtype}
@@ -47,9 +52,54 @@ def _linears(layer: Any) -> tuple[Any, ...]:
 
 def _is_plain(linear: Any) -> bool:
     """Its weight may be used without calling it: nothing is added to the product, and nothing listens."""
-    listens = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     plain = type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
-    return plain and linear.bias is None and not listens
+    return plain and linear.bias is None and not _listens(linear)
+
+
+class _Parts(NamedTuple):
+    """A linear layer's weight or 4-bit layer, and its adapter's matrices and factor."""
+
+    base: Any
+    a: Any = None
+    b: Any = None
+    scaling: float = 1.0
+
+    @property
+    def types(self) -> set[torch.dtype]:
+        weights = (self.base.weight, self.a, self.b)
+        types = {weight.dtype for weight in weights if weight is not None and weight.dtype != torch.uint8}
+        return types | {self.base.weight.quant_state.dtype} if is_quantized(self.base) else types
+
+
+def _parts(linear: Any) -> _Parts | None:
+    """Of a layer that is all of what it computes; else None."""
+    if _is_plain(linear) or _is_plain_in_4_bits(linear):
+        return _Parts(linear)
+    base = getattr(linear, "base_layer", None)
+    if base is None or not (_is_plain(base) or _is_plain_in_4_bits(base)) or _listens(linear):
+        return None
+    if linear.merged or linear.disable_adapters or len(linear.active_adapters) != 1:
+        return None
+    (name,) = linear.active_adapters
+    if name not in linear.lora_A or name in linear.lora_variant or name in linear.lora_magnitude_vector:
+        return None
+    a, b, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
+    drops = linear.training and getattr(dropout, "p", 0.0) > 0
+    if drops or _listens(dropout) or not (_is_plain(a) and _is_plain(b)):
+        return None
+    return _Parts(base, a.weight, b.weight, linear.scaling[name])
+
+
+def _is_plain_in_4_bits(linear: Any) -> bool:
+    adapted = hasattr(linear, "base_layer")  # PEFT's layers show their base's weight as theirs
+    return not adapted and is_quantized(linear) and linear.bias is None and not _listens(linear)
+
+
+def _listens(module: Any) -> bool:
+    """Whether hooks are on a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -63,9 +113,20 @@ def run(
 ) -> Tensor:
     """``model.run_layer`` for a layer that ``serves``; under autocast its weights are cast here."""
     dtype = _compute_dtype(x)
-    wq, wk, wv, wo, w1, w2, w3 = (linear.weight.to(dtype) for linear in _linears(layer))
+    linears: list[Any] = [_parts(linear) for linear in _linears(layer)]
+    dense = tuple(functools.partial(dense_weight, p.base) if is_quantized(p.base) else None for p in linears)
+    wq, wk, wv, wo, w1, w2, w3 = (None if is_quantized(p.base) else p.base.weight.to(dtype) for p in linears)
     attn = layer.attn
-    setup = ops.LayerSetup(attn.head_dim, layer.sa_norm.eps, layer.mlp_norm.eps, dtype, recompute_mlp)
+    setup = ops.LayerSetup(attn.head_dim, layer.sa_norm.eps, layer.mlp_norm.eps, dtype, recompute_mlp, dense)
     weights = (layer.sa_norm.scale, wq, wk, wv, wo, layer.mlp_norm.scale, w1, w2, w3)
+    adapters = tuple(matrix for p in linears for matrix in _adapter(p, dtype))
     order = attend.order(x, attn.num_heads, attn.num_kv_heads)
-    return ops.llama_layer(x, cos, sin, order, weights, setup, rows)
+    return ops.llama_layer(x, cos, sin, order, weights, setup, rows, adapters)
+
+
+def _adapter(parts: _Parts, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A, and B with its factor, which is multiplied before it is rounded."""
+    if parts.a is None:
+        return None, None
+    b = parts.b if parts.scaling == 1 else parts.b * parts.scaling
+    return parts.a.to(dtype), b.to(dtype)

@@ -3,8 +3,9 @@
 The part of ``memory_step.py``'s walk that repeats from layer to layer. It follows ``model.run_layer``
 and the operators that this calls.
 
-Four forms are walked. On a CPU plain layers are one node each (``layer_cpu.py``), those with adapters run operation
-by operation, as PyTorch's autograd saves them; both are measured (``benchmarks/memory_plan.py``). On CUDA without
+Four forms are walked. On a CPU layers are one node each (``layer_cpu.py``); those with DoRA, or with dropout before an
+adapter, run operation by operation, as PyTorch's autograd saves them; both are measured
+(``benchmarks/memory_plan.py``). On CUDA without
 ``torch.compile`` they do the same with other operators; this follows from the code. Compiled, a layer keeps what the
 compiler's partitioner chooses; what it chooses was looked at on a CPU (``tests/test_memory.py``), the rest follows
 from the code. Nothing here was measured on a GPU.
@@ -148,7 +149,8 @@ class Layers:
 
     def fused(self, stack: Stack) -> bool:
         """Whether ``layer_cpu.py`` serves."""
-        plain = not any(w.rank or w.quantised for layer in stack.layers for w in layer.values())
+        drops = self.setup.dropout and any(w.rank for layer in stack.layers for w in layer.values())
+        plain = not drops and not any(w.dora for layer in stack.layers for w in layer.values())
         return self.setup.device == "cpu" and not self.setup.compiled and plain
 
     def _saved_fused(self, _: dict[str, Weight], stack: Stack, m: int) -> tuple[int, int, int]:
@@ -246,7 +248,7 @@ class Layers:
         ledger.touch(max(attention, normed + unpacked))
         held_mlp = ledger.hold(ACTIVATIONS, second)
         if fused:  # silu and the normed rows
-            ledger.touch(m * hidden * c + m * width * c)
+            ledger.touch(m * hidden * c + m * width * c + unpacked)
         # DoRA scales w3's product while its result and w2's input are not there yet.
         ledger.touch(max(m * width * stack.residual + unpacked + m * hidden * c, scaled - 2 * m * hidden * c))
         if setup.checkpointing == "full":
@@ -343,20 +345,26 @@ class Layers:
         ledger.touch(4 * n * width * 4)
         ledger.drop(COPIES, self.cached.pop((stack.name, index), 0))
 
+    def _formed(self, weight: Weight) -> int:
+        """Bytes of a linear layer's gradients as the node forms them."""
+        size = weight.numel * self.c if weight.trained else 0
+        return size + weight.rank * (weight.inputs + weight.outputs) * self.c
+
     def _backward_fused(self, stack: Stack, index: int) -> None:
         """The one node: what is saved stays until its end, and with it the gradients of its weights, in the compute
         type; then each goes to its weight."""
         ledger, config, layer, c = self.ledger, stack.config, stack.layers[index], self.c
         n, m, width, kv = stack.rows, stack.after(index), config.embed_dim, config.num_kv_heads * config.head_dim
         inner = m * config.intermediate_dim * c
+        unpacked = max(map(self.unpacked, layer.values()))
         rows = ledger.hold(WORKSPACE, m * width * (4 + c) + m * width * c * (stack.residual > c))
 
         def form(*names: str) -> int:
-            return ledger.hold(WORKSPACE, sum(layer[name].numel * c for name in names if layer[name].trained))
+            return ledger.hold(WORKSPACE, sum(self._formed(layer[name]) for name in names))
 
         formed = ledger.hold(WORKSPACE, 2 * inner)  # silu, and its product with w3's result for w2's gradient
         grads = form("w2")
-        ledger.touch(2 * inner)  # the product's gradient, and those of both factors
+        ledger.touch(2 * inner + unpacked)  # the product's gradient, and those of both factors
         grads += form("w1", "w3")
         ledger.drop(WORKSPACE, formed)
         ledger.drop(ACTIVATIONS, 2 * inner * (self.setup.checkpointing == "selective"))
@@ -366,15 +374,16 @@ class Layers:
         grads += form("output_proj")
         ledger.touch(self.attention_scratch(stack, True) + n * (width + 2 * kv) * c)
         grads += form("q_proj", "k_proj", "v_proj")
-        ledger.touch(4 * n * width * 4)
+        ledger.touch(4 * n * width * 4 + unpacked)
         ledger.drop(WORKSPACE, rows)
         for name in ("sa_norm", "q_proj", "k_proj", "v_proj", "output_proj", "mlp_norm", "w1", "w2", "w3"):
             weight = layer[name]
-            held = weight.numel * c if weight.trained and "norm" not in name else 0
-            if weight.width <= c or "norm" in name:
+            held = self._formed(weight) if "norm" not in name else 0
+            wide = weight.width > c if weight.trained else c < 4
+            if not wide:
                 grads -= ledger.drop(WORKSPACE, held)  # it becomes the weight's
             self.gradient(weight, cast=False)
-            if held and weight.width > c:
+            if held and wide:
                 grads -= ledger.drop(WORKSPACE, held)
         assert not grads
         ledger.drop(COPIES, self.cached.pop((stack.name, index), 0))
