@@ -45,8 +45,11 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.compare_systems import SHAPES, Running, answers, expected, reference
 from benchmarks.compare_table import is_free, print_tables
@@ -93,11 +96,15 @@ class Worker:
             raise Stopped(f"{self.name} stopped with status {self.process.wait()}")
         return json.loads(line)
 
-    def ask(self, what: str, *arguments: Any) -> Any:
+    def post(self, what: str, *arguments: Any) -> None:
+        """A question whose answer is asked for later."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # who has stopped does not answer either
             self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
             self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        """To the question that was posted; None where the memory did not last for it."""
         return self._answer()
 
     def close(self) -> None:
@@ -109,7 +116,9 @@ class Worker:
 
 def work(args: argparse.Namespace) -> None:
     """The worker's side: say what there is, then answer one question per line."""
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    # Whatever a library prints, C code too, is no answer.
+    out, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=out, flush=True)
@@ -123,7 +132,14 @@ def work(args: argparse.Namespace) -> None:
     answer(running.about())
     for line in sys.stdin:
         what, *arguments = json.loads(line)
-        value = known[what](*arguments)
+        try:
+            value = known[what](*arguments)
+        except torch.OutOfMemoryError as error:
+            first = str(error).splitlines()[0]
+            print(f"{args.worker}, {what}: {first}", file=sys.stderr)
+            value = None
+        if value is None:  # outside of the handler, whose traceback holds the tensors
+            running.drop_gradients()
         running.release()
         answer(value)
 
@@ -186,8 +202,11 @@ class Race:
         lost: why a system has stopped, by its name.
     """
 
-    def __init__(self, args: argparse.Namespace, truth: dict[str, float]):
-        self.args, self.truth = args, truth
+    def __init__(
+        self, args: argparse.Namespace, truth: dict[str, float], record: Callable[[list[dict[str, Any]]], None]
+    ):
+        """``record`` is called with the rows when there will be no more."""
+        self.args, self.truth, self.record = args, truth, record
         self.workers: dict[str, Worker] = {}
         self.rows: list[dict[str, Any]] = []
         self.lost: dict[str, str] = {}
@@ -200,18 +219,28 @@ class Race:
                 worker.process.kill()
             raise
         finally:
+            # First, because giving a GPU's memory back takes seconds, and whoever ends this may not wait for them.
+            self.record(self.rows)
             for worker in self.workers.values():
                 worker.close()
 
     def _ask(self, name: str, *question: Any) -> Any:
-        """None of a system that has stopped, or does so now."""
+        """Without a question, what it says of itself. None of a system that has stopped, or does so now."""
+        if name in self.lost:
+            return None
+        if question:
+            self.workers[name].post(*question)
+        return self._told(name, not question)
+
+    def _told(self, name: str, about: bool = False) -> Any:
+        """The answer to what was posted."""
         if name in self.lost:
             return None
         try:
-            return self.workers[name].ask(*question) if question else self.workers[name].about
+            return self.workers[name].about if about else self.workers[name].answer()
         except Stopped as error:
             self.lost[name] = str(error)
-            self.rows = [row for row in self.rows if row["system"] != name]
+            self.rows = [row for row in self.rows if row["system"] != name or "median_s" in row]
             return None
 
     def _run(self, names: list[str]) -> None:
@@ -221,8 +250,13 @@ class Race:
             if args.device == "cpu":
                 # One after the other: a model of 1.5 billion float32 weights is there for a moment.
                 self._ask(name)
+        introduced = {name: self._ask(name) for name in names}
+        if args.device != "cpu":  # where it is compiling that takes the time, which can be done at once
+            for name in names:
+                self.workers[name].post("check")
         for name in names:
-            said, loss, right = self._ask(name), self._ask(name, "check"), expected(name, self.truth)
+            said, right = introduced[name], expected(name, self.truth)
+            loss = self._ask(name, "check") if args.device == "cpu" else self._told(name)
             if loss is None:
                 continue
             difference = abs(loss - right) / abs(right)
@@ -231,10 +265,11 @@ class Race:
             labels = list(said["labels"].items())[: 1 if is_slow(args, name) else None]
             self.rows += [{"system": name, "label": label, **about, **common} for label, about in labels]
         # Counting a CPU's tensors, or trying its products, leaves its heap as no user has it, so that comes last there.
-        # Elsewhere first: it is there if time runs out.
-        steps = [self._memory] if args.memory_only else [self._rates, self._memory, self._times]
-        for step in steps[::-1] if args.device == "cpu" else steps:
-            step()
+        # Elsewhere what matters comes first, in case time runs out, and last what takes most memory.
+        on_cpu, elsewhere = ("times", "updates", "memory", "rates"), ("rates", "times", "memory", "updates")
+        for step in on_cpu if args.device == "cpu" else elsewhere:
+            if step == "memory" or not args.memory_only:
+                getattr(self, f"_{step}")()
 
     def _times(self) -> None:
         args = self.args
@@ -255,21 +290,26 @@ class Race:
                 if seconds is not None:
                     row.setdefault("seconds", []).append(seconds)
                     row["median_s"] = statistics.median(row["seconds"])
+
+    def _updates(self) -> None:
         updates: dict[tuple[str, str], float] = {}
-        for row in list(self.rows):
+        for row in [] if self.args.no_optimizer else list(self.rows):
             name = row["system"]
-            if not args.no_optimizer:
-                # csm_fast's depend on the rows that a batch looks up, PyTorch's on nothing.
-                key = name, row["label"] if name.startswith("csm_fast") else ""
-                if key not in updates:
-                    updates[key] = self._ask(name, "optimizer", row["label"])
-                if updates[key] is not None:
-                    row["optimizer_s"] = updates[key] * row["updates"]
+            # csm_fast's depend on the rows that a batch looks up, PyTorch's on nothing.
+            key = name, row["label"] if name.startswith("csm_fast") else ""
+            if key not in updates:
+                updates[key] = self._ask(name, "optimizer", row["label"])
+            if updates[key] is not None:
+                row["optimizer_s"] = updates[key] * row["updates"]
 
     def _rates(self) -> None:
-        for row in list(self.rows):
+        """The machine's, for the products of each label; csm_fast's process measures it, where that is there."""
+        rates: dict[str, float] = {}
+        for row in sorted(self.rows, key=lambda row: row["system"] != "csm_fast"):
             if row["flops"] and (self.args.precision == "bf16" or row["system"] == "csm_fast"):
-                row["matmul_rate"] = self._ask(row["system"], "rate", row["label"])
+                if row["label"] not in rates:
+                    rates[row["label"]] = self._ask(row["system"], "rate", row["label"])
+                row["matmul_rate"] = rates[row["label"]]
 
     def _memory(self) -> None:
         for row in list(self.rows):
@@ -311,13 +351,16 @@ def _compare(args: argparse.Namespace, started: str, rows: list[dict[str, Any]])
     status = 0
     while groups:
         names = groups.pop(0)
-        race = Race(args, truth)
-        try:
-            race.run(names)
-        finally:
-            rows += finished(args, race.rows, started)
+
+        def record(some: list[dict[str, Any]]) -> None:
+            rows.extend(finished(args, some, started))
+
+        race = Race(args, truth, record)
+        race.run(names)
         for name, why in race.lost.items():
-            if len(names) > 1:  # perhaps the others had the memory
+            if any(row["system"] == name for row in race.rows):
+                print(f"{why}; what it showed before counts", file=sys.stderr)
+            elif len(names) > 1:  # perhaps the others had the memory
                 print(f"{why}; it will be tried again without the others", file=sys.stderr)
                 groups.append([name])
             else:

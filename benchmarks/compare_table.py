@@ -111,7 +111,7 @@ def _with_optimizer(row: Row, than: Row | None) -> str:
     if "optimizer_s" not in row:
         return ""
     whole = row["median_s"] + row["optimizer_s"]
-    if than is None or row is than or not row["ranked"]:
+    if than is None or row is than or not row["ranked"] or "optimizer_s" not in than:
         return f"{whole:.1f}"
     return f"{whole:.1f} ({whole / (than['median_s'] + than['optimizer_s']):.2f}x)"
 

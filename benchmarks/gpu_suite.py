@@ -1,10 +1,12 @@
 """Everything that only a GPU can show, in one command of at most eight minutes: tests, training step, kernels.
 
     PYTHONPATH=.:kernels python -m benchmarks.gpu_suite
+    PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --parts ways --minutes 5
 
-The table comes last; the figures behind it go to ``--results`` as gpu_*.jsonl, with device, versions, commit, date and
-configuration in every row. Needs torch and triton; without pytest the tests are left out, without Liger, flash-attn or
-transformers the comparisons with them. The exit status is 1 if a test failed, 2 if there is no GPU.
+``--parts ways``, which is not among the others: csm_fast's own ways to train beside one another, LoRA and QLoRA among
+them. The table comes last; the figures behind it go to ``--results`` as gpu_*.jsonl, with device, versions, commit,
+date and configuration in every row. Needs torch and triton; without pytest the tests are left out, without Liger,
+flash-attn or transformers the comparisons with them. The exit status is 1 if a test failed, 2 if there is no GPU.
 
 ``--rehearse`` takes the same path on a CPU at tiny sizes. Its figures mean nothing, and go to a temporary directory.
 """
@@ -32,9 +34,11 @@ from benchmarks.kernel_plot import by_setting, latest, milliseconds, versus
 from benchmarks.record import append, environment
 
 ROOT = Path(__file__).resolve().parent.parent
-RESERVE_S = 8.0  # to print the table and leave
+RESERVE_S = 12.0  # to print the table and leave
+PATIENCE_S = 6.0  # after SIGTERM: seven processes give a GPU's memory back
 # Part of the minutes that are left when it begins; the last one has the rest.
-SHARES = {"tests": 0.32, "step": 0.6, "updates": 0.3, "kernels": 1.0}
+SHARES = {"tests": 0.32, "step": 0.6, "updates": 0.3, "kernels": 1.0, "ways": 1.0}
+PARTS = ("tests", "step", "updates", "kernels")
 EMBED_GOAL, HEADS_GOAL, DEPTH_GOAL = 0.8, 0.6, 2.0
 STEP_GOAL, MEMORY_GOAL = 0.6, 1 / 3
 RIVALS_GOALS = {"padded-autocast": 2.5, "padded-fp32": 10.0, "transformers": 2.0}
@@ -89,7 +93,7 @@ def _pass_on(output: Any, seen: Callable[[str], None]) -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """With all of its children: the compiler's workers hold the GPU and the time too."""
-    for how, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+    for how, patience in ((signal.SIGTERM, PATIENCE_S), (signal.SIGKILL, 3.0)):
         if process.poll() is not None:
             return
         os.killpg(process.pid, how)
@@ -117,8 +121,9 @@ def size(path: Path) -> int:
 
 
 def gpu_test_files() -> list[str]:
-    """Those of ``tests`` that have tests marked gpu, some by ``test_gpu_ops``'s ``DEVICES``."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    """Those of ``tests`` that have tests marked gpu, some by ``test_gpu_ops``'s ``DEVICES``; last what compiles whole
+    layers, which takes longest."""
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda f: (f.name == "test_gpu_model.py", f.name))
     return [str(f.relative_to(ROOT)) for f in files if re.search(r"mark\.gpu|\bDEVICES\b", f.read_text("utf-8"))]
 
 
@@ -163,15 +168,19 @@ def test_counts(lines: list[str], problem: str) -> dict[str, Any]:
     return counts
 
 
-def compare_command(args: argparse.Namespace, results: Path) -> list[str]:
-    systems = ["csm_fast", "csm_fast-compiled", "csm_fast-autocast", "padded-autocast", "padded-fp32"]
-    more = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
-    systems += [name for name, package in more.items() if importlib.util.find_spec(package)]
+def compare_command(args: argparse.Namespace, results: Path, ways: bool = False) -> list[str]:
+    """``ways``: of csm_fast's own, instead of the race against the others."""
+    systems = ["csm_fast", "csm_fast-compiled", "padded-autocast", "padded-fp32", "transformers"]
+    if ways:
+        systems = ["csm_fast", "csm_fast-compiled", "csm_fast-operators", "csm_fast-autocast"]
+        systems += ["csm_fast-lora", "csm_fast-qlora"]
+    needs = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
+    systems = [name for name in systems if name not in needs or importlib.util.find_spec(needs[name])]
     command = [sys.executable, "-m", "benchmarks.compare", "--results", str(results)]
     command += ["--precision", "fp32" if args.rehearse else "bf16", "--repeats"]  # what every CPU multiplies fast
     if args.rehearse:
         command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
-        return [*command, "--systems", "csm_fast"]
+        return [*command, "--systems", *systems[: 3 if ways else 1]]
     command += ["3", "--synthetic", "400", "--device", "cuda", "--shape", "csm-1b"]
     return [*command, "--batches", "64", "--pack-rows", "16384", "--systems", *systems]
 
@@ -190,7 +199,7 @@ def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> 
     if args.rehearse:
         command += ["--device", "cpu", "--shape", "small", "--rows", "256", "--fractions", "1/16", "--repeats", "1"]
         return [*command, "--no-compile"]
-    return [*command, "--device", "cuda", "--shape", "csm-1b", "--rows", "2048", "16384", "65536"]
+    return [*command, "--device", "cuda", "--shape", "csm-1b", "--rows", "16384", "65536"]
 
 
 # ----------------------------------------------------------------------------------------------------------- table
@@ -228,12 +237,20 @@ def compare_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
             continue
         ratio = min(row["median_s"] for row in theirs) / ours["median_s"]
         lines.append(Line(f"step: over {name}", f"{ratio:.2f}x", f"at least {goal:g}x", ratio >= goal, ratio))
-    lines.append(_memory(rows))
-    for row in timed:
-        figure = f"{row['median_s']:.3g} s, {row['rows'] / row['median_s']:,.0f} rows/s"
-        figure += "" if row["ranked"] else f", loss differs by {row['loss_difference']:.1e}"
-        lines.append(Line(f"step: {row['system']}, {row['label']}", figure))
+    lines += [_memory(rows), *map(_timed, timed)]
     return [*lines, *([Line("step", problem)] if problem else [])]
+
+
+def way_lines(rows: list[dict[str, Any]], problem: str) -> list[Line]:
+    """csm_fast's own ways to train."""
+    lines = [_timed(row) for row in rows if "median_s" in row]
+    return [*lines, *([Line("ways", problem)] if problem else [])]
+
+
+def _timed(row: dict[str, Any]) -> Line:
+    figure = f"{row['median_s']:.3g} s, {row['rows'] / row['median_s']:,.0f} rows/s"
+    figure += "" if row["ranked"] else f", loss differs by {row['loss_difference']:.1e}"
+    return Line(f"step: {row['system']}, {row['label']}", figure)
 
 
 def _memory(rows: list[dict[str, Any]]) -> Line:
@@ -339,6 +356,7 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; a hard limit")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(PARTS))
     parser.add_argument("--rehearse", action="store_true", help="the same on a CPU at tiny sizes; proves no figure")
     args = parser.parse_args()
     ends = time.monotonic() + 60 * args.minutes - RESERVE_S
@@ -359,23 +377,31 @@ def main() -> int:
     def seconds(part: str) -> float:
         return SHARES[part] * (ends - time.monotonic())
 
-    counts = run_tests(seconds("tests"))
-    append(results / "gpu_tests.jsonl", {"benchmark": "gpu_tests", **counts, **about})
+    def rows_of(name: str, command: Callable[[Path, float], list[str]], part: str) -> tuple[list[dict[str, Any]], str]:
+        """What a part's command adds to its results file, and what went wrong."""
+        file, limit = results / f"gpu_{name}.jsonl", seconds(part)
+        before = size(file)
+        problem = call(command(file, limit), limit)
+        return rows_after(file, before), problem
 
-    step_file, kernels_file = results / "gpu_compare.jsonl", results / "gpu_kernels.jsonl"
-    before = size(step_file)
-    problem = call(compare_command(args, step_file), seconds("step"))
-    lines = [*test_lines(counts), *compare_lines(rows_after(step_file, before), problem)]
-
-    updates_file = results / "gpu_optimizers.jsonl"
-    before = size(updates_file)
-    problem = call(optimizers_command(args, updates_file), seconds("updates"))
-    lines += optimizer_lines(rows_after(updates_file, before), problem)
-
-    before, limit = size(kernels_file), seconds("kernels")
-    # It stops by itself between two points; a few seconds more are for the point it is at.
-    problem = call(kernels_command(args, kernels_file, 0.9 * limit), limit)
-    lines += kernel_lines(rows_after(kernels_file, before), problem)
+    lines: list[Line] = []
+    failed = 0
+    if "tests" in args.parts:
+        counts = run_tests(seconds("tests"))
+        failed = counts["failed"]
+        append(results / "gpu_tests.jsonl", {"benchmark": "gpu_tests", **counts, **about})
+        lines += test_lines(counts)
+    if "step" in args.parts:
+        lines += compare_lines(*rows_of("compare", lambda file, _: compare_command(args, file), "step"))
+    if "updates" in args.parts:
+        lines += optimizer_lines(*rows_of("optimizers", lambda file, _: optimizers_command(args, file), "updates"))
+    if "kernels" in args.parts:
+        # It stops by itself between two points; the rest is for its start and the point it is at.
+        lines += kernel_lines(
+            *rows_of("kernels", lambda file, limit: kernels_command(args, file, limit - 15), "kernels")
+        )
+    if "ways" in args.parts:
+        lines += way_lines(*rows_of("ways", lambda file, _: compare_command(args, file, ways=True), "ways"))
     if args.rehearse:  # tiny sizes on another device neither meet a goal nor miss it
         lines = [replace(line, met=None) for line in lines]
     for line in lines:
@@ -385,7 +411,7 @@ def main() -> int:
         + ("" if args.rehearse else "; python -m benchmarks.report shows them on the pages")
     )
     print_table(f"{label}: {about['device']}, torch {about['torch']}, commit {about['commit'] or '?'}", lines)
-    return 1 if counts["failed"] else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

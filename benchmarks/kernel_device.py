@@ -18,7 +18,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-BUSY_CYCLES = 2_000_000  # a millisecond, or a little more
+BUSY_CYCLES = 4_000_000  # two milliseconds, or a little more
 
 
 @functools.cache
@@ -27,15 +27,15 @@ def _flush_buffer(device: torch.device) -> Tensor:
     return torch.empty(max(size, 2**27), dtype=torch.uint8, device=device)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call. On CUDA between two events, with the caches overwritten, queued while the GPU was busy for a
-    millisecond, as it is in a step: that hides the time which the host takes to launch the first kernels."""
+def timed(call: Callable[[], Any], device: torch.device, busy: int = BUSY_CYCLES) -> float:
+    """Seconds of one call. On CUDA between two events, with the caches overwritten, queued while the GPU was busy for
+    ``busy`` of its cycles, as it is in a step: that hides the time which the host takes to launch the kernels."""
     if device.type != "cuda":
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(BUSY_CYCLES)
+    torch.cuda._sleep(busy)
     _flush_buffer(device).zero_()
     begin.record()
     call()

@@ -36,6 +36,7 @@ from csm_fast.machine import keep_freed_memory
 from csm_fast.optim import clip, gradient_norm, parameter_groups
 
 BF16, FP32 = torch.bfloat16, torch.float32
+LAUNCHED = 60_000_000  # cycles of a GPU in which the host launches a whole update, as during a step's backward pass
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> It
     turns = [ways] if device.type == "cpu" else [[way] for way in ways]
     for some in turns:
         updates = [update_of(way, optimizer_of(way, model), parameters) for way in some]
-        took = [[timed(update, device) for update in updates] for _ in range(args.repeats + 2)]
+        took = [[timed(update, device, LAUNCHED) for update in updates] for _ in range(args.repeats + 2)]
         del updates
         # The first makes the state, the second is warm.
         for way, seconds in zip(some, map(list, zip(*took[2:], strict=True)), strict=True):

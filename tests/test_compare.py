@@ -1,6 +1,8 @@
 """benchmarks.compare at the tiny shape: every system in its own process, the same losses, rows with all fields."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -75,7 +77,11 @@ class Answers:
             self.about = dict.fromkeys((f"{part} {d}" for part in ("ce0", "ced", "ced all") for d in (BF16, FP32)), 1.0)
         self.process = self
 
-    def ask(self, what, *arguments):
+    def post(self, what, *arguments):
+        self.posted = what
+
+    def answer(self):
+        what = self.posted
         if self.fails(self.name, self.count, what):
             raise compare.Stopped(f"{self.name} stopped with status -9")
         loss = compare_systems.expected(self.name, Answers(compare.arguments(), "reference").about)
@@ -106,7 +112,7 @@ def test_a_system_that_stops_costs_its_rows_only(answers, monkeypatch, capsys):
     """Its process ended by itself, for want of memory say: beside the others, or even alone."""
 
     def fails(name, n, what):
-        return (name == "padded" and n == 0 and what == "memory") or (name == "transformers" and what == "run")
+        return (name == "padded" and n == 0 and what == "check") or (name == "transformers" and what == "run")
 
     monkeypatch.setattr(Answers, "fails", staticmethod(fails))
     assert compare.main() == 1
@@ -117,6 +123,47 @@ def test_a_system_that_stops_costs_its_rows_only(answers, monkeypatch, capsys):
     assert systems == ["csm_fast", "padded-fp32", "transformers-all-frames", "padded"]
     assert all(row["seconds"] == [2.0] and row["ranked"] and "memory" in row for row in answers())
     assert "padded-fp32" in out and "transformers " not in out
+
+
+def test_times_count_though_a_system_stops_afterwards(answers, monkeypatch, capsys):
+    """The update takes most memory, and comes last on a GPU: of two systems one answers nothing there, one stops."""
+    monkeypatch.setattr(sys, "argv", [word for word in sys.argv if word != "--no-optimizer"])
+    monkeypatch.setattr(Answers, "fails", staticmethod(lambda name, n, what: name == "padded" and what == "optimizer"))
+    answer = Answers.answer
+    monkeypatch.setattr(
+        Answers,
+        "answer",
+        lambda self: None if (self.name, self.posted) == ("csm_fast", "optimizer") else answer(self),
+    )
+    assert compare.main() == 0
+    assert capsys.readouterr().err == "padded stopped with status -9; what it showed before counts\n"
+    rows = {row["system"]: row for row in answers()}
+    assert Answers.made["padded"] == 1 and {"csm_fast", "padded", "transformers"} <= rows.keys()
+    for name in ("csm_fast", "padded"):
+        assert rows[name]["seconds"] == [2.0] and rows[name]["memory"] and "optimizer_s" not in rows[name]
+    assert rows["transformers"]["optimizer_s"] == 8.0 and rows["csm_fast"]["matmul_rate"] == 2.0
+
+
+def test_memory_that_does_not_last_is_no_answer(monkeypatch, capfd):
+    """A question for which there is not enough leaves the process as it was."""
+
+    def too_much(self, label):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(compare_systems.Running, "optimizer_seconds", too_much)
+    monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny", "--worker", "csm_fast"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO('["optimizer", "batches of 8"]\n["check"]\n'))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    ends = os.dup(1)
+    try:
+        compare.work(compare.arguments())
+    finally:
+        os.dup2(ends, 1)
+        os.close(ends)
+    out, err = capfd.readouterr()
+    about, optimizer, check = (json.loads(line) for line in out.splitlines())
+    assert about["recordings"] == 3 and optimizer is None and check > 0
+    assert "csm_fast, optimizer: CUDA out of memory. Tried to allocate 20 GiB" in err
 
 
 def test_what_is_there_counts_when_a_comparison_is_ended(answers, monkeypatch, capsys):
@@ -138,7 +185,8 @@ def test_a_system_that_stopped_between_two_questions(monkeypatch):
     worker.process.kill()
     worker.process.wait()
     with pytest.raises(compare.Stopped, match="padded stopped with status -9"):
-        worker.ask("check")
+        worker.post("check")
+        worker.answer()
     worker.close()
     worker.process.stdout.close()
 
