@@ -106,6 +106,43 @@ def test_errors_are_those_of_pytorch_in_the_same_dtype(monkeypatch, lengths, dty
         assert_within_budget(f"grad {name}", *three)
 
 
+@pytest.mark.parametrize("form", ["folded", "blocks", "formula"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(monkeypatch, dtype, form):
+    """What is widened inside stays wide, in the forward pass, which runs under autocast, as in the backward pass."""
+    if form == "formula":
+        by_formula(monkeypatch)
+    elif form == "blocks":
+        monkeypatch.setattr(folded_attention, "WHOLE", 0)
+        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))
+    lengths = LAYOUTS["ragged"]
+    inputs, grad = case(lengths, width=16, dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = packed_attention(*inputs, cumulative(lengths), max(lengths))
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    assert all(map(torch.equal, *results))
+
+
+def test_scores_in_pieces(monkeypatch):
+    """Of groups whose scores would take too much memory at once."""
+    by_formula(monkeypatch)
+    lengths = (30, 28, 29, 30, 4, 27)
+    inputs, grad = case(lengths)
+    want = packed_attention(*inputs, cumulative(lengths), 30)
+    monkeypatch.setattr(module, "MOST_SCORES", 2 * 6 * 30 * 30)
+    sizes = []
+    form = module.attention_reference
+    monkeypatch.setattr(module, "attention_reference", lambda q, *kv: sizes.append(len(q)) or form(q, *kv))
+    got = packed_attention(*inputs, cumulative(lengths), 30)
+    assert sizes == [1, 2, 2, 1]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    grads = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in (got, want))
+    for g, w in zip(*grads, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "none"])
 def test_one_gradient_at_a_time(wanted):
     lengths = (5, 2, 30)

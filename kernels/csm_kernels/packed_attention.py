@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +202,18 @@ def _join(parts: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> Tensor
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, groups.restore)
 
 
+MOST_SCORES = 2**27  # of a group that are there at once, in a handful of float32 matrices: 512 MiB each
+
+
+def _in_pieces(form: Callable[..., tuple[Tensor, ...]], *group: Tensor) -> tuple[Tensor, ...]:
+    """What ``form`` makes of a group's tensors [g, ...], the first of them [g, heads, length, d], with no more than
+    ``MOST_SCORES`` scores at once, or those of one segment."""
+    _, heads, length, _ = group[0].shape
+    some = max(1, MOST_SCORES // (heads * length * length))
+    results = [form(*piece) for piece in zip(*(x.split(some) for x in group), strict=True)]
+    return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
+
+
 def _on_cpu(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
@@ -232,12 +244,13 @@ def _attend_on_cpu_backward(
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The attention's output [T, H, d], and [T, H] for the backward pass in the wide dtype."""
     plan = _plan_for(q, cu_seqlens)
-    if _on_cpu(q):
-        return _attend_on_cpu(q, k, v, plan)
-    groups = plan.groups.to(q.device)
-    parts = zip(*(_split(_gather(x, groups), groups) for x in (q, k, v)), strict=True)
-    outs, lses = zip(*(attention_reference(*part) for part in parts), strict=True)
-    return _join(outs, groups, q.dtype), _join(lses, groups, lses[0].dtype)
+    with torch.autocast(q.device.type, enabled=False):  # which would narrow what is widened here
+        if _on_cpu(q):
+            return _attend_on_cpu(q, k, v, plan)
+        groups = plan.groups.to(q.device)
+        parts = zip(*(_split(_gather(x, groups), groups) for x in (q, k, v)), strict=True)
+        outs, lses = zip(*(_in_pieces(attention_reference, *part) for part in parts), strict=True)
+        return _join(outs, groups, q.dtype), _join(lses, groups, lses[0].dtype)
 
 
 @_packed_attention.register_fake
@@ -260,7 +273,7 @@ def _packed_attention_backward(
         grad.index_fill_(0, groups.padding, 0)
     inputs = (grad, *(_gather(x, groups) for x in (q, k, v, out, lse)))
     parts = zip(*(_split(x, groups) for x in inputs), strict=True)
-    grads = zip(*(attention_backward_reference(*part) for part in parts), strict=True)
+    grads = zip(*(_in_pieces(attention_backward_reference, *part) for part in parts), strict=True)
     grad_q, grad_k, grad_v = (_join(results, groups, q.dtype) for results in grads)
     return grad_q, grad_k, grad_v
 
