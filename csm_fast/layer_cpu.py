@@ -56,6 +56,9 @@ def _is_plain(linear: Any) -> bool:
     return plain and linear.bias is None and not _listens(linear)
 
 
+LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")  # where PEFT's layers are that compute what ``_parts`` says
+
+
 class _Parts(NamedTuple):
     """A linear layer's weight or 4-bit layer, and its adapter's matrices and factor."""
 
@@ -75,16 +78,19 @@ def _parts(linear: Any) -> _Parts | None:
     """Of a layer that is all of what it computes; else None."""
     if _is_plain(linear) or _is_plain_in_4_bits(linear):
         return _Parts(linear)
-    base = getattr(linear, "base_layer", None)
-    if base is None or not (_is_plain(base) or _is_plain_in_4_bits(base)) or _listens(linear):
+    if type(linear).__module__ not in LORA or _listens(linear):
+        return None
+    base = linear.base_layer
+    if not (_is_plain(base) or _is_plain_in_4_bits(base)):
         return None
     if linear.merged or linear.disable_adapters or len(linear.active_adapters) != 1:
         return None
     (name,) = linear.active_adapters
-    if name not in linear.lora_A or name in linear.lora_variant or name in linear.lora_magnitude_vector:
+    variants = getattr(linear, "lora_variant", {}), linear.lora_magnitude_vector
+    if name not in linear.lora_A or any(name in variant for variant in variants):
         return None
     a, b, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
-    drops = linear.training and getattr(dropout, "p", 0.0) > 0
+    drops = dropout.training and getattr(dropout, "p", 0.0) > 0
     if drops or _listens(dropout) or not (_is_plain(a) and _is_plain(b)):
         return None
     return _Parts(base, a.weight, b.weight, linear.scaling[name])

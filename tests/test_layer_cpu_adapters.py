@@ -122,6 +122,13 @@ def test_it_serves_what_it_computes():
         handle = module.register_forward_hook(lambda *_: None)
         assert not serves(model)
         handle.remove()
+
+    class Other(type(attn.q_proj)):
+        """Somebody's, which may compute something else."""
+
+    attn.q_proj.__class__, ours = Other, type(attn.q_proj)
+    assert not serves(model)
+    attn.q_proj.__class__ = ours
     attn.q_proj.enable_adapters(False)
     assert not serves(model)
     attn.q_proj.enable_adapters(True)
