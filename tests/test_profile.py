@@ -220,9 +220,10 @@ def profiled(folder, capsys, **overrides) -> tuple[list[dict], list[str]]:
     [
         {"steps": 2},
         {"steps": 1, "method": "lora", "precision": "bf16", "batch_size": 1},
+        {"steps": 1, "method": "dora", "precision": "bf16", "batch_size": 1},
         {"steps": 1, "batch_rows": 96, "pack_rows": 48, "activation_checkpointing": "full"},
     ],
-    ids=["full", "lora", "several packs"],
+    ids=["full", "lora", "dora", "several packs"],
 )
 def test_a_profile_says_where_a_step_goes_and_writes_nothing_else(tmp_path, capsys, monkeypatch, overrides):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -246,7 +247,7 @@ def test_a_profile_says_where_a_step_goes_and_writes_nothing_else(tmp_path, caps
     assert ({"csm_kernels::product"} if by_library else {"aten::mm", "aten::bmm"}) <= names
     assert any(row["floor_ms"] > 0 for row in by_kind["memory"])
     assert "_DirectBackward" in {row["name"] for row in by_kind["python"]}
-    assert ("_LlamaLayer" in {row["name"] for row in by_kind["python"]}) == ("method" not in overrides)
+    assert ("_LlamaLayer" in {row["name"] for row in by_kind["python"]}) == (overrides.get("method") != "dora")
     assert step["floor_ms"] <= step["operators_ms"] * (1 + 1e-9)
     # The table: a head, the ten costliest, a blank line, three lines on the step.
     assert len(printed) == 15 and printed[0].startswith("operator")
@@ -254,7 +255,7 @@ def test_a_profile_says_where_a_step_goes_and_writes_nothing_else(tmp_path, caps
     assert printed[-1].startswith("Step") and "under the profiler" in printed[-2]
     with gzip.open(tmp_path / "out" / "trace.json.gz", "rt") as f:
         names = {e.get("name") for e in json.load(f)["traceEvents"]}
-    assert {STEP, "aten::mm"} <= names
+    assert {STEP, "csm_kernels::product" if by_library else "aten::mm"} <= names
 
 
 def test_the_newer_profile_stays(tmp_path, capsys):
