@@ -200,9 +200,8 @@ def _on_cpus(kind: str, ending: str) -> dict[str, Callable[[Path], str]]:
     }
 
 
-def _ways(results: Path) -> str:
+def _ways(rows: list[Row]) -> str:
     """csm_fast's own ways to train, the last run on each device."""
-    rows = read(results, "ways")
     devices = dict.fromkeys(row["device"] for row in rows)
     return "\n".join(compare(last_run(rows_of(rows, device=device))) for device in devices) or "Not measured.\n"
 
@@ -217,7 +216,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     **_on_cpus("fp32", "-fp32"),
     "speed-gpu": lambda results: summarized(last_run(read(results, "gpu_compare"))),
     "compare-gpu": _on_gpu,
-    "ways-cpu": _ways,
+    "ways-cpu": lambda results: _ways(read(results, "ways")),
+    "ways-gpu": lambda results: _ways(read(results, "gpu_ways")),
     "pretokenize": lambda results: report_parts.pretokenize(read(results, "pretokenize")),
     "data-path": lambda results: report_parts.data_path(read(results, "data_path")),
     "optimizers-cpu": lambda results: report_parts.optimizers(read(results, "optimizers")),

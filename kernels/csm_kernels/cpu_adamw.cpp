@@ -212,9 +212,9 @@ void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t wi
                                  double weight_decay, double eps, int stochastic, int64_t counters, int64_t salt,            \
                                  int64_t tiles, int threads) {                                                               \
         const auto run = [=](Moments moments) {                                                                              \
-            adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows,     \
-                  width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles,       \
-                  threads);                                                                                                  \
+            adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows,       \
+                  width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt,       \
+                  tiles, threads);                                                                                           \
         };                                                                                                                   \
         if (!mean_scales) {                                                                                                  \
             run({static_cast<float*>(mean), static_cast<float*>(square), nullptr, nullptr});                                 \
