@@ -8,14 +8,11 @@ choice of checkpointing that does.
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
 import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +71,6 @@ class Estimate:
         return self.peak + self.reserve
 
 
-@functools.cache
-def _repeats_keys() -> bool:
-    """Whether the variable-length attention that would serve is PyTorch's of 2.11 or before
-    (``csm_kernels.packed_attention.varlen_backend``, told without importing either)."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        return False
-    major, minor = re.match(r"(\d+)\.(\d+)", version("torch")).groups()  # type: ignore[union-attr]
-    return (int(major), int(minor)) < (2, 12)
-
-
 def estimate(
     shape: CSMConfig,
     config: TrainConfig,
@@ -132,7 +119,6 @@ def estimate(
         config.adapter.lora_dropout > 0,
         section.optimizer_in_backward,
         packs,
-        device == "cuda" and compute == 2 and _repeats_keys(),
     )
     state = sum(optimizer_state(elements, section) for elements, _ in tensors)
     walk = Walk(shape, every, setup, Load(rows, targets, decoder_frames), state)

@@ -43,7 +43,6 @@ class Setup:
         dropout: the adapters have one.
         in_backward: each weight is updated as soon as its gradient is there.
         packs: per optimizer step; from the second on, gradients are there from the start.
-        repeats_keys: packed attention takes as many heads of keys and values as of queries, and keeps them.
     """
 
     device: str
@@ -54,7 +53,6 @@ class Setup:
     dropout: bool = False
     in_backward: bool = False
     packs: int = 1
-    repeats_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class Layers:
 
         needs, ranks = of("q_proj", "k_proj", "v_proj", n=n)
         first = n * width * c * needs + ranks
-        first += n * (2 * width + 2 * kv) * c + self.repeated(stack)  # q, k, v, output
+        first += n * (2 * width + 2 * kv) * c  # q, k, v, output
         first += 4 * n * (2 + config.num_heads * stack.packed)  # lse, 1/rms
         first += m * width * c + of("output_proj")[1]  # output_proj's result, from which the MLP's input comes again
         first += m * width * c * (layer["output_proj"].rank > 0 or m < n)  # the adapter's copy of its input
@@ -198,7 +196,7 @@ class Layers:
 
         first = of("q_proj", "k_proj", "v_proj", n=n) + 4 * n
         # q, k, v (rotated on a CPU, before the rotation for the decoder's kernel), the output; lse of packed attention.
-        first += n * (width + 2 * kv) * c + self.repeated(stack)
+        first += n * (width + 2 * kv) * c
         out = layer["output_proj"]
         needs_out = out.trained or (out.rank and not self.setup.autocast)
         first += n * width * c * (stack.packed or bool(needs_out)) + 4 * n * config.num_heads * stack.packed
@@ -216,11 +214,6 @@ class Layers:
         # where those are narrower.
         norms = (width * stack.residual + width * 4 * (stack.residual < 4)) * (self.setup.device == "cuda")
         return first + n * norms, second + m * norms + product, product
-
-    def repeated(self, stack: Stack) -> int:
-        """Bytes of repeated keys and values beyond theirs, which a packed attention saves."""
-        narrower = stack.config.embed_dim - stack.config.num_kv_heads * stack.config.head_dim
-        return 2 * stack.rows * narrower * self.c * (self.setup.repeats_keys and stack.packed)
 
     def layer_copies(self, stack: Stack, index: int, names: Iterable[str]) -> int:
         return sum(self.copy(stack.layers[index][name]) for name in names)

@@ -261,16 +261,11 @@ class PackedAttend:
         return ops.plan_segments(self.segments.cu_seqlens).order(heads, kv_heads)
 
 
-LEAST_BOUND = 256  # rows of a segment, of those that variable-length kernels are told as the most
-
-
 def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
     """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D], or those
     of ``rows`` [A]."""
     limit, longest = stack_limit(model.backbone), segments.max_seqlen
     length = -(-max(limit, longest) // limit) * limit  # few tables, also where a pack's padding is long
-    # Few bounds: compiled layers take the first one for a constant, and the second compiles them once more.
-    segments = segments._replace(max_seqlen=max(LEAST_BOUND, 1 << (longest - 1).bit_length()))
     return run_stack(model.backbone, x, positions, length, PackedAttend(segments), checkpointing(model), rows)
 
 

@@ -76,10 +76,18 @@ def interpreted() -> Iterator[Counter[str]]:
     def call(kernel, *args, **kwargs):  # one device function calls another
         return twin(kernel).rewrite()(*args, **kwargs)
 
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        # Triton 3.6 hands an array of one element to int(), which NumPy from 2.4 on refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
         with (
+            mock.patch.object(interpreter, "_patch_lang_tensor", patched),
             mock.patch.object(JITFunction, "run", run),
             mock.patch.object(JITFunction, "__call__", call),
             mock.patch.object(interpreter.InterpretedFunction, "run", counted),

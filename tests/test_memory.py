@@ -61,24 +61,6 @@ def test_a_step_asks_for_what_was_predicted(method, checkpointing, more):
     assert figures["predicted"] == pytest.approx(figures["measured"], rel=0.1)
 
 
-def test_keys_that_pytorch_has_repeated_are_kept(monkeypatch):
-    """Its variable-length attention of 2.11 takes as many heads of keys as of queries."""
-
-    def peak(torch_version, flash_attn):
-        monkeypatch.setattr(memory, "version", {"torch": torch_version}.__getitem__)
-        monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: flash_attn)
-        memory._repeats_keys.cache_clear()
-        return memory.estimate(ONE, settings("full-bf16", "off"), rows=16384, device="cuda").peak
-
-    try:
-        plain = peak("2.13.0+cu130", None)
-        # 16 layers, keys and values, 2 bytes; the ladder of everything else is the same.
-        assert peak("2.11.0", None) - plain == 16 * 2 * 16384 * (2048 - 512) * 2
-        assert peak("2.11.0", "there") == plain
-    finally:
-        memory._repeats_keys.cache_clear()
-
-
 def test_gradients_wait_for_the_second_pack():
     one, two = (measure(SHORT, settings("full", "full"), 500, packs) for packs in (1, 2))
     assert two["predicted"] == pytest.approx(two["measured"], rel=0.1)

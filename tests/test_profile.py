@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import logging
 
@@ -143,7 +144,10 @@ def test_self_times_of_the_profiler_count_nothing_twice():
 
 
 def event(name: str, start: float, end: float, shapes=(), types=(), parent=None, device="cuda") -> FunctionEvent:
-    made = FunctionEvent(0, name, 0, start, end, structured_input_shapes=list(shapes), use_device=device)
+    # PyTorch 2.11 has the shapes where later ones have their text.
+    field = "structured_input_shapes"
+    field = field if field in inspect.signature(FunctionEvent).parameters else "input_shapes"
+    made = FunctionEvent(0, name, 0, start, end, use_device=device, **{field: list(shapes)})
     made.input_dtypes = list(types)
     if parent is not None:
         parent.append_cpu_child(made)

@@ -300,10 +300,7 @@ _packed_attention.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.compiler.assume_constant_result
 def varlen_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The library whose variable-length kernel serves this device and dtype: "flash-attn", "torch", or "" for none.
-
-    "torch, equal heads" is PyTorch's of 2.11 and before, which knows no grouped queries.
-    """
+    """The library whose variable-length kernel serves this device and dtype: "flash-attn", "torch", or "" for none."""
     return _varlen_library() if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else ""
 
 
@@ -318,10 +315,18 @@ def _varlen_library() -> str:
     except ImportError:  # missing, or built for another version of PyTorch
         pass
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except ImportError:
         return ""
-    return "torch" if "enable_gqa" in inspect.signature(varlen_attn).parameters else "torch, equal heads"
+    return "torch"
+
+
+@torch.compiler.assume_constant_result
+def _asks_for_gqa() -> bool:
+    """PyTorch 2.11 does not: its kernel, FlashAttention 2, takes fewer heads of keys than of queries as they are."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _varlen(backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -333,11 +338,8 @@ def _varlen(backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, m
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}
-    if backend == "torch":
+    if _asks_for_gqa():
         options["enable_gqa"] = True
-    else:
-        repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     out = varlen_attn(q, k, v, cu, cu, n, n, **options)
     return out if isinstance(out, Tensor) else out[0]
 
