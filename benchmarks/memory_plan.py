@@ -1,6 +1,7 @@
-"""The planner's predicted peak memory against the bytes that real training steps ask for, on a CPU.
+"""The planner's predicted peak memory against the bytes that real training steps ask for.
 
     python -m benchmarks.memory_plan --results benchmarks/results/memory_plan.jsonl
+    python -m benchmarks.memory_plan --device cuda --results benchmarks/results/gpu_memory_plan.jsonl
 
 Each case builds a model as the trainer does, takes one optimizer step so that the optimizer's state is there, and
 follows a second one with ``benchmarks.tracked``: exact bytes of tensors, not resident memory. What was made before the
@@ -9,6 +10,9 @@ the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audi
 
 ``peak`` is all of it; ``step`` what the step adds to what is there before. The second is the harder figure to
 predict, because most of a peak may be weights and moments, which are known.
+
+On a GPU all cases are csm-1b itself, compiled as the trainer does, and the figures are the caching allocator's
+(``torch.cuda.max_memory_allocated``), with what libraries take from it as work space.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor
 from benchmarks.record import append, environment
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, memory
+from csm_fast.compile import compile_layers
 from csm_fast.config import TrainConfig
 from csm_fast.config_io import build
 from csm_fast.layout import StepBatch
@@ -57,12 +62,12 @@ def with_layers(shape: CSMConfig, backbone: int, decoder: int) -> CSMConfig:
     )
 
 
-def quick_model(shape: CSMConfig) -> CSM:
+def quick_model(shape: CSMConfig, device: str = "cpu") -> CSM:
     """Random weights that repeat: how much memory a step takes does not depend on them."""
     with torch.device("meta"):
         model = CSM(shape)
-    model = model.to_empty(device="cpu")
-    block = torch.randn(2**18, generator=torch.Generator().manual_seed(0)) * 0.02
+    model = model.to_empty(device=device)
+    block = (torch.randn(2**18, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
     with torch.no_grad():
         for p in model.parameters():
             for piece in p.view(-1).split(len(block)):
@@ -94,8 +99,9 @@ def make_pack(shape: CSMConfig, rows: int, fraction: float, seed: int = 0) -> Pa
     return pack_padded(tokens, mask, fraction)
 
 
-def settings(method: str, checkpointing: str, **more: Any) -> TrainConfig:
-    values = {"activation_checkpointing": checkpointing, "precision": "bf16", "device": "cpu", "compile": "off"}
+def settings(method: str, checkpointing: str, device: str = "cpu", **more: Any) -> TrainConfig:
+    values = {"activation_checkpointing": checkpointing, "precision": "bf16", "device": device}
+    values["compile"] = "off" if device == "cpu" else "auto"
     return build(TrainConfig, {**values, **METHODS[method], **more})
 
 
@@ -105,59 +111,70 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) -> dict[str, Any]:
-    """Predicted and tracked bytes of one step: ``peak`` with, ``step`` without what is there before it."""
-    model: Any = quick_model(shape)
+    """Predicted and measured bytes of one step, on ``config``'s device: ``peak`` with, ``step`` without what is there
+    before it."""
+    device = torch.device(config.run.device)
+    model: Any = quick_model(shape, device.type)
     if config.adapter.method == "full":
         cast_weights(model, config.optimizer)
     else:
         from csm_fast.adapters import attach
 
         dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
-        attach(model, config.adapter, compute_dtype=dtype, base_hash="not asked for")
+        attach(model, config.adapter, compute_dtype=dtype, base_hash="not asked for", device=device)
     for part in config.model.freeze:
         getattr(model, part).requires_grad_(False)
     model.activation_checkpointing = config.model.activation_checkpointing
     model.train()
-    device, loss = torch.device("cpu"), partial(packed_loss, a=0.5, b=0.5)
-    update = Update(model, config.optimizer, device, config.model.precision, loss, 10, 0)
+    compile_layers(model, config.model.compile)
+    update = Update(model, config.optimizer, device, config.model.precision, partial(packed_loss, a=0.5, b=0.5), 10, 0)
     pack = make_pack(shape, rows, config.loss.amortization_fraction)
     batch = StepBatch([pack] * packs, 0, 0)
     update(batch, 0)
     gc.collect()
-    quantised = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
-    scales = [t for q in quantised for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)]
-    state = [t for values in update.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
-    kept = [rows.dense for _, rows in update.tables.kept]
-    before = {
-        "weights": _bytes([*model.parameters(), *scales]),
-        "optimizer": _bytes(state),
-        "gradients": _bytes(kept),
-    }
-    with Tracked() as tracked:
-        update(batch, 1)
-    pack_bytes = _bytes(t for t in pack if isinstance(t, Tensor))
     said = memory.estimate(
         shape,
         config,
         rows=len(pack.tokens),
         targets=len(pack.target_rows),
         decoder_frames=len(pack.decoder_index),
-        device="cpu",
+        device=device.type,
         packs=packs,
     )
-    there = sum(before.values())
+    there, step = (_on_cuda if device.type == "cuda" else _tracked)(model, update, batch)
     return {
         "rows": len(pack.tokens),
         "packs": packs,
-        "before": before,
-        "measured": there + tracked.peak + pack_bytes,
+        "measured": there + step,
         "predicted": said.peak,
-        "measured_step": tracked.peak + pack_bytes,
+        "measured_step": step,
         "predicted_step": said.peak - said.before,
+        "measured_before": there,
         "predicted_before": said.before,
         "moment": said.moment,
         "components": said.components,
     }
+
+
+def _on_cuda(model: Any, update: Update, batch: StepBatch) -> tuple[int, int]:
+    """Bytes that are there before a step, and those that it adds at most."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    there = torch.cuda.memory_allocated()
+    update(batch, 1)
+    torch.cuda.synchronize()
+    return there, torch.cuda.max_memory_allocated() - there
+
+
+def _tracked(model: Any, update: Update, batch: StepBatch) -> tuple[int, int]:
+    quantised = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    scales = [t for q in quantised for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)]
+    state = [t for values in update.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+    kept = [rows.dense for _, rows in update.tables.kept]
+    there = sum(map(_bytes, ([*model.parameters(), *scales], state, kept)))
+    with Tracked() as tracked:
+        update(batch, 1)
+    return there, tracked.peak + _bytes(t for t in batch.packs[0] if isinstance(t, Tensor))
 
 
 def cases() -> list[tuple[str, CSMConfig, str, str, int, dict[str, Any]]]:
@@ -191,6 +208,16 @@ def cases() -> list[tuple[str, CSMConfig, str, str, int, dict[str, Any]]]:
     return found
 
 
+def cuda_cases() -> list[tuple[str, CSMConfig, str, str, int, dict[str, Any]]]:
+    one = CSMConfig.csm_1b()
+    found: list[tuple[str, CSMConfig, str, str, int, dict[str, Any]]] = [
+        ("csm-1b", one, method, checkpointing, 4096, {})
+        for method in ("full", "full-bf16", "lora", "qlora")
+        for checkpointing in CHECKPOINTING
+    ]
+    return [*found, *(("csm-1b", one, "full-bf16", checkpointing, 16384, {}) for checkpointing in ("off", "selective"))]
+
+
 def line(name: str, method: str, checkpointing: str, more: dict[str, Any], figures: dict[str, Any]) -> str:
     what = " ".join(f"{k}={v}" for k, v in more.items())
     errors = [figures["predicted" + s] / figures["measured" + s] - 1 for s in ("", "_step")]
@@ -204,14 +231,15 @@ def line(name: str, method: str, checkpointing: str, more: dict[str, Any], figur
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose line holds this text")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, help="append the figures to this .jsonl")
     args = parser.parse_args()
     print("MiB                                               measured predicted   error  step only   error  peak at")
     worst = 0.0
-    for name, shape, method, checkpointing, rows, more in cases():
+    for name, shape, method, checkpointing, rows, more in cases() if args.device == "cpu" else cuda_cases():
         if args.only not in f"{name} {method} {checkpointing} {rows} {more}":
             continue
-        figures = measure(shape, settings(method, checkpointing, **more), rows)
+        figures = measure(shape, settings(method, checkpointing, args.device, **more), rows)
         gc.collect()
         print(line(name, method, checkpointing, more, figures), flush=True)
         worst = max(worst, abs(figures["predicted"] / figures["measured"] - 1))
