@@ -196,6 +196,34 @@ def _dora_layer() -> type:
     return Dora
 
 
+@functools.cache
+def _lora_layer(kind: Any) -> type:
+    """One of PEFT's classes of layers, with a forward of its own where one adapter is added to the base."""
+
+    class Lora(kind):  # type: ignore[misc, valid-type]
+        """The scale enters between A and B, on [rows, rank]; what B gives is added by its product.
+
+        PEFT scales and adds [rows, out]: three results of that size where this has one, and as many gradients.
+        """
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """[..., in] -> [..., out]."""
+            names, autocast = self.active_adapters, torch.is_autocast_enabled(x.device.type)
+            plain = not (args or kwargs or self.disable_adapters or self.merged) and len(names) == 1
+            plain = plain and names[0] in self.lora_A and not getattr(self, "lora_variant", None) and x.dim() > 1
+            if not plain or not (autocast or x.dtype == self.lora_A[names[0]].weight.dtype):
+                return super().forward(x, *args, **kwargs)
+            (name,) = names
+            result = self.base_layer(x)
+            low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+            if not autocast and low.dtype != result.dtype:  # of 4-bit weights
+                return result + self.lora_B[name](low).to(result.dtype)
+            b = self.lora_B[name].weight
+            return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.t()).view(result.shape)
+
+    return Lora
+
+
 def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int) -> None:
     """Dtypes and first values of the adapters; PEFT leaves them in the base's dtype, rounded."""
     generator = torch.Generator().manual_seed(seed)
@@ -209,6 +237,8 @@ def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int)
         if ADAPTER in layer.lora_magnitude_vector:
             norm = torch.linalg.norm(layer.base_layer.weight.detach().to(dtype), dim=1)
             layer.lora_magnitude_vector[ADAPTER] = _dora_layer()(norm)
+        else:
+            layer.__class__ = _lora_layer(type(layer))
         if name.partition(".")[0] not in STACKS:
             # The loss reads codebook0_head as one matrix, where an input's dropout has no place.
             layer.lora_dropout[ADAPTER] = nn.Identity()

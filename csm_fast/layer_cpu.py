@@ -56,7 +56,8 @@ def _is_plain(linear: Any) -> bool:
     return plain and linear.bias is None and not _listens(linear)
 
 
-LORA = ("peft.tuners.lora.layer", "peft.tuners.lora.bnb")  # where PEFT's layers are that compute what ``_parts`` says
+# Where the layers are that compute what ``_parts`` says.
+LORA = ("csm_fast.adapters", "peft.tuners.lora.layer", "peft.tuners.lora.bnb")
 
 
 class _Parts(NamedTuple):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -61,25 +62,75 @@ def load_bitsandbytes() -> Any:
         raise InputError(f"4-bit weights need bitsandbytes ({error})", mend=INSTALL) from None
 
 
+BLOCK, BLOCKS = 64, 256  # weights that share a scale, and scales that share one
+
+
+@torch.library.custom_op("csm_fast::nf4_product", mutates_args=())
+def _nf4_product(
+    x: Tensor,
+    packed: Tensor,
+    code: Tensor,
+    scales: Tensor,
+    scales_code: Tensor,
+    scales_scales: Tensor,
+    offset: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor:
+    """``x`` [..., in] times the transpose of a weight [out, in] in NF4, which is unpacked in ``dtype`` for this product
+    alone; with ``transposed``, ``x`` [..., out] times the weight."""
+    functional = load_bitsandbytes().functional
+    inner = functional.QuantState(absmax=scales_scales, code=scales_code, blocksize=BLOCKS, dtype=torch.float32)
+    state = functional.QuantState(scales, torch.Size(shape), code, BLOCK, "nf4", dtype, offset, inner)
+    weight = functional.dequantize_4bit(packed, state).to(x.dtype)
+    return F.linear(x, weight.T if transposed else weight)
+
+
+@_nf4_product.register_fake
+def _(x, packed, code, scales, scales_code, scales_scales, offset, shape, dtype, transposed):
+    return x.new_empty(*x.shape[:-1], shape[1] if transposed else shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:7])
+    ctx.rest = inputs[7:]
+
+
+def _backward(ctx, grad):
+    shape, dtype, transposed = ctx.rest
+    return _nf4_product(grad, *ctx.saved_tensors, shape, dtype, not transposed), *(None,) * 9
+
+
+_nf4_product.register_autograd(_backward, setup_context=_setup_context)
+
+
 @functools.cache
 def _nf4_linear() -> type:
     """The class of quantised layers; made on first use, as bitsandbytes is imported no sooner."""
     bnb = load_bitsandbytes()
 
     class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[name-defined]
-        """bitsandbytes' 4-bit layer, with a forward of its own for two reasons.
+        """bitsandbytes' 4-bit layer, with a forward of its own for three reasons.
 
         On CPUs with AVX512-BF16, bitsandbytes repacks the weight in place at the first forward in eval mode without
         gradients. The packed product has no derivative, so every gradient after one validation pass would lack the
         part that flows through it, in silence. Nothing is ever packed here.
 
-        And bitsandbytes returns the input's dtype; under autocast this layer returns autocast's, as ``nn.Linear``.
+        bitsandbytes returns the input's dtype; under autocast this layer returns autocast's, as ``nn.Linear``.
+
+        And bitsandbytes' product is an autograd function in Python. PyTorch 2.11 compiles one within a checkpoint, but
+        keeps what the checkpoint would compute again: compiled layers have an operator of ours.
         """
 
         def forward(self, x: Tensor) -> Tensor:
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.compute_dtype
-            return bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
+            state = self.weight.quant_state
+            if torch.compiler.is_compiling() and state.nested:
+                tensors = state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset
+                return _nf4_product(x.to(dtype), self.weight, *tensors, list(state.shape), state.dtype, False)
+            return bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state)
 
     return NF4Linear
 
