@@ -238,7 +238,8 @@ def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int)
             norm = torch.linalg.norm(layer.base_layer.weight.detach().to(dtype), dim=1)
             layer.lora_magnitude_vector[ADAPTER] = _dora_layer()(norm)
         else:
-            layer.__class__ = _lora_layer(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _lora_layer(kind)
         if name.partition(".")[0] not in STACKS:
             # The loss reads codebook0_head as one matrix, where an input's dropout has no place.
             layer.lora_dropout[ADAPTER] = nn.Identity()
