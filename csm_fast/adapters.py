@@ -201,9 +201,10 @@ def _lora_layer(kind: Any) -> type:
     """One of PEFT's classes of layers, with a forward of its own where one adapter is added to the base."""
 
     class Lora(kind):  # type: ignore[misc, valid-type]
-        """The scale enters between A and B, on [rows, rank]; what B gives is added by its product.
+        """The scale enters between A and B, on [rows, rank].
 
-        PEFT scales and adds [rows, out]: three results of that size where this has one, and as many gradients.
+        PEFT scales [rows, out], in the backward pass too: a gradient more of that size beside the base's. Where nothing
+        is compiled, B's product adds to the base's result here, one result instead of four.
         """
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -216,7 +217,8 @@ def _lora_layer(kind: Any) -> type:
             (name,) = names
             result = self.base_layer(x)
             low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
-            if not autocast and low.dtype != result.dtype:  # of 4-bit weights
+            # Compiled, the sum goes into what comes next; it would be read and written twice more here.
+            if torch.compiler.is_compiling() or not (autocast or low.dtype == result.dtype):
                 return result + self.lora_B[name](low).to(result.dtype)
             b = self.lora_B[name].weight
             return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.t()).view(result.shape)

@@ -177,7 +177,7 @@ class Layers:
         first += n * (2 * width + 2 * kv) * c  # q, k, v, output
         first += 4 * n * (2 + config.num_heads * stack.packed)  # lse, 1/rms
         first += m * width * c + of("output_proj")[1]  # output_proj's result, from which the MLP's input comes again
-        first += m * width * c * (layer["output_proj"].rank > 0 or m < n)  # the adapter's copy of its input
+        first += m * width * c * (layer["output_proj"].dora or m < n)  # PEFT's copy of its input, or the rows' own
         needs, ranks = of("w2")
         product = m * hidden * c * needs + ranks
         needs, ranks = of("w1", "w3")

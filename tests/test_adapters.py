@@ -212,10 +212,12 @@ def test_recomputing_changes_nothing(method, checkpointing):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.5)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
-def test_a_layer_compiles_into_one_graph(method):
-    """``compile_layers`` asks for whole graphs; other segments compile nothing anew."""
-    model = attached(method, torch.bfloat16)
+def test_a_layer_compiles_into_one_graph(method, dtype, bound):
+    """``compile_layers`` asks for whole graphs; other segments compile nothing anew. In bf16 the two forms round at
+    other places, and either's gradients of so small a model are a tenth and more off."""
+    model = attached(method, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_cpu, "serves", lambda *_: False)  # the form that is compiled
         want = gradients(model)
@@ -225,7 +227,7 @@ def test_a_layer_compiles_into_one_graph(method):
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     gradients(model, make_pack(random_conversations([[(6, 8, 0), (3, 7, 1)], [(4, 11, 0)], [(2, 5, 0)]])))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
-    assert all(relative(got[name], want[name]) < 0.1 for name in want)
+    assert all(relative(got[name], want[name]) < bound for name in want)
     torch._dynamo.reset()
 
 

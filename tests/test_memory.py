@@ -73,6 +73,8 @@ def test_gradients_wait_for_the_second_pack():
         ("full", "off"),
         pytest.param("full-bf16", "selective", marks=pytest.mark.slow),
         pytest.param("lora", "off", marks=pytest.mark.slow),
+        pytest.param("lora", "selective", marks=pytest.mark.slow),
+        ("qlora", "selective"),
     ],
 )
 def test_a_compiled_layer_keeps_what_was_predicted(method, checkpointing):

@@ -42,6 +42,36 @@ def test_a_quantised_layer_is_a_layer_of_the_dequantised_weight(dtype):
     assert relative(inputs[0].grad.float(), inputs[1].grad.float()) < bound
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_it_is_the_same_layer(kept, compute):
+    """By an operator of ours, whatever the dtype of the weight's values and of the product."""
+    torch.manual_seed(0)
+    layer = quantize.quantize_linear(nn.Linear(96, 160, bias=False), kept)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 7, 96)
+    inputs, grad = [x.clone().requires_grad_() for _ in range(2)], torch.randn(3, 7, 160)
+    with torch.autocast("cpu", compute, enabled=compute == torch.bfloat16):
+        outputs = [form(y) for form, y in zip((layer, compiled), inputs, strict=True)]
+    for output in outputs:
+        output.backward(grad.to(output.dtype))
+    assert outputs[0].dtype == outputs[1].dtype
+    bound = 1e-5 if kept == compute == torch.float32 else 1e-2
+    assert relative(*(output.detach().float() for output in outputs)) < bound
+    assert relative(inputs[0].grad, inputs[1].grad) < bound
+
+
+def test_the_operator_of_compiled_layers_is_whole():
+    layer = quantize.quantize_linear(nn.Linear(128, 192, bias=False), torch.float32)
+    state = layer.weight.quant_state
+    tensors = state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset
+    for transposed, width in ((False, 128), (True, 192)):
+        x = torch.randn(5, width, requires_grad=True)
+        given = (x, layer.weight.data, *tensors, [192, 128], torch.float32, transposed)
+        torch.library.opcheck(quantize._nf4_product, given)
+
+
 def test_under_autocast_it_returns_what_a_linear_layer_returns():
     layer = quantize.quantize_linear(nn.Linear(64, 64, bias=False), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
