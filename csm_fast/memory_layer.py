@@ -177,7 +177,9 @@ class Layers:
         first += n * (2 * width + 2 * kv) * c  # q, k, v, output
         first += 4 * n * (2 + config.num_heads * stack.packed)  # lse, 1/rms
         first += m * width * c + of("output_proj")[1]  # output_proj's result, from which the MLP's input comes again
-        first += m * width * c * (layer["output_proj"].dora or m < n)  # PEFT's copy of its input, or the rows' own
+        out = layer["output_proj"]
+        # PEFT's copy of its input, the residual stream that Inductor keeps on CUDA, or the rows' own.
+        first += m * width * c * (out.dora or (out.rank > 0 and self.setup.device == "cuda") or m < n)
         needs, ranks = of("w2")
         product = m * hidden * c * needs + ranks
         needs, ranks = of("w1", "w3")
