@@ -55,6 +55,9 @@ def load_bitsandbytes() -> Any:
     Raises:
         InputError: not installed, or it does not load on this machine.
     """
+    loaded = sys.modules.get("bitsandbytes")
+    if hasattr(loaded, "nn"):  # whole. Products ask too, from autograd's threads, where warnings must be left alone
+        return loaded
     try:
         with quiet_import():
             return importlib.import_module("bitsandbytes")

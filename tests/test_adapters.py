@@ -212,14 +212,17 @@ def test_recomputing_changes_nothing(method, checkpointing):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.5)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_a_layer_compiles_into_one_graph(method, dtype, bound):
-    """``compile_layers`` asks for whole graphs; other segments compile nothing anew. In bf16 the two forms round at
-    other places, and either's gradients of so small a model are a tenth and more off."""
+    """``compile_layers`` asks for whole graphs; other segments compile nothing anew."""
     model = attached(method, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_cpu, "serves", lambda *_: False)  # the form that is compiled
+        if (
+            dtype == torch.bfloat16
+        ):  # with its roundings: in so small a model others move gradients by more than a tenth
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
         want = gradients(model)
     torch._dynamo.reset()
     compile_layers(model, "on", backend="eager")
