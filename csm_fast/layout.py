@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import Segments
-from .packing import MAX_POSITIONS, Pack
+from .packing import MAX_POSITIONS, Pack, lowest
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is
 
@@ -179,12 +179,12 @@ class Draw:
     """How the depth decoder's frames are chosen, and how end-of-speech frames weigh.
 
     Attributes:
-        generators: for each step, what its draw comes from.
+        numbers: random numbers of steps, (their indices, how many of each): ``numbered_draws``.
         fraction: share of the supervised frames; at least one.
         eos_weight: of end-of-speech frames; 1 of the others.
     """
 
-    generators: Callable[[int], np.random.Generator]
+    numbers: Callable[[np.ndarray, np.ndarray], np.ndarray]
     fraction: float
     eos_weight: float
 
@@ -212,13 +212,11 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
     count = np.diff(of_document, append=len(targets))[canonical]
     drawn_from = np.repeat(of_document[canonical] - (np.cumsum(count) - count), count) + np.arange(len(targets))
     picked = np.zeros(len(targets), dtype=bool)
-    supervised = np.diff(in_step).tolist()
-    wanted = [min(many, max(1, int(many * draw.fraction))) for many in supervised]  # at least one where there is one
-    drawn = [
-        draw.generators(number).permutation(many)[:some]
-        for number, many, some in zip(range(index, index + len(steps)), supervised, wanted, strict=True)
-    ]
-    picked[drawn_from[np.concatenate(drawn) + np.repeat(in_step[:-1], wanted)]] = True
+    supervised = np.diff(in_step)
+    some = np.maximum((supervised * draw.fraction).astype(np.int64), 1)
+    wanted = np.minimum(some, supervised)  # at least one where there is one
+    keys = draw.numbers(np.arange(index, index + len(steps)), supervised)
+    picked[drawn_from[lowest(keys, supervised, wanted)]] = True
     chosen = np.flatnonzero(picked)
     chosen_in_pack = np.searchsorted(chosen, in_pack)
 
@@ -259,8 +257,8 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
             step_packs[1:].tolist(),
             [0, *ends],
             ends,
-            supervised,
-            wanted,
+            supervised.tolist(),
+            wanted.tolist(),
             strict=False,
         )
     ]

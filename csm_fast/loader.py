@@ -273,8 +273,8 @@ class Packer:
 
     def _build(self, plan: Plan, epoch: int, index: int, purpose: tuple[int, ...]) -> list[StepBatch]:
         block = fill(self.store, self._turns, plan.documents, plan.packs, self._size)
-        generators = numbered_draws(self.data.seed, *purpose)
-        draws = Draw(generators, self.loss.amortization_fraction, self.loss.eos_weight)
+        numbers = numbered_draws(self.data.seed, *purpose)
+        draws = Draw(numbers, self.loss.amortization_fraction, self.loss.eos_weight)
         return batches(block, plan.steps, draws, epoch, index)
 
     def _size(self, rows: int) -> int:

@@ -132,7 +132,8 @@ def one_by_one(
         return sum(p.sum() for p in model.parameters()) * 0.0  # type: ignore[return-value]
     if picked is None:
         wanted = max(1, int(len(frames) * fraction))
-        picked = numbered_draws(0, FRAMES, 0)(0).permutation(len(frames))[:wanted]
+        numbers = numbered_draws(0, FRAMES, 0)(np.array([0]), np.array([len(frames)]))
+        picked = np.argsort(numbers, kind="stable")[:wanted]
     total, picked_total = sum(weights), sum(weights[i] for i in picked)
     loss = torch.zeros((), dtype=states[0].dtype)
     for state, frame, weight in zip(states, frames, weights, strict=True):

@@ -12,7 +12,7 @@ from train_cases import CODEC, TOKENIZER, conversations_of, write_store
 from csm_fast import InputError, loader
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer, read_ahead
-from csm_fast.packing import FRAMES, MAX_POSITIONS, numbered_draws, padded_rows
+from csm_fast.packing import FRAMES, GAMMA, MAX_POSITIONS, lowest, numbered_draws, padded_rows, splitmix
 from csm_fast.store_writer import TokenStoreWriter
 from csm_fast.token_store import TokenStore
 
@@ -106,7 +106,8 @@ def test_weights_and_draws_by_their_definition(path, name):
             of = owner[step.packs[0].target_rows.numpy()]
             ids = np.array([(d.conversation, d.first) for d in documents])[of]
             canonical = np.lexsort((np.arange(len(of)), ids[:, 1], ids[:, 0]))
-            drawn = numbered_draws(0, FRAMES, 0)(step.index).permutation(len(of))[: step.selected]
+            numbers = numbered_draws(0, FRAMES, 0)(np.array([step.index]), np.array([len(of)]))
+            drawn = np.argsort(numbers)[: step.selected]
             np.testing.assert_array_equal(np.sort(canonical[drawn]), picked)
     assert seen > 100
 
@@ -194,15 +195,63 @@ def test_a_padded_pack_longer_than_the_context_wraps_its_positions():
 
 def test_numbered_draws_are_functions_of_their_place_and_number():
     draws = numbered_draws(7, FRAMES, 3)
-    numbers = {n: draws(n).integers(2**62, size=3).tolist() for n in (0, 1, 2, 500_000)}
-    assert len({x for some in numbers.values() for x in some}) == 12
-    for n, some in reversed(numbers.items()):
-        draws(n + 1).random(5)  # what was drawn before, also half a block of it, does not matter
-        draws(3).integers(2**31, size=1, dtype=np.int32)
-        assert draws(n).integers(2**62, size=3).tolist() == some
-        assert numbered_draws(7, FRAMES, 3)(n).integers(2**62, size=3).tolist() == some
-    others = [numbered_draws(*place)(0).integers(2**62) for place in ((8, FRAMES, 3), (7, FRAMES, 4), (7, 3, 3))]
-    assert not {int(x) for x in others} & {x for some in numbers.values() for x in some}
+    numbers, counts = np.array([0, 1, 2, 500_000]), np.array([5, 0, 1000, 17])
+    together = np.split(draws(numbers, counts), np.cumsum(counts)[:-1])
+    assert len(np.unique(np.concatenate(together))) == counts.sum()
+    for number, count, some in zip(numbers, counts, together, strict=True):
+        alone = numbered_draws(7, FRAMES, 3)(np.array([number]), np.array([count + 3]))
+        np.testing.assert_array_equal(alone[:count], some)
+    for place in ((8, FRAMES, 3), (7, FRAMES, 4), (7, 3, 3)):
+        assert not np.isin(numbered_draws(*place)(numbers, counts), np.concatenate(together)).any()
+
+
+def test_numbered_draws_are_splitmix64():
+    # The first outputs for the seed 1234567, as the reference implementation by Vigna (public domain) gives them.
+    states = np.uint64(1234567) + np.arange(1, 6, dtype=np.uint64) * GAMMA
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert splitmix(states).tolist() == expected
+
+
+def test_every_frame_is_drawn_as_often_alone_and_in_pairs():
+    steps, many, wanted = 20_000, 48, 3
+    counts = np.full(steps, many)
+    keys = numbered_draws(1, FRAMES, 0)(np.arange(steps), counts)
+    picked = lowest(keys, counts, np.full(steps, wanted)).reshape(steps, wanted) - np.arange(steps)[:, None] * many
+    drawn = np.zeros((steps, many))
+    np.put_along_axis(drawn, picked, 1.0, 1)
+    assert (drawn.sum(1) == wanted).all()
+    # Counts of frames, of pairs in a step and of frames in steps that follow each other, in standard deviations.
+    share, pair = wanted / many, wanted * (wanted - 1) / (many * (many - 1))
+    pairs, follow = drawn.T @ drawn, drawn[:-1].T @ drawn[1:]
+    for got, chance, trials in (
+        (drawn.sum(0), share, steps),
+        (pairs[np.triu_indices(many, 1)], pair, steps),
+        (follow.ravel(), share * share, steps - 1),
+    ):
+        off = (got - trials * chance) / np.sqrt(trials * chance * (1 - chance))
+        assert np.abs(off).max() < 5 and 0.8 < off.std() < 1.2
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_lowest_is_a_sort_of_each_run(uniform):
+    rng = np.random.default_rng(0)
+    counts = np.array([0, 1, 1, 16, 17, 1000, 0, 5000, 64])
+    wanted = np.array([0, 1, 0, 1, 17, 62, 0, 312, 40])
+    # Large keys only, as no draw would give them, leave too few below the bound; equal keys are taken in order.
+    least = 0 if uniform else (1 << 64) - (1 << 30)
+    keys = rng.integers(least, 1 << 64, counts.sum(), dtype=np.uint64)
+    expected, begin = [], 0
+    for count, some in zip(counts, wanted, strict=True):
+        order = np.argsort(keys[begin : begin + count] >> np.uint64(24), kind="stable")
+        expected += (begin + order[:some]).tolist()
+        begin += count
+    assert lowest(keys, counts, wanted).tolist() == expected
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
