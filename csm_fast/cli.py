@@ -123,6 +123,9 @@ def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
             )
+    if cls.__name__ == "TrainConfig":  # as the other commands call it
+        hidden: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument("--output", "--out", dest="output_dir", metavar="X", **hidden)
     namespace = parser.parse_args(argv)
     return from_flags(cls, namespace, namespace.config)
 

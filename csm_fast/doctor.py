@@ -91,7 +91,7 @@ def report(found: dict[str, Any]) -> list[str]:
         ("gpu", shown),
         ("", ""),
         ("device", found["device"]),
-        ("precision", f"{found['precision']}: " + _precision_reason(found["precision"])),
+        ("precision", f"{found['precision']}: " + _precision_reason(found)),
         ("kernels", f"{found['kernels']}: {found['kernels_why']}"),
         ("attention", found["attention"]),
     ]
@@ -104,11 +104,13 @@ def report(found: dict[str, Any]) -> list[str]:
     return [*lines, "", f"next: {next_command()}"]
 
 
-def _precision_reason(precision: str) -> str:
-    if precision == "bf16":
+def _precision_reason(found: dict[str, Any]) -> str:
+    if found["precision"] == "bf16":
         return "float32 master weights under bf16 autocast, which this machine multiplies fast"
-    if precision == "fp16":
+    if found["precision"] == "fp16":
         return "float32 master weights under fp16 autocast, with loss scaling: this GPU's tensor cores know no bf16"
+    if (found["cpu_passes"] or "").startswith("built") and "(AVX" in found["processor"]:
+        return "PyTorch's bf16 is slow here; csm_fast's own is not: --weights bf16-stochastic takes half the memory"
     return "this machine has no fast bf16"
 
 

@@ -17,6 +17,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:  # its text lists two dozen kinds of devices
+        raise InputError(
+            f"--device {name or '(empty)'} names no device", mend="use auto, cpu, cuda or cuda:1, ..."
+        ) from None
+    try:
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)

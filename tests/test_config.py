@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from csm_fast import InputError
+from csm_fast import InputError, cli
 from csm_fast.config import CSMConfig, TrainConfig
 from csm_fast.config_io import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
+from csm_fast.machine import resolve_device
 from csm_fast.optim import learning_rate, warmup_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,3 +136,18 @@ def test_parser_errors_suggest_the_flag():
     with pytest.raises(InputError, match="did you mean --learning-rate"):
         parse("--learning_rte", "3")
     assert issubclass(Parser, argparse.ArgumentParser)
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:x", ""])
+def test_a_device_that_is_none_is_told_in_a_few_words(name):
+    with pytest.raises(InputError, match=f"--device {name or '.empty.'} names no device; use auto, cpu") as error:
+        resolve_device(name)
+    assert len(str(error.value)) < 80
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--output", "--out", "-o"])
+def test_the_run_goes_where_the_other_commands_flags_would_put_it(flag, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("csm_fast.train.train", lambda config: seen.append(config.run.output_dir) or {"complete": True})
+    assert cli.main(["train", flag, str(tmp_path / "there")]) == 0
+    assert seen == [str(tmp_path / "there")]

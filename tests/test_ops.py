@@ -7,7 +7,7 @@ import torch
 from kernel_cases import interpreted, poisoned
 from model_cases import MICRO_32, MemoryStore, random_conversations, random_model
 
-from csm_fast import cli, ops
+from csm_fast import cli, doctor, ops
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
@@ -77,3 +77,13 @@ def test_doctor_says_what_was_chosen_and_what_to_type(tmp_path, monkeypatch, cap
     (tmp_path / "tokens" / "train").mkdir(parents=True)
     cli.main(["doctor"])
     assert "next: csm-fast-train --data tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("processor", "passes", "hint"),
+    [("AMD EPYC (AVX2)", "built by g++", True), ("AMD EPYC (AVX2)", "no C++ compiler", False), ("arm", "built", False)],
+)
+def test_doctor_tells_of_bf16_where_only_our_own_is_fast(processor, passes, hint):
+    found = doctor.examine() | {"precision": "fp32", "processor": processor, "cpu_passes": passes}
+    (line,) = (line for line in doctor.report(found) if line.startswith("precision"))
+    assert ("--weights bf16-stochastic" in line) is hint
