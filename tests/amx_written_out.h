@@ -101,6 +101,7 @@ inline void add_products(int sums, int a, int b) {
 #define _tile_loadconfig tiles_written_out::load_shapes
 #define _tile_release tiles_written_out::release
 #define _tile_loadd tiles_written_out::load
+#define _tile_stream_loadd tiles_written_out::load
 #define _tile_stored tiles_written_out::store
 #define _tile_zero tiles_written_out::zero
 #define _tile_dpbf16ps tiles_written_out::add_products

@@ -116,6 +116,9 @@ INLINE void put_lane(bf16* to, Floats x) {
 INLINE void put_lanes(bf16* to, Floats low, Floats high) {
     store_bits(to, (Bits)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
+INLINE void stream_lanes(bf16* to, Floats low, Floats high) {
+    stream_bits(to, (Bits)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
 
 #else
 

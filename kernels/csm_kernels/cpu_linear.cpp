@@ -19,7 +19,7 @@ namespace {
 
 #ifdef HAS_TILES
 constexpr int64_t STRIP = BLOCK_SIDE;        // columns of the right matrix that lie together as pairs
-constexpr int64_t PANEL_BYTES = 1 << 19;     // of so many strips, a quarter of a second-level cache
+constexpr int64_t PANEL_BYTES = 1 << 20;     // of so many strips, half of a second-level cache
 constexpr int64_t AHEAD = 4;                 // pairs of rows that are asked for ahead of their use
 constexpr int64_t PART = 2048;               // of the inner dimension at once, about
 #elif defined(ADDS_PAIRS)
@@ -28,11 +28,15 @@ constexpr int64_t PANEL = 64;  // columns of the right matrix at once
 constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
 #endif
 #ifdef HAS_TILES
-constexpr int64_t PIECE = 2 * BLOCK_SIDE;
+constexpr int64_t PIECE = 4 * BLOCK_SIDE;
 #else
 constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
 #endif
-constexpr int64_t BLOCK = PIECE;  // rows of a transposed left matrix at once
+#ifdef HAS_TILES
+constexpr int64_t BLOCK = 2 * PIECE;  // rows of a transposed left matrix at once
+#else
+constexpr int64_t BLOCK = PIECE;
+#endif
 
 struct Matrix {
     const bf16* data;
@@ -200,11 +204,8 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
     const int64_t stride = p.piece_stride();
     if (p.sums) {
         float* sums = p.sums + first * p.sums_stride() + column;
-        for (int64_t strip = 0; strip < padded; strip += STRIP) {
-            const int64_t some = std::min(STRIP, padded - strip);
-            multiply(a, a_stride, last - first, b + strip * p.pairs(), some, some, p.depth(), sums + strip, p.sums_stride(),
-                     p.is_first ? nullptr : sums + strip);
-        }
+        multiply_strips(a, a_stride, last - first, b, p.pairs() * STRIP, padded, p.depth(), sums, p.sums_stride(),
+                        p.is_first ? static_cast<const float*>(nullptr) : sums);
         for (int64_t i = 0; p.is_last && i < last - first; ++i, sums += p.sums_stride()) {
             if (plus) copy_rows(plus + i * p.columns, p.columns, 1, width, out, stride);
             for (int64_t j = 0; j < padded; j += LANE) put_lane(out + j, plus ? load(sums + j) + load(out + j) : load(sums + j));
@@ -212,12 +213,13 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
         }
         return;
     }
-    if (plus) copy_rows(plus, p.columns, last - first, width, out, stride);
-    for (int64_t strip = 0; strip < padded; strip += STRIP) {
-        const int64_t some = std::min(STRIP, padded - strip);
-        multiply(a, a_stride, last - first, b + strip * p.pairs(), some, some, p.depth(), out + strip, stride,
-                 plus ? out + strip : nullptr);
+    if (width % STRIP == 0 && p.columns % LINE == 0 && reinterpret_cast<uintptr_t>(c) % 64 == 0) {
+        multiply_strips(a, a_stride, last - first, b, p.pairs() * STRIP, width, p.depth(), c, p.columns, plus, true);
+        return;
     }
+    if (plus) copy_rows(plus, p.columns, last - first, width, out, stride);
+    const bf16* added = plus ? out : nullptr;
+    multiply_strips(a, a_stride, last - first, b, p.pairs() * STRIP, padded, p.depth(), out, stride, added);
     for (int64_t i = 0; i < last - first; ++i) stream(out + i * stride, c + i * p.columns, width);
 #else
     (void)piece;
@@ -326,9 +328,12 @@ void product(const Product& p, Panels& panels, const Room& room) {
     for (int64_t i = 0; i < blocks; ++i) {
         const Share rows = share(p.rows, static_cast<int>(i), static_cast<int>(blocks));
         turn(p, rows.first, rows.last, own);
+        const bf16* left = reinterpret_cast<const bf16*>(own);
         for (int64_t panel = 0; panel < p.panels(); ++panel) {
-            panel_product(p, panel, shared + panel * p.panel_size(), reinterpret_cast<const bf16*>(own), 2 * stride,
-                          rows.first, rows.last, piece);
+            for (int64_t first = rows.first; first < rows.last; first += PIECE) {
+                panel_product(p, panel, shared + panel * p.panel_size(), left + (first - rows.first) * 2 * stride, 2 * stride,
+                              first, std::min(rows.last, first + PIECE), piece);
+            }
         }
     }
 }

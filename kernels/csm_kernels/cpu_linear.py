@@ -1,6 +1,6 @@
 """Matrix products of a CPU's linear layers, forward and backward.
 
-In bf16, on processors with AVX512-BF16 or AVX2, by the library built for this processor (``cpu_linear.cpp``),
+In bf16, on processors with AMX, AVX512-BF16 or AVX2, by the library built for this processor (``cpu_linear.cpp``),
 elsewhere PyTorch's.
 """
 

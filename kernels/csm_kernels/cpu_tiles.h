@@ -57,11 +57,17 @@ inline void shape_tiles(int64_t rows) {
 }
 
 // Strides of tiles are bytes. All loads come first: where another thread of the core multiplies too, as on rented machines,
-// that takes 85 ns, loads and products in turns 104, and otherwise the same.
-template <int I, int J>
+// that takes 85 ns, loads and products in turns 104, and otherwise the same. A right matrix that is IN_SECOND level's cache
+// passes the first one by (TILELOADDT1), so that the left one stays there.
+template <int I, int J, bool IN_SECOND>
 INLINE void add_step(const bf16* a, int64_t a_bytes, const uint32_t* b, int64_t b_bytes) {
-    _tile_loadd(6, b, b_bytes);
-    if constexpr (J == 2) _tile_loadd(7, b + TILE, b_bytes);
+    if constexpr (IN_SECOND) {
+        _tile_stream_loadd(6, b, b_bytes);
+        if constexpr (J == 2) _tile_stream_loadd(7, b + TILE, b_bytes);
+    } else {
+        _tile_loadd(6, b, b_bytes);
+        if constexpr (J == 2) _tile_loadd(7, b + TILE, b_bytes);
+    }
     _tile_loadd(4, a, a_bytes);
     if constexpr (I == 2) _tile_loadd(5, a + TILE * a_bytes / 2, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -69,6 +75,35 @@ INLINE void add_step(const bf16* a, int64_t a_bytes, const uint32_t* b, int64_t 
     if constexpr (I == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (I == 2 && J == 2) _tile_dpbf16ps(3, 5, 7);
 }
+
+// Rows of sums, of a whole block's width or half of it, that are yet to be rounded and written: a few beside each step of the
+// next block, which does not wait for them.
+struct Unwritten {
+    const float* sums;  // rows BLOCK_SIDE apart
+    int64_t rows, columns;
+    bf16* to;
+    int64_t stride;  // of `to` and `plus`
+    const bf16* plus;
+    bool is_aligned;  // whole cache lines, which are written past the caches
+
+    INLINE void write(int64_t count) {
+        for (count = std::min(count, rows), rows -= count; count > 0; --count, sums += BLOCK_SIDE, to += stride) {
+            Floats low = load(sums);
+            if (columns == BLOCK_SIDE) {
+                Floats high = load(sums + TILE);
+                if (plus) low += load(plus), high += load(plus + TILE);
+                if (is_aligned) {
+                    stream_lanes(to, low, high);
+                } else {
+                    put_lanes(to, low, high);
+                }
+            } else {
+                put_lane(to, plus ? low + load(plus) : low);
+            }
+            if (plus) plus += stride;
+        }
+    }
+};
 
 // A matrix's part of a step's depth, and what lies behind the last whole step, with zeros, in rows of 64 and 128 bytes.
 struct Operands {
@@ -78,10 +113,13 @@ struct Operands {
     bool has_rest;
 };
 
-// sums [I tiles, J tiles] = from + a b; from null: a b. The rows of both are `stride` floats apart.
-template <int I, int J>
-inline __attribute__((noinline)) void block(const Operands& x, float* sums, const float* from, int64_t stride) {
+// sums [I tiles, J tiles] = from + a b; from null: a b. The rows of both are `stride` floats apart. What was unwritten is written
+// before sums are, so it may lie there.
+template <int I, int J, bool IN_SECOND>
+inline __attribute__((noinline)) void block(const Operands& x, float* sums, const float* from, int64_t stride,
+                                            Unwritten& before) {
     const int64_t bytes = stride * 4, a_bytes = x.a_stride * 2, b_bytes = x.b_stride * 4;
+    const int64_t each = x.steps ? (before.rows + x.steps - 1) / x.steps : 0;
     written();
     if (from) {
         _tile_loadd(0, from, bytes);
@@ -95,9 +133,11 @@ inline __attribute__((noinline)) void block(const Operands& x, float* sums, cons
         if constexpr (I == 2 && J == 2) _tile_zero(3);
     }
     for (int64_t i = 0; i < x.steps; ++i) {
-        add_step<I, J>(x.a + i * BLOCK_SIDE, a_bytes, x.b + i * TILE * x.b_stride, b_bytes);
+        add_step<I, J, IN_SECOND>(x.a + i * BLOCK_SIDE, a_bytes, x.b + i * TILE * x.b_stride, b_bytes);
+        if constexpr (IN_SECOND) before.write(each);
     }
-    if (x.has_rest) add_step<I, J>(x.a_rest, BLOCK_SIDE * 2, x.b_rest, BLOCK_SIDE * 4);
+    if (x.has_rest) add_step<I, J, false>(x.a_rest, BLOCK_SIDE * 2, x.b_rest, BLOCK_SIDE * 4);
+    if constexpr (IN_SECOND) before.write(before.rows);
     // Of a row, the last columns first.
     if constexpr (J == 2) _tile_stored(1, sums + TILE, bytes);
     if constexpr (I == 2 && J == 2) _tile_stored(3, sums + TILE * stride + TILE, bytes);
@@ -105,26 +145,16 @@ inline __attribute__((noinline)) void block(const Operands& x, float* sums, cons
     if constexpr (I == 2) _tile_stored(2, sums + TILE * stride, bytes);
 }
 
-inline void run_block(int64_t rows, int64_t columns, const Operands& x, float* sums, const float* from, int64_t stride) {
+template <bool IN_SECOND>
+inline void run_block(int64_t rows, int64_t columns, const Operands& x, float* sums, const float* from, int64_t stride,
+                      Unwritten& before) {
     shape_tiles(rows);
     if (rows > TILE) {
-        columns > TILE ? block<2, 2>(x, sums, from, stride) : block<2, 1>(x, sums, from, stride);
+        columns > TILE ? block<2, 2, IN_SECOND>(x, sums, from, stride, before)
+                       : block<2, 1, IN_SECOND>(x, sums, from, stride, before);
     } else {
-        columns > TILE ? block<1, 2>(x, sums, from, stride) : block<1, 1>(x, sums, from, stride);
-    }
-}
-
-// A block of sums, or plus + them, to memory.
-INLINE void put_block(const float* sums, int64_t rows, int64_t columns, bf16* c, int64_t c_stride, const bf16* plus) {
-    for (int64_t i = 0; i < rows; ++i, sums += BLOCK_SIDE, c += c_stride) {
-        Floats low = load(sums);
-        if (columns == BLOCK_SIDE) {
-            Floats high = load(sums + TILE);
-            if (plus) low += load(plus + i * c_stride), high += load(plus + i * c_stride + TILE);
-            put_lanes(c, low, high);
-        } else {
-            put_lane(c, plus ? low + load(plus + i * c_stride) : low);
-        }
+        columns > TILE ? block<1, 2, IN_SECOND>(x, sums, from, stride, before)
+                       : block<1, 1, IN_SECOND>(x, sums, from, stride, before);
     }
 }
 
@@ -136,6 +166,7 @@ inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, con
     alignas(64) bf16 a_rest[HIGH * BLOCK_SIDE];
     alignas(64) uint32_t b_rest[TILE * BLOCK_SIDE];
     const int64_t whole = inner / BLOCK_SIDE * BLOCK_SIDE, rest = inner - whole;
+    Unwritten before = {};
     for (int64_t top = 0; top < rows; top += HIGH) {
         const int64_t count = std::min(HIGH, rows - top);
         const bf16* left = a + top * a_stride;
@@ -158,16 +189,59 @@ inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, con
                     const Operands x{left + row * a_stride + k, a_rest + row * BLOCK_SIDE, b + k / 2 * b_stride + column, b_rest,
                                      a_stride, b_stride, (std::min(whole, k + DEPTH) - k) / BLOCK_SIDE, is_last && rest};
                     if constexpr (std::is_same<T, float>::value) {
-                        run_block(some, width, x, c + at, k ? c + at : plus ? plus + at : nullptr, c_stride);
+                        run_block<false>(some, width, x, c + at, k ? c + at : plus ? plus + at : nullptr, c_stride, before);
                     } else {
                         float* to = inner > DEPTH ? sums + row * BLOCK_SIDE : sums;
-                        run_block(some, width, x, to, k ? to : nullptr, BLOCK_SIDE);
-                        if (is_last) put_block(to, some, width, c + at, c_stride, plus ? plus + at : nullptr);
+                        run_block<false>(some, width, x, to, k ? to : nullptr, BLOCK_SIDE, before);
+                        if (!is_last) continue;
+                        before = {to, some, width, c + at, c_stride, plus ? plus + at : nullptr, false};
+                        before.write(some);  // at once: beside the next products it was a fifth slower for the heads
                     }
                 }
             }
         }
     }
+}
+
+// The same with a right matrix of many columns in the second-level cache: strips of 32 columns one after the other, [inner / 2,
+// 32] of pairs each, the last one perhaps of 16, `strip_size` apart. Up to 32 rows of the left matrix meet all strips before
+// the next rows come, so they stay in the first-level cache where they are short enough, and the strips pass it by. `is_aligned`:
+// c's columns are whole cache lines, and are written past the caches. The thread has `Tiles`.
+template <class T>
+inline void multiply_strips(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t strip_size,
+                            int64_t columns, int64_t inner, T* c, int64_t c_stride, const T* plus,
+                            bool is_aligned = false) {
+    alignas(64) float sums[BLOCK_SIDE * BLOCK_SIDE];
+    alignas(64) bf16 a_rest[BLOCK_SIDE * BLOCK_SIDE];
+    alignas(64) uint32_t b_rest[TILE * BLOCK_SIDE];
+    const int64_t whole = inner / BLOCK_SIDE * BLOCK_SIDE, rest = inner - whole;
+    Unwritten before = {};
+    for (int64_t top = 0; top < rows; top += BLOCK_SIDE) {
+        const int64_t count = std::min(BLOCK_SIDE, rows - top);
+        const bf16* left = a + top * a_stride;
+        for (int64_t i = 0; rest && i < count; ++i) {
+            store_bits(a_rest + i * BLOCK_SIDE, load_some(left + i * a_stride + whole, rest));
+        }
+        for (int64_t column = 0; column < columns; column += BLOCK_SIDE) {
+            const int64_t width = std::min(BLOCK_SIDE, columns - column), at = top * c_stride + column;
+            const uint32_t* right = b + column / BLOCK_SIDE * strip_size;
+            for (int64_t i = 0; rest && i < TILE; ++i) {
+                for (int64_t j = 0; j < width; j += TILE) {
+                    const uint32_t* from = right + (whole / 2 + i) * width + j;
+                    store_bits(b_rest + i * BLOCK_SIDE + j, 2 * i < rest ? load_bits(from) : Bits{});
+                }
+            }
+            const Operands x{left, a_rest, right, b_rest, a_stride, width, whole / BLOCK_SIDE, rest > 0};
+            const T* added = plus ? plus + at : nullptr;
+            if constexpr (std::is_same<T, float>::value) {
+                run_block<true>(count, width, x, c + at, added, c_stride, before);
+            } else {
+                run_block<true>(count, width, x, sums, nullptr, BLOCK_SIDE, before);
+                before = {sums, count, width, c + at, c_stride, added, is_aligned};
+            }
+        }
+    }
+    before.write(before.rows);
 }
 
 #else
