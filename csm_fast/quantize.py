@@ -133,7 +133,8 @@ def _nf4_linear() -> type:
             if torch.compiler.is_compiling() and state.nested:
                 tensors = state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset
                 return _nf4_product(x.to(dtype), self.weight, *tensors, list(state.shape), state.dtype, False)
-            return bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state)
+            # Turned, as bitsandbytes' own layer calls it: before 0.50 it multiplies by whatever comes, as that lies.
+            return bnb.matmul_4bit(x.to(dtype), self.weight.t(), quant_state=state)
 
     return NF4Linear
 
