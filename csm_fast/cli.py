@@ -150,6 +150,10 @@ def _set_up_training(run: Any) -> None:
     # Compiled layers are kept where they outlast a restart of the machine. Read when the first one is compiled.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm_fast" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    # Packs of many sizes leave holes between the blocks of CUDA's allocator, up to an eighth of the memory; segments
+    # that grow have none. Read when CUDA is first used.
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if run.keep_freed_memory:
         from .machine import keep_freed_memory, resolve_device
 

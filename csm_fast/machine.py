@@ -25,6 +25,8 @@ def resolve_device(name: str) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # for what asks for the current one's abilities, and keeps nothing on another
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--device {name} is not there ({str(error).splitlines()[0]})", mend="use auto or cpu"

@@ -25,6 +25,7 @@ from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from .memory_weights import LAYER_LINEARS, Weight
 
 MOST_SCORES = 2**21  # that a CPU's attention holds at once
+CUDA_SCORES = 2**24  # and packed_attention on a card, or for numbers, that no variable-length kernel serves
 BLOCK_ROWS = 64  # of queries that it takes at a time, of a segment of speech
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
@@ -43,6 +44,7 @@ class Setup:
         dropout: the adapters have one.
         in_backward: each weight is updated as soon as its gradient is there.
         packs: per optimizer step; from the second on, gradients are there from the start.
+        varlen: on CUDA a variable-length kernel serves the packed attention: from sm_80 on, in bf16 and fp16.
     """
 
     device: str
@@ -53,6 +55,7 @@ class Setup:
     dropout: bool = False
     in_backward: bool = False
     packs: int = 1
+    varlen: bool = True
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,14 @@ class Layers:
         if self.setup.device == "cuda":
             if not stack.packed:
                 return n * (width + 2 * kv) * c if backward else 0
+            if not self.setup.varlen:
+                # By formula, in float32: some of a key-value head's scores in each of three matrices, forward, and of a
+                # segment as long as the context; the groups' rows and what comes of them.
+                longest = min(n, config.max_seq_len)
+                of_one = longest * longest * config.num_heads // config.num_kv_heads
+                scores = min(max(CUDA_SCORES, of_one), n * longest * config.num_heads)
+                rows = int(GROUP_PADDING * n) * ((4 * width + 2 * kv) * c if backward else (2 * width + 2 * kv) * c)
+                return 12 * scores + rows
             # flash-attn's: dq in float32, and dk and dv for every query head before they are added up.
             return n * width * (4 + 3 * c) + 2 * n * kv * c if backward else 0
         # Segments of a length come together, perhaps half of a pack's rows.

@@ -220,7 +220,7 @@ def aot(
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, dict(constexprs), attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}  # as all launches say
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _resource_usage(compiled.asm["cubin"])
     asm = {kind: text for kind, text in compiled.asm.items() if isinstance(text, str)}

@@ -205,18 +205,18 @@ BACKENDS += [pytest.param("cuda", name, marks=GPU, id=name) for name in ("groups
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Make ``packed_attention`` take this one, or skip the test."""
     if backend == "flash-attn":
-        found = packed_attention_module._varlen_library.__wrapped__()
+        found = packed_attention_module._varlen_library.__wrapped__(torch.cuda.current_device())
         if found != "flash-attn":
             pytest.skip("flash-attn is not installed, or not for this PyTorch")
     elif backend == "torch varlen":
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "flash_attn", None)
-            found = packed_attention_module._varlen_library.__wrapped__()
+            found = packed_attention_module._varlen_library.__wrapped__(torch.cuda.current_device())
         if not found:
             pytest.skip("this PyTorch has no torch.nn.attention.varlen")
     else:
         found = ""
-    monkeypatch.setattr(packed_attention_module, "_varlen_library", lambda: found)
+    monkeypatch.setattr(packed_attention_module, "_varlen_library", lambda device: found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -305,4 +305,5 @@ def adamw_(
             TILE=TILE,
             QUANTIZED=QUANTIZED,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )

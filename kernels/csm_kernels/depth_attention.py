@@ -282,6 +282,7 @@ def _meta(q: Tensor, k: Tensor, backward: bool) -> dict:
         "D": width,
         "SCALE": 1 / math.sqrt(width),
         "num_warps": _num_warps(q.element_size(), backward),
+        "enable_fp_fusion": True,
     }
 
 

@@ -224,6 +224,7 @@ def launch_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_t
                 ROUND=_FORWARD["round"],
                 num_warps=num_warps,
                 num_stages=1,
+                enable_fp_fusion=True,
             )
     return out
 
@@ -257,7 +258,7 @@ def launch_backward(
     partial = torch.empty((2 * (cuts + 1), width), dtype=torch.float32, device=grad.device)
     block_d, blocks, num_warps = _columns(width, _BACKWARD["block_d"])
     meta = {"D": width, "CHUNK": _CHUNK, "BLOCK_D": block_d, "COMPACT": place is not None}
-    options = {"num_warps": num_warps, "num_stages": 1}
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
     place = keys if place is None else place
     with torch.cuda.device_of(grad):
         _sum_kernel[(pieces, blocks)](

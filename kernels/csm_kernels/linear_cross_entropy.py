@@ -127,6 +127,7 @@ def launch_softmax_cross_entropy_(
                 BLOCK=block,
                 WANTS_GRAD=wants_grad,
                 num_warps=num_warps,
+                enable_fp_fusion=True,  # of Triton 3.10 the default is not
             )
     return losses, logits
 

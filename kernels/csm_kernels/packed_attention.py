@@ -66,11 +66,18 @@ class Plan:
     bounds: Tensor
     longest: int
     folds: dict[tuple[int, int], Fold] = field(default_factory=dict, repr=False, compare=False)
+    copies: dict[torch.device, Groups] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def groups(self) -> Groups:
         """On the CPU; made on first use, because what runs on CUDA and the CPU's library do without."""
         return _groups(self.bounds.numpy())
+
+    def groups_on(self, device: torch.device) -> Groups:
+        """Copied there once: a copy from pageable memory waits for the device."""
+        if device not in self.copies:
+            self.copies[device] = self.groups.to(device)
+        return self.copies[device]
 
     def fold(self, heads: int, kv_heads: int) -> Fold:
         """The order of rows in ``folded_attention``, made once."""
@@ -202,16 +209,26 @@ def _join(parts: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> Tensor
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, groups.restore)
 
 
-MOST_SCORES = 2**27  # of a group that are there at once, in a handful of float32 matrices: 512 MiB each
+MOST_SCORES = 2**24  # of a group that are there at once, in a handful of float32 matrices: 64 MiB each
 
 
-def _in_pieces(form: Callable[..., tuple[Tensor, ...]], *group: Tensor) -> tuple[Tensor, ...]:
-    """What ``form`` makes of a group's tensors [g, ...], the first of them [g, heads, length, d], with no more than
-    ``MOST_SCORES`` scores at once, or those of one segment."""
+def _in_pieces(form: Callable[..., tuple[Tensor, ...]], kv_heads: int, *group: Tensor) -> tuple[Tensor, ...]:
+    """What ``form`` makes of a group's tensors [g, heads or kv heads, length, ...], the first of them with all heads
+    and no more than ``MOST_SCORES`` scores at once, or those of one segment and one key-value head."""
     _, heads, length, _ = group[0].shape
     some = max(1, MOST_SCORES // (heads * length * length))
-    results = [form(*piece) for piece in zip(*(x.split(some) for x in group), strict=True)]
-    return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
+    parts = min(kv_heads, -(-heads * length * length // MOST_SCORES)) if some == 1 else 1
+    while kv_heads % parts:
+        parts += 1
+    results = []
+    for piece in zip(*(x.split(some) for x in group), strict=True):
+        by_head = zip(*(x.chunk(parts, 1) for x in piece), strict=True)
+        results.append(_joined([form(*few) for few in by_head], 1))
+    return _joined(results, 0)
+
+
+def _joined(results: list[tuple[Tensor, ...]], dim: int) -> tuple[Tensor, ...]:
+    return results[0] if len(results) == 1 else tuple(torch.cat(some, dim) for some in zip(*results, strict=True))
 
 
 def _on_cpu(q: Tensor) -> bool:
@@ -247,9 +264,9 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tu
     with torch.autocast(q.device.type, enabled=False):  # which would narrow what is widened here
         if _on_cpu(q):
             return _attend_on_cpu(q, k, v, plan)
-        groups = plan.groups.to(q.device)
+        groups, kv_heads = plan.groups_on(q.device), k.shape[1]
         parts = zip(*(_split(_gather(x, groups), groups) for x in (q, k, v)), strict=True)
-        outs, lses = zip(*(_in_pieces(attention_reference, *part) for part in parts), strict=True)
+        outs, lses = zip(*(_in_pieces(attention_reference, kv_heads, *part) for part in parts), strict=True)
         return _join(outs, groups, q.dtype), _join(lses, groups, lses[0].dtype)
 
 
@@ -266,14 +283,14 @@ def _packed_attention_backward(
     plan = _plan_for(q, cu_seqlens)
     if _on_cpu(q):
         return _attend_on_cpu_backward(grad, q, k, v, plan, out, lse)
-    groups = plan.groups.to(q.device)
+    groups, kv_heads = plan.groups_on(q.device), k.shape[1]
     grad = _gather(grad, groups)
     if groups.padding.numel():
         # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
         grad.index_fill_(0, groups.padding, 0)
     inputs = (grad, *(_gather(x, groups) for x in (q, k, v, out, lse)))
     parts = zip(*(_split(x, groups) for x in inputs), strict=True)
-    grads = zip(*(_in_pieces(attention_backward_reference, *part) for part in parts), strict=True)
+    grads = zip(*(_in_pieces(attention_backward_reference, kv_heads, *part) for part in parts), strict=True)
     grad_q, grad_k, grad_v = (_join(results, groups, q.dtype) for results in grads)
     return grad_q, grad_k, grad_v
 
@@ -301,12 +318,15 @@ _packed_attention.register_autograd(_backward, setup_context=_setup_context)
 @torch.compiler.assume_constant_result
 def varlen_backend(device_type: str, dtype: torch.dtype) -> str:
     """The library whose variable-length kernel serves this device and dtype: "flash-attn", "torch", or "" for none."""
-    return _varlen_library() if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else ""
+    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return _varlen_library(device)
 
 
 @functools.cache
-def _varlen_library() -> str:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+def _varlen_library(device: int | None) -> str:
+    if device is not None and torch.cuda.get_device_capability(device) < (8, 0):
         return ""  # both are built for Ampere and later
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
@@ -318,7 +338,9 @@ def _varlen_library() -> str:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except ImportError:
         return ""
-    return "torch"
+    # Some builds have the function and no kernel behind it.
+    built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    return "torch" if device is None or built() else ""
 
 
 @torch.compiler.assume_constant_result
