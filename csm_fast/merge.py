@@ -21,7 +21,7 @@ from torch import nn
 from .adapter_files import adapter_size, load_adapters, load_base
 from .adapter_formats import ADAPTER_CONFIG, SavedAdapter
 from .adapters import adapted_weight
-from .checkpoint import read_record, write_record
+from .checkpoint import STATE, read_record, write_record
 from .command_config import MergeConfig, VerifyAdapterConfig
 from .convert import save_model
 from .errors import InputError
@@ -109,13 +109,16 @@ def merge(config: MergeConfig) -> None:
         InputError: no such adapter or base, they do not belong together, the merged model's loss has drifted, or it
             would be written over an adapter.
     """
-    if (Path(config.out).expanduser() / ADAPTER_CONFIG).exists():
+    check_out(Path(config.out).expanduser())
+    model, saved = load_base(config.adapter, config.base)
+    if (base := Path(str(saved.base)).expanduser()).exists() and base.resolve() == Path(
+        config.out
+    ).expanduser().resolve():
         raise InputError(
-            "holds an adapter, and a run could not continue from it with a whole model beside it",
+            "is the base that the adapter was trained on, and that would be gone",
             file=config.out,
             mend="give --out a directory of its own",
         )
-    model, saved = load_base(config.adapter, config.base)
     log.info("Base      %s", saved.base)
     log.info("Adapter   %s", describe(saved))
     probe = read_probe(config.adapter)
@@ -128,6 +131,19 @@ def merge(config: MergeConfig) -> None:
     if record := read_record(config.adapter):
         write_record(Path(config.out), record)
     log.info("Model     %s (%s)", config.out, config.dtype)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a directory that holds something else than an earlier model."""
+    kinds = {
+        "an adapter": [out / ADAPTER_CONFIG],
+        "a checkpoint, and a run could not continue from it with another model in it": [out / STATE],
+        "a token store": [out / "manifest.json", *out.glob("*/manifest.json")],
+        "a run": [*out.glob("step-*")],
+    }
+    for kind, files in kinds.items():
+        if any(file.exists() for file in files):
+            raise InputError(f"holds {kind}", file=out, mend="give --out a directory of its own")
 
 
 def verify(config: VerifyAdapterConfig) -> None:
@@ -148,8 +164,9 @@ def verify(config: VerifyAdapterConfig) -> None:
     log.info("Base      %s", saved.base)
     log.info("Adapter   %s", describe(saved))
     log.info("Probe     %d rows, loss %.6f when it was saved (%s)", probe.pack.rows, probe.loss, probe.name)
+    allowed = probe.allowed(probe.loss_of(model) if probe.silenced is None else probe.silenced)
     load_adapters(model, config.adapter, compute_dtype=probe.dtype, device=device)  # quantised there, as in training
-    _check(probe, "loaded", probe.loss_of(model.to(device), device), probe.allowed)
+    _check(probe, "loaded", probe.loss_of(model.to(device), device), allowed)
     del model  # one at a time
     model, saved = load_base(config.adapter, config.base)
     _merge_and_check(model.to(device), saved, probe, device)
@@ -160,9 +177,10 @@ def _merge_and_check(model: CSM, saved: SavedAdapter, probe: Probe | None, devic
         replace_whole(model, saved)
         add_adapters(model, saved)
         return
-    log.info("Base      loss %.6f", probe.loss_of(model, device))
+    base = probe.loss_of(model, device)
+    log.info("Base      loss %.6f", base)
     replace_whole(model, saved)
-    allowed = probe.allowed
+    allowed = probe.allowed(base)
     if probe.silenced is not None:
         plain = probe.loss_of(model, device)
         shift = abs(probe.silenced - plain)

@@ -26,8 +26,10 @@ PROBE, PROBE_LOSS = "probe.safetensors", "probe.json"
 PROBE_ROWS, PROBE_FRAMES = 384, 32  # at most; one longer conversation is taken whole
 _TENSORS = ("tokens", "is_audio", "target_rows", "target_weights", "decoder_index", "decoder_weights")
 
-# Largest relative drift of a probe's loss that is rounding, by the type that products are computed in.
+# Largest relative drift of a probe's loss that is rounding, by the type that products are computed in; and what is
+# allowed however little the adapter changes the loss.
 ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+LEAST = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2.5e-3, torch.float16: 2.5e-3}
 
 
 class Probe:
@@ -42,10 +44,10 @@ class Probe:
         """Of the type."""
         return str(self.dtype).removeprefix("torch.")
 
-    @property
-    def allowed(self) -> float:
-        """Largest relative drift that is rounding."""
-        return ALLOWED[self.dtype]
+    def allowed(self, base: float) -> float:
+        """Largest relative drift that is rounding, where the base alone has this loss. At most half of what the adapter
+        changes, so that one that does nothing, or harm, is told from one that is there."""
+        return max(LEAST[self.dtype], min(ALLOWED[self.dtype], self.drift(base) / 2))
 
     def drift(self, loss: float) -> float:
         """Of a loss from the stored one, relative to it."""

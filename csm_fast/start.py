@@ -19,6 +19,7 @@ from .config import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, T
 from .config_io import read_mapping
 from .convert import load_model
 from .errors import InputError
+from .loss import coefficients
 from .model import CSM, vocabulary
 from .model_files import read_json
 from .model_shape import config_from_json
@@ -217,7 +218,8 @@ def check_data(
     return {"codec": stores[0].codec, "text_tokenizer": stores[0].text_tokenizer}
 
 
-# What decides which frames step N sees. A run continued under another value would be neither run.
+# What decides which frames step N sees. A run continued under another value would be neither run; nor would one
+# continued under another loss, or from another model.
 POSITIONAL = (
     "batch_size",
     "batch_rows",
@@ -234,6 +236,13 @@ def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
     data = dataclasses.asdict(config.data)
     shards = json.dumps(store.manifest["shards"], sort_keys=True).encode()
     identity = {**{key: data[key] for key in POSITIONAL}, "method": config.adapter.method}
+    # Losses of two formulas cannot be compared, so there would be no best checkpoint.
+    a, b = coefficients(config.loss, store.num_codebooks)
+    identity.update(loss=f"{a:g} CE0 + {b:g} CEd", eos_weight=config.loss.eos_weight)
+    if config.adapter.method != "full":  # what the adapters were saved with would be another model
+        identity.update(lora_alpha=config.adapter.alpha, rslora=config.adapter.rslora)
+    if config.model.from_scratch and config.model.model in NAMED_SHAPES:
+        identity["model"] = config.model.model
     if config.data.batch_rows is not None:
         identity["pack_rows"] = config.data.pack_rows
     return {**identity, "tokens": hashlib.sha256(shards).hexdigest()[:16]}

@@ -382,7 +382,8 @@ class Trainer:
             settings = self.run_dir / "config.yaml"
             if settings.exists() and not settings.read_bytes().startswith(RESOLVED.encode()):
                 settings = self.run_dir / "config.resolved.yaml"  # the other one is the user's own, with its comments
-            ckpt.write_text(settings, dump_yaml(self.config))
+            if self.state["step"] < self.total_steps or not settings.exists():  # or it would tell of a run that is none
+                ckpt.write_text(settings, dump_yaml(self.config))
             path = self.run_dir / "metrics.jsonl"
             rows = [r for r in read_metrics(path) if self.resumed and r["step"] <= self.state["step"]]
             ckpt.write_text(path, "".join(map(metrics_line, rows)))

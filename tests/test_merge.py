@@ -159,6 +159,62 @@ def test_a_damaged_adapter_drifts(kind, dtype, base, tmp_path):
         assert not (tmp_path / "merged").exists()
 
 
+WEAK = {"lora": 0.3, "qlora": 0.2}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_a_weak_adapter_that_does_nothing_or_harm_drifts(kind, factor, base, tmp_path, told):
+    """In bf16, where more than such an adapter changes would pass for rounding."""
+    model = adapter_on(base, tmp_path / "strong", kind, torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(WEAK[kind])
+    save_adapter(model, tmp_path / "adapter")
+    probe.save_probe(model, make_pack(), tmp_path / "adapter")
+    saved = probe.read_probe(tmp_path / "adapter")
+    changes = saved.drift(saved.loss_of(load_model(base)) if kind == "lora" else saved.silenced)
+    assert 3e-3 < changes < 1e-2
+    arguments = VerifyAdapterConfig(adapter=str(tmp_path / "adapter"), device="cpu")
+    merge.verify(arguments)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t * factor if "lora_B" in name else t for name, t in tensors.items()}, file)
+    with pytest.raises(InputError, match="the loaded model's loss is .* a drift of"):
+        merge.verify(arguments)
+
+
+@pytest.mark.parametrize(
+    ("base_loss", "allowed"), [(5.0, 1e-2), (7.0, 1e-2), (7.1, 0.1 / 7 / 2), (7.001, 2.5e-3), (6.95, 0.05 / 7 / 2)]
+)
+def test_drift_is_bounded_by_half_of_what_the_adapter_changes(base_loss, allowed):
+    found = probe.Probe(None, 7.0, torch.bfloat16).allowed(base_loss)
+    assert found == pytest.approx(max(2.5e-3, allowed) if base_loss != 7.0 else 2.5e-3)
+
+
+@pytest.mark.parametrize("what", ["the base", "a run", "a checkpoint", "a token store"])
+def test_merging_never_takes_the_place_of_something_else(what, base, tmp_path, capfd):
+    adapter_on(base, tmp_path / "adapter")
+    out = tmp_path / "out"
+    if what == "the base":
+        out = tmp_path / "base"
+    elif what == "a run":
+        (out / "step-000003").mkdir(parents=True)
+    else:
+        file = out / ("trainer_state.json" if what == "a checkpoint" else "train/manifest.json")
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    assert cli.main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(out)]) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert what in line and "give --out a directory of its own" in line
+    assert before == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    if what != "the base":
+        assert cli.main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+        assert cli.main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+
+
 def test_a_wrong_or_missing_base(base, tmp_path):
     adapter_on(base, tmp_path / "adapter")
     save_model(CSM(MICRO).init_weights(3), tmp_path / "other")

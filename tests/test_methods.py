@@ -134,3 +134,6 @@ def test_a_run_of_adapters_goes_on_from_its_own_base_only(base, tmp_path):
     train(other)
     with pytest.raises(InputError, match="give the base it was trained on"):
         train(settings(base, tmp_path / "run", "lora", model=str(tmp_path / "other/last")))
+    for change in ({"lora_alpha": 99.0}, {"rslora": True}):  # another model than the one that was saved
+        with pytest.raises(InputError, match=f"the run was made with {next(iter(change))}"):
+            train(settings(base, tmp_path / "run", "lora", **change))

@@ -82,7 +82,10 @@ def test_a_run_continues_where_it_stopped(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     a, b = (load_file(tmp_path / n / "last" / "optimizer.safetensors") for n in ("whole", "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    told = (tmp_path / "run/config.yaml").read_text()
     assert train(settings)["steps"] == 12  # a finished run is only summarised
+    settings.run.max_steps = 5
+    assert train(settings)["steps"] == 12 and (tmp_path / "run/config.yaml").read_text() == told
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,9 @@ def test_a_run_continues_where_it_stopped(tmp_path):
         ({"seed": 1}, "made with seed 0, now it is 1"),
         ({"freeze": ["decoder"]}, "was trained then and is frozen now"),
         ({"resume": False}, "holds a run already"),
+        ({"decoder_loss_weight": 0.25}, "made with loss 0.5 CE0 . 0.5 CEd, now it is 0.75 CE0 . 0.25 CEd"),
+        ({"loss": "transformers"}, "made with loss 0.5 CE0 . 0.5 CEd, now it is 1 CE0 . 1 CEd"),
+        ({"eos_weight": 2.0}, "made with eos_weight 1.0, now it is 2.0"),
     ],
 )
 def test_a_run_is_not_continued_as_another(tmp_path, change, words):
