@@ -69,9 +69,8 @@ class Codec:
 
         tables = codebooks(state)
         if not 2 <= num_codebooks <= len(tables):
-            raise InputError(
-                f"{name} has {len(tables)} codebooks, {num_codebooks} were asked for", mend="use a full Mimi"
-            )
+            mend = f"give --num-codebooks from 2 to {len(tables)}" + (", or a full Mimi" if num_codebooks > 1 else "")
+            raise InputError(f"{name} has {len(tables)} codebooks, {num_codebooks} were asked for", mend=mend)
         self._state: Mapping[str, torch.Tensor] | None = state
         self._arguments, self._sizes = arguments, described(arguments)
         if self._sizes.sampling_rate != SAMPLE_RATE or self._sizes.frame_size != SAMPLES_PER_FRAME:

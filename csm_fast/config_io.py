@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -190,7 +191,7 @@ def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
                 take(inner, inner_value, str(key))
         elif value is not None and str(key) in sections and str(key) not in known:
             raise InputError(f"{key} must be a section of settings", file=file, mend="indent them below it")
-        elif not (value is None and str(key) in sections and str(key) not in known):
+        elif not (value is None and str(key) in sections):  # a section without settings
             take(key, value)
     return flat
 
@@ -268,7 +269,15 @@ def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | N
             values[field.name] = coerce(given[field.name], hint, flag)
         elif required(field) and field.name not in values:
             raise InputError(f"{flag} is missing", mend=field.metadata.get("help"))
-    return build(cls, values)
+    try:
+        return build(cls, values)
+    except InputError as error:
+        # A value that no setting may have: of the file, if the file has what is complained of.
+        from_file = values.keys() - given.keys() if config_file else set()
+        words = set(re.findall(r"\w+", error.what.replace("-", "_")))
+        if error.file is None and words & from_file:
+            raise InputError(error.what, file=config_file, mend=error.mend) from None
+        raise
 
 
 def required(field: dataclasses.Field) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from csm_fast.console import counted
-from csm_fast.token_store import TokenStore
+from csm_fast.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore
 
 if TYPE_CHECKING:
     from csm_fast.metadata import Turn
@@ -33,6 +33,8 @@ def split_report(store: TokenStore, turns: Sequence[Turn]) -> dict[str, Any]:
     speakers = store.turn_array("speaker")
     characters = np.array([len(turns[i].text) for i in source])
     text, frames, _, _ = store.turn_lengths()
+    # Of the frames, as the store and the trainer count them: a clip's last frame is filled up.
+    hours = np.asarray(frames) * (SAMPLES_PER_FRAME / SAMPLES_PER_SECOND / 3600)
 
     # Pauses at the ends say nothing about the pace, and one frame is the least speech there can be.
     rate = characters / np.maximum(seconds - leading - trailing, 0.08)
@@ -48,7 +50,7 @@ def split_report(store: TokenStore, turns: Sequence[Turn]) -> dict[str, Any]:
         return {"file": turn.file, "row": turn.row, "audio": turn.audio_path}
 
     return {
-        "hours": round(float(seconds.sum()) / 3600, 4),
+        "hours": round(float(hours.sum()), 4),
         "conversations": store.num_conversations,
         "turns": store.num_turns,
         "frames": store.num_frames,
@@ -57,7 +59,7 @@ def split_report(store: TokenStore, turns: Sequence[Turn]) -> dict[str, Any]:
         "speakers": {
             str(s): {
                 "turns": int((speakers == s).sum()),
-                "hours": round(float(seconds[speakers == s].sum()) / 3600, 4),
+                "hours": round(float(hours[speakers == s].sum()), 4),
             }
             for s in np.unique(speakers).tolist()
         },

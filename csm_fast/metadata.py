@@ -121,8 +121,12 @@ def load_metadata(
         except InputError as error:
             problems.append(error)
     if problems:
-        first, more = problems[0], len(problems) - 1
-        what = first.what + (f" (and {more} more {'row has' if more == 1 else 'rows have'} problems)" if more else "")
+        first, others = problems[0], [str(problem.row) for problem in problems[1:]]
+        what = first.what
+        if others:
+            verb = "row has" if len(others) == 1 else "rows have"
+            named = "; ".join(others[:8]) + ("; ..." if len(others) > 8 else "")
+            what += f" (and {len(others)} more {verb} problems: {named})"
         raise InputError(what, file=first.file, row=first.row, mend=first.mend)
     if not conversations:
         raise InputError("no rows", file=file, mend="add one row per recording: text, path")
@@ -305,6 +309,8 @@ def _pick(item: dict, keys: tuple[str, ...]) -> Any:
 def _audio_path(value: Any, folder: str) -> str:
     if value is None:
         raise InputError("no 'path'", mend="name the recording ('path' or 'audio_path')")
+    if isinstance(value, dict) and {"bytes", "array"} & value.keys():  # Hugging Face's column of audio
+        raise InputError("the audio lies in the table itself", mend="write it to files, and give their paths in 'path'")
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise InputError(f"path is {show(value)}, not a file name", mend="name the recording")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):

@@ -151,3 +151,22 @@ def test_the_run_goes_where_the_other_commands_flags_would_put_it(flag, tmp_path
     monkeypatch.setattr("csm_fast.train.train", lambda config: seen.append(config.run.output_dir) or {"complete": True})
     assert cli.main(["train", flag, str(tmp_path / "there")]) == 0
     assert seen == [str(tmp_path / "there")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("n_epochs: -1\n", "c.yaml: .*epochs"), ("optimizer:\n  learning_rate: .inf\n", "c.yaml: .*learning.rate")],
+)
+def test_a_value_that_no_setting_may_have_is_told_with_its_file(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
+        parse(config=str(tmp_path / "c.yaml"))
+    with pytest.raises(InputError, match="^(?!.*c.yaml)"):  # a flag's own value is not the file's
+        parse("--n-epochs", "-2", "--learning-rate", "inf", config=str(tmp_path / "c.yaml"))
+
+
+def test_a_section_may_be_empty(tmp_path):
+    (tmp_path / "c.yaml").write_text("model:\ndata:\n  batch_size: 3\nrun:\n")
+    assert parse(config=str(tmp_path / "c.yaml")).data.batch_size == 3
+    (tmp_path / "c.yaml").write_text("data:\n")
+    assert parse(config=str(tmp_path / "c.yaml")).data.data == "tokens"

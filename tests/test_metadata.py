@@ -248,7 +248,7 @@ def test_bad_files(tmp_path, name):
 
 def test_bad_parquet_columns(tmp_path):
     path = write_parquet(tmp_path, {"text": ["a"], "audio": [{"bytes": b"x", "path": "p"}]})
-    assert "row 1: path is {" in message(load_metadata, path)
+    assert "row 1: the audio lies in the table itself; write it to files" in message(load_metadata, path)
     path = write_parquet(tmp_path, {"text": ["a"], "path": ["a"], "lang": ["en"]})
     assert "unknown column 'lang'" in message(load_metadata, path)
     path = write_parquet(tmp_path, {"text": ["a"], "path": ["a"], "__index_level_0__": [7]})
@@ -357,7 +357,7 @@ def test_bad_structure(tmp_path, content, expected):
 def test_the_first_problem_is_told_and_the_others_counted(tmp_path):
     rows = [{"text": "a", "path": "a.wav"}, {"text": "a"}, {"path": "b"}, {"text": "a", "path": "a", "speaker": -3}]
     line = message(load_metadata, write(tmp_path, "m.json", rows), check_files=False)
-    assert "row 2: no 'path' (and 2 more rows have problems); name the recording" in line
+    assert "row 2: no 'path' (and 2 more rows have problems: 3; 4); name the recording" in line
 
 
 def test_missing_recordings(tmp_path):

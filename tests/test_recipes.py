@@ -1,10 +1,12 @@
 """Every recipe under configs/ parses, and trains for two steps, at the micro shape, as it is otherwise."""
 
+import re
 from pathlib import Path
 
 import pytest
 from train_cases import prepare
 
+from csm_fast.cli import main
 from csm_fast.config import CSMConfig, TrainConfig
 from csm_fast.config_io import build, read_yaml
 from csm_fast.memory import estimate
@@ -36,6 +38,19 @@ def test_a_recipe_trains(tmp_path, path):
     assert summary["complete"] and summary["steps"] == 2
     assert summary["val_loss_last"] != summary["val_loss_first"]
     assert (tmp_path / "run/last/trainer_state.json").is_file()
+
+
+def test_the_readme_shows_what_the_plan_says(capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| `(configs/\S+)` \| .* \| (\S+) GiB \| (\S+) GiB \|$", text, re.M)
+    assert len(rows) == 5
+    for card, path, planned, several in rows:
+        assert main(["plan", "--gpu", f"{card}GB", "--config", str(ROOT / path)]) == 0
+        table = capsys.readouterr().out.partition("total\n")[2].splitlines()
+        assert f"{float(table[0].split()[-1]):.1f}" == planned, path
+        settings = build(TrainConfig, read_yaml(ROOT / path, TrainConfig))
+        found = estimate(CSMConfig.csm_1b(), settings, rows=settings.data.pack_rows, precision="bf16", packs=2)
+        assert f"{found.needed / 2**30:.1f}" == several, path
 
 
 CARDS = {"gpu-8gb": 8, "gpu-12gb": 12, "gpu-16gb": 16, "gpu-24gb": 24, "gpu-server": 80, "voice": 12, "language": 16}
