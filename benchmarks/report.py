@@ -210,6 +210,10 @@ def _on_gpu(results: Path) -> str:
     return compare(last_run(read(results, "gpu_compare")))
 
 
+def _profiles(name: str, file: str) -> dict[str, Callable[[Path], str]]:
+    return {name: lambda results: report_parts.profile(read(results, file))}
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     **_on_cpus("bf16", ""),
     **_on_cpus("amx", "-amx"),
@@ -222,8 +226,10 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "data-path": lambda results: report_parts.data_path(read(results, "data_path")),
     "optimizers-cpu": lambda results: report_parts.optimizers(read(results, "optimizers")),
     "optimizers-gpu": lambda results: report_parts.optimizers(read(results, "gpu_optimizers")),
-    "profile-cpu": lambda results: report_parts.profile(read(results, "profile_small_cpu")),
-    "profile-cpu-batch8": lambda results: report_parts.profile(read(results, "profile_small_cpu_batch8")),
+    **_profiles("profile-cpu", "profile_small_cpu"),
+    **_profiles("profile-cpu-batch8", "profile_small_cpu_batch8"),
+    **_profiles("profile-cpu-amx", "profile_small_cpu_amx"),
+    **_profiles("profile-cpu-amx-batch8", "profile_small_cpu_amx_batch8"),
     "scaling-cpu": lambda results: report_parts.scaling(read(results, "scaling")),
 }
 

@@ -182,8 +182,11 @@ def profile(rows: list[Row]) -> str:
         [f"{len(rest)} others", "", f"{sum(r['calls'] for r in rest):.0f}", f"{sum(r['ms'] for r in rest):.1f}"]
         + [f"{sum(r['share'] for r in rest):.1%}", "", f"{sum(r['floor_ms'] for r in rest):.1f}"]
     )
+    versions = f"torch {step['torch']}, Python {step['python']}, csm_fast {step['csm_fast']}"
+    where = f"{step['device']}, {step['threads']} threads; {versions}; {step['date']}."
     return (
-        f"{markdown(head, lines)}\n\nA step of {step['rows']:,.0f} rows: {step['step_ms']:.1f} ms, of which "
+        f"`{step['model']}` shape, {step['weights']} weights. {where}\n\n{markdown(head, lines)}\n\n"
+        f"A step of {step['rows']:,.0f} rows: {step['step_ms']:.1f} ms, of which "
         f"{step['products_ms']:.1f} in matrix products (their floor {step['products_floor_ms']:.1f}), "
         f"{step['operators_ms'] - step['products_ms']:.1f} in other operators, {step['host_ms']:.1f} in Python and "
         f"dispatch, {step['loader_ms']:.2f} waiting for the loader; floors in all {step['floor_ms']:.1f}.\n"

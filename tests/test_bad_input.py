@@ -527,7 +527,7 @@ FLAGS = {
     "unknown flag": ("--learning-rat 1", "unrecognized arguments", "did you mean --learning-rate?"),
     "no value": ("--batch-size", "expected one argument", "--help"),
     "no device": ("--device cuda:9", "--device cuda:9 is not there", "use auto or cpu"),
-    "no machine": ("--device toaster", "--device toaster is not there", "use auto or cpu"),
+    "no machine": ("--device toaster", "--device toaster names no device", "use auto, cpu, cuda"),
     "no threads": ("--threads 0", "--threads 0", "1 to 1024"),
     "no config": ("--config nowhere.yaml", "nowhere.yaml: cannot be read", "check the path"),
     "endless samples": ("--gen-every 1 --gen-seconds inf", "--gen-seconds inf", "at most 160"),

@@ -78,7 +78,7 @@ struct Product {
     // fall into one set of a cache.
     int64_t piece_stride() const { return whole_lanes(std::min(panel(), columns)) + LINE; }
 #ifdef HAS_TILES
-    int64_t piece_size() const { return PIECE * piece_stride() / 2; }
+    int64_t piece_size() const { return std::min(PIECE, rows) * piece_stride() / 2; }
 #else
     int64_t piece_size() const { return 0; }
 #endif
