@@ -158,6 +158,15 @@ inline void run_block(int64_t rows, int64_t columns, const Operands& x, float* s
     }
 }
 
+// The last pairs of the right matrix, of `rest` numbers of the inner dimension (none: nothing), as a step with zeros.
+inline void copy_rest(const uint32_t* from, int64_t stride, int64_t rest, int64_t width, uint32_t* to) {
+    for (int64_t i = 0; rest && i < TILE; ++i) {
+        for (int64_t j = 0; j < width; j += TILE) {
+            store_bits(to + i * BLOCK_SIDE + j, 2 * i < rest ? load_bits(from + i * stride + j) : Bits{});
+        }
+    }
+}
+
 // `multiply` of cpu_products.h. The thread has `Tiles`.
 template <class T>
 inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
@@ -176,12 +185,7 @@ inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, con
         for (int64_t last = columns, width; last > 0; last -= width) {
             width = last % BLOCK_SIDE ? TILE : BLOCK_SIDE;
             const int64_t column = last - width;
-            for (int64_t i = 0; rest && i < TILE; ++i) {
-                for (int64_t j = 0; j < width; j += TILE) {
-                    const uint32_t* from = b + (whole / 2 + i) * b_stride + column + j;
-                    store_bits(b_rest + i * BLOCK_SIDE + j, 2 * i < rest ? load_bits(from) : Bits{});
-                }
-            }
+            copy_rest(b + whole / 2 * b_stride + column, b_stride, rest, width, b_rest);
             for (int64_t k = 0; k < inner; k += DEPTH) {
                 const bool is_last = k + DEPTH >= inner;
                 for (int64_t row = 0; row < count; row += BLOCK_SIDE) {
@@ -225,12 +229,7 @@ inline void multiply_strips(const bf16* a, int64_t a_stride, int64_t rows, const
         for (int64_t column = 0; column < columns; column += BLOCK_SIDE) {
             const int64_t width = std::min(BLOCK_SIDE, columns - column), at = top * c_stride + column;
             const uint32_t* right = b + column / BLOCK_SIDE * strip_size;
-            for (int64_t i = 0; rest && i < TILE; ++i) {
-                for (int64_t j = 0; j < width; j += TILE) {
-                    const uint32_t* from = right + (whole / 2 + i) * width + j;
-                    store_bits(b_rest + i * BLOCK_SIDE + j, 2 * i < rest ? load_bits(from) : Bits{});
-                }
-            }
+            copy_rest(right + whole / 2 * width, width, rest, width, b_rest);
             const Operands x{left, a_rest, right, b_rest, a_stride, width, whole / BLOCK_SIDE, rest > 0};
             const T* added = plus ? plus + at : nullptr;
             if constexpr (std::is_same<T, float>::value) {
