@@ -78,7 +78,8 @@ struct Product {
     // fall into one set of a cache.
     int64_t piece_stride() const { return whole_lanes(std::min(panel(), columns)) + LINE; }
 #ifdef HAS_TILES
-    int64_t piece_size() const { return std::min(PIECE, rows) * piece_stride() / 2; }
+    // Whole strips need none, but for a row where the inner dimension comes in parts.
+    int64_t piece_size() const { return (columns % STRIP ? std::min(PIECE, rows) : 1) * piece_stride() / 2; }
 #else
     int64_t piece_size() const { return 0; }
 #endif
@@ -213,8 +214,9 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
         }
         return;
     }
-    if (width % STRIP == 0 && p.columns % LINE == 0 && reinterpret_cast<uintptr_t>(c) % 64 == 0) {
-        multiply_strips(a, a_stride, last - first, b, p.pairs() * STRIP, width, p.depth(), c, p.columns, plus, true);
+    if (p.columns % STRIP == 0) {
+        const bool is_aligned = reinterpret_cast<uintptr_t>(c) % 64 == 0;
+        multiply_strips(a, a_stride, last - first, b, p.pairs() * STRIP, width, p.depth(), c, p.columns, plus, is_aligned);
         return;
     }
     if (plus) copy_rows(plus, p.columns, last - first, width, out, stride);
