@@ -117,7 +117,10 @@ def newest(rows: list[Row]) -> list[str]:
 
 
 def runs(rows: list[Row]) -> str:
-    """The quotients of the last runs side by side: what a table is worth in another hour and on another day."""
+    """The quotients of the last runs side by side: what a table is worth in another hour and on another day.
+
+    The newest day's medians are held against the spread of the days before it, which is what was known before them.
+    """
     some = [row for row in rows if "median_s" in row]
     names = newest(rows)
     if len(names) < 2:
@@ -127,20 +130,25 @@ def runs(rows: list[Row]) -> str:
     for name in names:
         head.append(f"{name[:16].replace('T', ' ')} ({rows_of(some, run=name)[0]['commit']})")
     day = names[0][:10]
-    head.append(f"spread on {day}")
+    before = [name for name in names if not name.startswith(day)]
+    head.append(f"spread {'before' if before else 'on'} {day}")
     lines, inside, compared = [], 0, 0
     for key in tables[names[0]]:
         found = {name: table[key] for name, table in tables.items() if key in table}
-        same_day = [quotients for name, quotients in found.items() if name.startswith(day)]
-        least, most = min(q[1] for q in same_day), max(q[2] for q in same_day)
-        others = [quotients[0] for name, quotients in found.items() if not name.startswith(day)]
-        compared += len(others)
-        inside += sum(least <= other <= most for other in others)
+        known = [quotients for name, quotients in found.items() if name in before or not before]
         medians = [f"{found[name][0]:.2f}x" if name in found else "" for name in names]
+        if not known:
+            lines.append([*key, *medians, ""])
+            continue
+        least, most = min(q[1] for q in known), max(q[2] for q in known)
         lines.append([*key, *medians, f"{least:.1f}-{most:.1f}"])
+        if before:
+            new = [quotients[0] for name, quotients in found.items() if name not in before]
+            compared += len(new)
+            inside += sum(least <= median <= most for median in new)
     text = f"{markdown(head, lines)}\n\nSpread: the least and the most of any two repetitions of a run.\n"
     if compared:
-        text += f"{inside} of {compared} quotients of other days lie within it.\n"
+        text += f"{inside} of {compared} medians of {day} lie within that of the days before.\n"
     return text
 
 

@@ -108,7 +108,7 @@ def test_processors_without_bf16_have_tables_of_their_own(tmp_path):
     later = [{**r, "run": "2026-12-05T10:00:00"} for r in rows[2:5]]
     side = report.PARTS["compare-cpu-fp32-runs"](write(tmp_path, rows + later))
     assert "| blog-fp32, batches of 8 | 3.00x | 3.00x |" in side and "csm_fast-fp32" not in side
-    assert "1 of 1 quotients of other days" in side
+    assert "1 of 1 medians of 2026-12-05 lie within" in side
     # Those of the first ones are estimates of another kind.
     first = [{**r, "run": "2026-11-28T03:55:00+00:00"} for r in rows[2:5]]
     assert report.PARTS["compare-cpu-fp32"](write(tmp_path, first)) == "Not measured.\n"
@@ -117,7 +117,7 @@ def test_processors_without_bf16_have_tables_of_their_own(tmp_path):
 def test_runs_side_by_side(tmp_path):
     assert report.PARTS["compare-cpu-runs"](write(tmp_path, [row("csm_fast", "batches of 8", [1.0])])) == "Run once.\n"
     rows = []
-    days = [("2026-01-01T10:00", 1.0, 2.1), ("2026-01-02T10:00", 2.0, 8.0), ("2026-01-02T12:00", 1.0, 2.0)]
+    days = [("2026-01-01T10:00", 1.0, 2.1), ("2026-01-02T10:00", 2.0, 8.0), ("2026-01-02T12:00", 1.0, 2.15)]
     for run, ours, theirs in days:
         rows += [
             row("csm_fast", "batches of 8", [ours, 1.1 * ours], run),
@@ -129,11 +129,13 @@ def test_runs_side_by_side(tmp_path):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert [head[:16] for head in lines[0][2:5]] == ["2026-01-02 12:00", "2026-01-02 10:00", "2026-01-01 10:00"]
     assert lines[2:] == [
-        ["batches of 8", "blog, batches of 8", "1.82x", "3.64x", "1.91x", "1.8-4.0"],
-        ["packs of 2,048 rows", "blog, batches of 8", "2.00x", "4.00x", "2.10x", "2.0-4.0"],
+        ["batches of 8", "blog, batches of 8", "1.95x", "3.64x", "1.91x", "1.9-2.1"],
+        ["packs of 2,048 rows", "blog, batches of 8", "2.15x", "4.00x", "2.10x", "2.1-2.1"],
     ]
-    assert "2 of 2 quotients of other days" in text
-    assert "other days" not in report.PARTS["compare-cpu-runs"](write(tmp_path, rows[4:]))
+    # What was known the day before; the new day's own spread says nothing of its medians.
+    assert lines[0][-1] == "spread before 2026-01-02" and "1 of 4 medians of 2026-01-02 lie within" in text
+    text = report.PARTS["compare-cpu-runs"](write(tmp_path, rows[4:]))
+    assert "spread on 2026-01-02" in text and "| 2.0-4.0 |" in text and "lie within" not in text
 
 
 def test_pages_are_filled_and_checked(tmp_path, monkeypatch, capsys):
