@@ -14,11 +14,12 @@ alone is worth. ``--allocator`` gives everybody the one or the other.
 Every system sees the same recordings, weights (random) and, at equal updates, the same frames. Equal updates: batches
 of 8, then 32 recordings; the others pad buckets of similar length, csm_fast packs the same recordings. Free packing:
 csm_fast in packs of ``--pack-rows``, the others in their buckets. Times are of forward and backward passes, batches
-built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, medians are
-shown. A system that takes minutes (``is_slow``) runs the first of ``--batches`` only, and a part of them per
-repetition, every third of three: together an epoch. Times are then those of a part and of the longest batch, and of a
-straight line over the rows laid out for the rest (``Running.run_part``). transformers and whoever keeps memory run
-parts, too, so that it all takes a quarter of an hour.
+built beforehand; the optimizer's time per update is measured beside them. Repetitions are interleaved, on a CPU piece
+by piece, because a rented machine is fast for some minutes and slow for others; medians are shown. A system that takes
+minutes (``is_slow``) runs the first of ``--batches`` only, and a part of them per repetition, every third of three:
+together an epoch. Times are then those of a part and of the longest batch, and of a straight line over the rows laid
+out for the rest (``Running.run_part``). transformers and whoever keeps memory run parts, too, so that it all takes a
+quarter of an hour.
 
 On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
 others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts
@@ -65,6 +66,8 @@ from benchmarks.systems import (
     tolerance,
 )
 from csm_fast.machine import resolve_device, resolve_precision
+
+PIECES = 6  # of a repetition on a CPU; on a GPU memory would be given back and taken again for each
 
 
 class Stopped(Exception):
@@ -281,15 +284,36 @@ class Race:
             share = (1 / 8 if own else 1 / 16) if row["parts"] > 1 else (1.0 if own else 1 / 4)
             self._ask(row["system"], "run", row["label"], share)
         for repeat in range(args.repeats):
-            for row in list(self.rows):
-                part = ["run", row["label"]]
-                if row["parts"] > 1:
-                    longest = runs_longest(args, row["system"], row["label"])
-                    part = ["run_part", row["label"], repeat % row["parts"], row["parts"], longest]
-                seconds = self._ask(row["system"], *part)
-                if seconds is not None:
-                    row.setdefault("seconds", []).append(seconds)
+            done: dict[tuple[str, str], float | None] = {}
+            for turn in range(PIECES if args.device == "cpu" else 1):
+                for row in list(self.rows):
+                    key = row["system"], row["label"]
+                    for piece in self._pieces(row, turn):
+                        seconds = None if key in done and done[key] is None else self._ask_piece(row, repeat, piece)
+                        done[key] = None if seconds is None else (done.get(key) or 0.0) + seconds
+            for row in self.rows:
+                if (whole := done.get((row["system"], row["label"]))) is not None:
+                    row.setdefault("seconds", []).append(whole)
                     row["median_s"] = statistics.median(row["seconds"])
+
+    def _pieces(self, row: dict[str, Any], turn: int) -> range:
+        """The pieces of a repetition that a row runs when it is its turn: few batches are few pieces, spread out."""
+        pieces, turns = self._num_pieces(row), PIECES if self.args.device == "cpu" else 1
+        return range(turn * pieces // turns, (turn + 1) * pieces // turns)
+
+    def _num_pieces(self, row: dict[str, Any]) -> int:
+        if self.args.device != "cpu":
+            return 1
+        batches = row["updates"] if row["parts"] == 1 else (row["updates"] - 1) // row["parts"]
+        return max(1, min(PIECES, batches))
+
+    def _ask_piece(self, row: dict[str, Any], repeat: int, piece: int) -> Any:
+        pieces = piece, self._num_pieces(row)
+        if row["parts"] == 1:
+            return self._ask(row["system"], "run", row["label"], 1.0, *pieces)
+        longest = runs_longest(self.args, row["system"], row["label"])
+        part = repeat % row["parts"], row["parts"]
+        return self._ask(row["system"], "run_part", row["label"], *part, longest, *pieces)
 
     def _updates(self) -> None:
         updates: dict[tuple[str, str], float] = {}

@@ -77,6 +77,9 @@ class Running:
             self._checkpoint()
         self.passes = self._passes()
         self.longest: dict[str, float] = {}  # seconds of each label's longest batch
+        self.timed: dict[
+            str, list[tuple[int, float]]
+        ] = {}  # by label, rows and seconds of a part whose pieces are not all run
         self.release()
 
     # ------------------------------------------------------------------------------------------------------- building
@@ -163,22 +166,23 @@ class Running:
         if self.tables:
             self.tables.clear(whole=False)
 
-    def run(self, label: str, share: float = 1.0) -> float:
+    def run(self, label: str, share: float = 1.0, piece: int = 0, pieces: int = 1) -> float:
         """Seconds of one pass, forward and backward of every batch, gradients dropped in between.
 
         Args:
             share: of the batches, for warming up.
+            piece, pieces: those of every ``pieces``-th batch only, from the ``piece``-th on.
         """
         self._take_memory(self.passes[label])
         started = time.perf_counter()
         losses = []
-        for i, batch in enumerate(self.passes[label][:: round(1 / share)]):
+        for i, batch in list(enumerate(self.passes[label][:: round(1 / share)]))[piece::pieces]:
             losses.append(self.backward(batch, i))
             self.drop_gradients()
         torch.stack(losses).tolist()  # waits for the device
         return time.perf_counter() - started
 
-    def run_part(self, label: str, part: int, parts: int, longest: bool) -> float:
+    def run_part(self, label: str, part: int, parts: int, longest: bool, piece: int = 0, pieces: int = 1) -> float:
         """Seconds of one pass from a part of its batches: of those by falling length, the longest set aside, ``part``,
         ``part + parts`` and so on. What the rest takes lies on a straight line over the rows that they lay out.
 
@@ -186,15 +190,20 @@ class Running:
             part, parts: part 0 comes first.
             longest: whether part 0 also runs the longest batch, which may be half of all rows; its time is everybody's.
                 Without, it lies on the line too, which is in favour of who takes more for a row of longer batches.
+            piece, pieces: of the part's batches; the last piece tells the seconds of all, those before it tell 0.
         """
         first, *others = sorted(self.passes[label], key=self._laid_out, reverse=True)
-        if longest and part == 0:
+        if longest and part == 0 and piece == 0:
             self._take_memory([first])
             self.longest[label] = self._seconds(first)
-        chosen = others[part::parts]
+        chosen = others[part::parts][piece::pieces]
         self._take_memory(chosen)
-        seconds = [self._seconds(batch) for batch in chosen]
-        rows = [self._laid_out(batch) for batch in chosen]
+        timed = self.timed.pop(label, []) if piece else []
+        timed += [(self._laid_out(batch), self._seconds(batch)) for batch in chosen]
+        if piece + 1 < pieces:
+            self.timed[label] = timed
+            return 0.0
+        rows, seconds = [n for n, _ in timed], [s for _, s in timed]
         rest = [self._laid_out(batch) for i, batch in enumerate(others) if i % parts != part]
         if not longest:
             rest.append(self._laid_out(first))

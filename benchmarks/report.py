@@ -119,18 +119,18 @@ def newest(rows: list[Row]) -> list[str]:
 def runs(rows: list[Row]) -> str:
     """The quotients of the last runs side by side: what a table is worth in another hour and on another day.
 
-    The newest day's medians are held against the spread of the days before it, which is what was known before them.
+    The newest day's medians are held against the spread of the last runs before that day, which is what had been said.
     """
     some = [row for row in rows if "median_s" in row]
     names = newest(rows)
     if len(names) < 2:
         return "Run once.\n"
-    tables = {name: _quotients(rows_of(some, run=name)) for name in names}
+    day = names[0][:10]
+    before = newest([row for row in rows if row["run"] < day])
+    tables = {name: _quotients(rows_of(some, run=name)) for name in {*names, *before}}
     head = ["csm_fast in", "against"]
     for name in names:
         head.append(f"{name[:16].replace('T', ' ')} ({rows_of(some, run=name)[0]['commit']})")
-    day = names[0][:10]
-    before = [name for name in names if not name.startswith(day)]
     head.append(f"spread {'before' if before else 'on'} {day}")
     lines, inside, compared = [], 0, 0
     for key in tables[names[0]]:
@@ -143,7 +143,7 @@ def runs(rows: list[Row]) -> str:
         least, most = min(q[1] for q in known), max(q[2] for q in known)
         lines.append([*key, *medians, f"{least:.1f}-{most:.1f}"])
         if before:
-            new = [quotients[0] for name, quotients in found.items() if name not in before]
+            new = [quotients[0] for name, quotients in found.items() if name.startswith(day)]
             compared += len(new)
             inside += sum(least <= median <= most for median in new)
     text = f"{markdown(head, lines)}\n\nSpread: the least and the most of any two repetitions of a run.\n"

@@ -166,6 +166,32 @@ def test_memory_that_does_not_last_is_no_answer(monkeypatch, capfd):
     assert "csm_fast, optimizer: CUDA out of memory. Tried to allocate 20 GiB" in err
 
 
+def test_systems_take_turns_piece_by_piece(answers, monkeypatch):
+    """On a CPU. Of four batches, four turns of six run one; a repetition of which a piece is missing is none."""
+    asked = []
+
+    def post(self, what, *arguments):
+        self.posted = what
+        if what in ("run", "run_part"):
+            asked.append((self.name, *arguments[-2:]) if len(arguments) > 2 else self.name)
+
+    answer = Answers.answer
+    missing = ("padded", 2, 4)
+    monkeypatch.setattr(Answers, "post", post)
+    monkeypatch.setattr(Answers, "answer", lambda self: None if asked[-1:] == [missing] else answer(self))
+    argv = [word.replace("cuda", "cpu") for word in sys.argv] + ["--systems", "csm_fast", "padded", "transformers-kept"]
+    argv[argv.index("--repeats") + 1] = "2"
+    monkeypatch.setattr(sys, "argv", argv)
+    assert compare.main() == 0
+    together, alone = asked[: asked.index("transformers-kept")], asked[asked.index("transformers-kept") + 1 :]
+    turns = [(name, piece, 4) for piece in range(4) for name in ("csm_fast", "padded")]
+    turns.remove(("padded", 3, 4))  # whose time would be for nothing
+    assert together == ["csm_fast", "padded"] + turns * 2
+    assert alone == [("transformers-kept", 0, 1)] * 2  # in two parts of three batches, the longest set aside
+    seconds = {row["system"]: row.get("seconds") for row in answers()}
+    assert seconds == {"csm_fast": [8.0, 8.0], "transformers-kept": [2.0, 2.0]}
+
+
 def test_what_is_there_counts_when_a_comparison_is_ended(answers, monkeypatch, capsys):
     def fails(name, n, what):
         if name == "transformers-all-frames" and what == "run":
@@ -297,7 +323,15 @@ def test_parts_of_a_slow_system(monkeypatch, longest):
     every = sum(0.5 + 0.01 * n for n in rows)
     assert [system.run_part(label, part, 3, longest) for part in range(3)] == pytest.approx([every] * 3)
     assert sorted(ran, reverse=True) == (rows if longest else rows[1:])
+    ran.clear()
+    pieces = [system.run_part(label, part, 2, longest, piece, 3) for part in range(2) for piece in range(3)]
+    assert pieces == pytest.approx([0.0, 0.0, every] * 2) and not system.timed
+    assert sorted(ran, reverse=True) == (rows if longest else rows[1:])
+    ran.clear()
     assert system.run(label) == pytest.approx(every)
+    whole, ran[:] = list(ran), []
+    assert sum(system.run(label, 1.0, piece, 3) for piece in range(3)) == pytest.approx(every)
+    assert ran == whole[::3] + whole[1::3] + whole[2::3]
 
 
 def test_batches_of_about_the_same_length_are_no_line():
