@@ -44,16 +44,16 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
         a: [m, k].  b: [k, n]. Either may be a transposed view.
         plus: [m, n]; where its dtype is another, so is the result's: it is then added to the rounded product.
     """
+    if plus is not None and plus.dtype != a.dtype:
+        return plus + product(a, b)
     dtype = a.dtype
     run = native.function("product", dtype)
-    fits = b.dtype == dtype and (plus is None or (plus.dtype == dtype and plus.is_contiguous()))
+    fits = b.dtype == dtype and (plus is None or plus.is_contiguous())
     plan = None
     if run is not None and fits and a.device.type == "cpu":
         plan = _plan(a.shape, a.stride(), b.shape, b.stride(), dtype, torch.get_num_threads())
     if plan is None:
-        if plus is None:
-            return torch.mm(a, b)
-        return torch.addmm(plus, a, b) if plus.dtype == dtype else plus + torch.mm(a, b)
+        return torch.mm(a, b) if plus is None else torch.addmm(plus, a, b)
     scratch = torch.empty(plan.scratch, dtype=torch.uint8)
     if is_watched(a, b, plus):
         return torch.ops.csm_kernels.product(a, b, plus, scratch)
