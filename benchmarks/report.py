@@ -97,10 +97,13 @@ def _subject(rows: list[Row]) -> str:
 
 
 def _spreads(rows: list[Row], earlier: list[Row] | None) -> Spreads:
-    """The least and the most that a quotient was in the last runs."""
+    """The least and the most that a quotient was in the last runs; where these are of one day, in those before too."""
     every = (earlier or []) + rows
     spreads: Spreads = {}
-    for name in newest(every):
+    names = newest(every)
+    if names and names[-1][:10] == names[0][:10]:
+        names += newest(_before(every, names[0][:10]))
+    for name in names:
         for key, (_, least, most) in _quotients(rows_of(every, run=name)).items():
             low, high = spreads.get(key, (least, most))
             spreads[key] = min(low, least), max(high, most)
@@ -116,6 +119,10 @@ def newest(rows: list[Row]) -> list[str]:
     return sorted(raced, reverse=True)[:RUNS]
 
 
+def _before(rows: list[Row], day: str) -> list[Row]:
+    return [row for row in rows if row["run"] < day]
+
+
 def runs(rows: list[Row]) -> str:
     """The quotients of the last runs side by side: what a table is worth in another hour and on another day.
 
@@ -126,7 +133,7 @@ def runs(rows: list[Row]) -> str:
     if len(names) < 2:
         return "Run once.\n"
     day = names[0][:10]
-    before = newest([row for row in rows if row["run"] < day])
+    before = newest(_before(rows, day))
     tables = {name: _quotients(rows_of(some, run=name)) for name in {*names, *before}}
     head = ["csm_fast in", "against"]
     for name in names:

@@ -138,6 +138,23 @@ def test_runs_side_by_side(tmp_path):
     assert "spread on 2026-01-02" in text and "| 2.0-4.0 |" in text and "lie within" not in text
 
 
+def test_spreads_are_not_of_one_day():
+    """Where there are runs of another: an hour's runs are alike."""
+    times = [
+        ("2026-01-01T10:00", 9.0),
+        ("2026-01-01T11:00", 3.0),
+        *((f"2026-01-02T1{i}:00", 4.0 + i) for i in range(5)),
+    ]
+    rows = []
+    for run, theirs in times:
+        rows += [row("csm_fast", "batches of 8", [1.0], run), row("blog", "batches of 8", [theirs], run)]
+    spread = [*report._spreads([], rows).values()]
+    assert spread == [(3.0, 9.0)]  # the day's last four are 5.0 to 8.0
+    assert [*report._spreads([], rows[4:]).values()] == [(5.0, 8.0)]
+    assert [*report._spreads([], rows[:10]).values()] == [(3.0, 6.0)]  # three of one day, one of another
+    assert report._spreads([], []) == {}
+
+
 def test_pages_are_filled_and_checked(tmp_path, monkeypatch, capsys):
     results = write(tmp_path, [row("csm_fast", "batches of 8", [1.0])])
     page = tmp_path / "README.md"
