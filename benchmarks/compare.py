@@ -210,6 +210,7 @@ class Race:
     ):
         """``record`` is called with the rows when there will be no more."""
         self.args, self.truth, self.record = args, truth, record
+        self.turns = PIECES if args.device == "cpu" else 1
         self.workers: dict[str, Worker] = {}
         self.rows: list[dict[str, Any]] = []
         self.lost: dict[str, str] = {}
@@ -285,7 +286,7 @@ class Race:
             self._ask(row["system"], "run", row["label"], share)
         for repeat in range(args.repeats):
             done: dict[tuple[str, str], float | None] = {}
-            for turn in range(PIECES if args.device == "cpu" else 1):
+            for turn in range(self.turns):
                 for row in list(self.rows):
                     key = row["system"], row["label"]
                     for piece in self._pieces(row, turn):
@@ -298,14 +299,12 @@ class Race:
 
     def _pieces(self, row: dict[str, Any], turn: int) -> range:
         """The pieces of a repetition that a row runs when it is its turn: few batches are few pieces, spread out."""
-        pieces, turns = self._num_pieces(row), PIECES if self.args.device == "cpu" else 1
-        return range(turn * pieces // turns, (turn + 1) * pieces // turns)
+        pieces = self._num_pieces(row)
+        return range(turn * pieces // self.turns, (turn + 1) * pieces // self.turns)
 
     def _num_pieces(self, row: dict[str, Any]) -> int:
-        if self.args.device != "cpu":
-            return 1
         batches = row["updates"] if row["parts"] == 1 else (row["updates"] - 1) // row["parts"]
-        return max(1, min(PIECES, batches))
+        return max(1, min(self.turns, batches))
 
     def _ask_piece(self, row: dict[str, Any], repeat: int, piece: int) -> Any:
         pieces = piece, self._num_pieces(row)

@@ -77,9 +77,7 @@ class Running:
             self._checkpoint()
         self.passes = self._passes()
         self.longest: dict[str, float] = {}  # seconds of each label's longest batch
-        self.timed: dict[
-            str, list[tuple[int, float]]
-        ] = {}  # by label, rows and seconds of a part whose pieces are not all run
+        self.timed: dict[str, list[tuple[int, float]]] = {}  # rows and seconds of a part, until all pieces are run
         self.release()
 
     # ------------------------------------------------------------------------------------------------------- building

@@ -153,9 +153,10 @@ def runs(rows: list[Row]) -> str:
             new = [quotients[0] for name, quotients in found.items() if name.startswith(day)]
             compared += len(new)
             inside += sum(least <= median <= most for median in new)
-    text = f"{markdown(head, lines)}\n\nSpread: the least and the most of any two repetitions of a run.\n"
+    over = f", over the last {len(before)} before {day}" if before else ""
+    text = f"{markdown(head, lines)}\n\nSpread: the least and the most of any two repetitions of a run{over}.\n"
     if compared:
-        text += f"{inside} of {compared} medians of {day} lie within that of the days before.\n"
+        text += f"{inside} of {compared} medians of {day} lie within it.\n"
     return text
 
 

@@ -134,6 +134,7 @@ def test_runs_side_by_side(tmp_path):
     ]
     # What was known the day before; the new day's own spread says nothing of its medians.
     assert lines[0][-1] == "spread before 2026-01-02" and "1 of 4 medians of 2026-01-02 lie within" in text
+    assert "of a run, over the last 1 before 2026-01-02." in text
     text = report.PARTS["compare-cpu-runs"](write(tmp_path, rows[4:]))
     assert "spread on 2026-01-02" in text and "| 2.0-4.0 |" in text and "lie within" not in text
 
