@@ -13,18 +13,7 @@ import torch.nn.functional as F
 from csm_kernels.depth_attention import depth_attention
 from torch import Tensor
 
-from benchmarks.kernel_points import (
-    Case,
-    Inputs,
-    Point,
-    Results,
-    System,
-    Work,
-    _rows,
-    bound,
-    compiled,
-    random_tensor,
-)
+from benchmarks.kernel_points import Case, Inputs, Point, Results, System, Work, _rows, bound, compiled, random_tensor
 from csm_fast import ops
 from csm_fast.attention import RopeSpec, rope_table
 

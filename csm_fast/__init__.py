@@ -29,16 +29,16 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from .adapter_files import linear_to_lora_layers, load_adapters
-    from .codec import load_codec
-    from .config import CSMConfig, TrainConfig, TransformerConfig
-    from .convert import load_model, save_model
-    from .errors import InputError
-    from .generate import Generator
-    from .loss import forward
-    from .model import CSM
-    from .text import load_text_tokenizer
-    from .token_store import TokenStore
+    from csm_fast.adapter_files import linear_to_lora_layers, load_adapters
+    from csm_fast.codec import load_codec
+    from csm_fast.config import CSMConfig, TrainConfig, TransformerConfig
+    from csm_fast.convert import load_model, save_model
+    from csm_fast.errors import InputError
+    from csm_fast.generate import Generator
+    from csm_fast.loss import forward
+    from csm_fast.model import CSM
+    from csm_fast.text import load_text_tokenizer
+    from csm_fast.token_store import TokenStore
 
 
 def __getattr__(name: str) -> Any:

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .errors import InputError
-from .live_parts import LiveParts
-from .rounding import Draws, Keys, drawing, round_stochastically
+from csm_fast import ops
+from csm_fast.errors import InputError
+from csm_fast.live_parts import LiveParts
+from csm_fast.rounding import Draws, Keys, drawing, round_stochastically
 
 log = logging.getLogger("csm_fast")
 
@@ -316,7 +316,7 @@ def _bitsandbytes_functional() -> Any:
     Raises:
         InputError: not installed, or it does not load on this machine.
     """
-    from .quantize import INSTALL, quiet_import
+    from csm_fast.quantize import INSTALL, quiet_import
 
     try:
         with quiet_import():

@@ -21,24 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapters
-from .adapter_formats import (
-    TRAINED,
-    SavedAdapter,
-    read_adapter,
-    write_csm_mlx,
-    write_peft,
-    write_transformers,
-)
-from .adapters import ADAPTER, resolve_targets
-from .config import AdapterSection, CSMConfig
-from .convert import load_model
-from .embedding_rows import EmbeddingRows
-from .errors import InputError
-from .model import CSM
-from .model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_json
-from .model_shape import config_from_json, model_config, sesame_config
-from .shard_file import write_bytes, writing_to
+from csm_fast import adapters
+from csm_fast.adapter_formats import TRAINED, SavedAdapter, read_adapter, write_csm_mlx, write_peft, write_transformers
+from csm_fast.adapters import ADAPTER, resolve_targets
+from csm_fast.config import AdapterSection, CSMConfig
+from csm_fast.convert import load_model
+from csm_fast.embedding_rows import EmbeddingRows
+from csm_fast.errors import InputError
+from csm_fast.model import CSM
+from csm_fast.model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_json
+from csm_fast.model_shape import config_from_json, model_config, sesame_config
+from csm_fast.shard_file import write_bytes, writing_to
 
 
 def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:

@@ -23,13 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__
-from .config import AdapterSection, CSMConfig
-from .convert import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
-from .errors import InputError
-from .model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, Entry, read_entries, read_json, write_tensors
-from .model_shape import parameter_shapes
-from .shard_file import write_bytes, writing_to
+from csm_fast import __version__
+from csm_fast.config import AdapterSection, CSMConfig
+from csm_fast.convert import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
+from csm_fast.errors import InputError
+from csm_fast.model_files import (
+    ADAPTER_CONFIG,
+    MLX_WEIGHTS,
+    PEFT_WEIGHTS,
+    Entry,
+    read_entries,
+    read_json,
+    write_tensors,
+)
+from csm_fast.model_shape import parameter_shapes
+from csm_fast.shard_file import write_bytes, writing_to
 
 TRAINED = "trained.safetensors"
 WHOLE = ("codebook0_head.weight", "audio_head", "text_embeddings.weight", "audio_embeddings.weight")

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint as ckpt
-from . import memory
-from .config import TrainConfig
-from .console import counted
-from .errors import OutOfMemory
-from .model import vocabulary
-from .model_shape import parameter_shapes
+from csm_fast import checkpoint as ckpt
+from csm_fast import memory
+from csm_fast.config import TrainConfig
+from csm_fast.console import counted
+from csm_fast.errors import OutOfMemory
+from csm_fast.model import vocabulary
+from csm_fast.model_shape import parameter_shapes
 
 log = logging.getLogger("csm_fast")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from csm_fast import ops
 
 
 class Segments(NamedTuple):

@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .adamw import AdamW
-from .convert import save_model
-from .errors import InputError
-from .model_files import write_tensors
-from .packing import Pack
-from .shard_file import replace_directory
+from csm_fast.adamw import AdamW
+from csm_fast.convert import save_model
+from csm_fast.errors import InputError
+from csm_fast.model_files import write_tensors
+from csm_fast.packing import Pack
+from csm_fast.shard_file import replace_directory
 
 log = logging.getLogger("csm_fast")
 
@@ -133,8 +133,8 @@ def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
     if getattr(model, "adapter", None) is None:
         save_model(model, directory)
         return
-    from .adapter_files import save_adapter
-    from .probe import save_probe
+    from csm_fast.adapter_files import save_adapter
+    from csm_fast.probe import save_probe
 
     save_adapter(model, directory)
     if probe is not None and probe.target_rows.numel():

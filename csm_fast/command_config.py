@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from .config import (
+from csm_fast.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
+from csm_fast.config import (
     AdapterSection,
     DataSection,
     LossSection,
@@ -17,7 +17,7 @@ from .config import (
     TrainConfig,
     option,
 )
-from .errors import InputError
+from csm_fast.errors import InputError
 
 
 @dataclass

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from .checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from .errors import InputError
+from csm_fast.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
+from csm_fast.errors import InputError
 
 
 def option(default: Any, help: str, *, alias: tuple[str, ...] = (), **extra: Any) -> Any:
@@ -118,7 +118,7 @@ class CSMConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, file: str | None = None) -> CSMConfig:
         """The inverse of ``to_dict``; unknown or missing keys are an ``InputError`` that names ``file``."""
-        from .config_io import coerce
+        from csm_fast.config_io import coerce
 
         def typed(kind: type, given: dict[str, Any], where: str) -> dict[str, Any]:
             hints = get_type_hints(kind)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import NAMED_SHAPES, CSMConfig
-from .errors import InputError
-from .model import CSM
-from .model_files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
-from .model_shape import config_from_json, model_config, parameter_shapes, sesame_config, transformers_config
-from .shard_file import write_bytes, writing_to
+from csm_fast.config import NAMED_SHAPES, CSMConfig
+from csm_fast.errors import InputError
+from csm_fast.model import CSM
+from csm_fast.model_files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
+from csm_fast.model_shape import config_from_json, model_config, parameter_shapes, sesame_config, transformers_config
+from csm_fast.shard_file import write_bytes, writing_to
 
 __all__ = [
     "load_model",
@@ -223,7 +223,7 @@ def load_model(
             shape, and a hub that does not answer. Nothing is half loaded.
     """
     if is_adapter(name_or_path):
-        from .merge import load_merged
+        from csm_fast.merge import load_merged
 
         model = load_merged(name_or_path)
         for name, parameter in model.named_parameters():

@@ -25,8 +25,8 @@ def examine() -> dict[str, Any]:
     """Everything ``report`` prints, JSON-able."""
     import torch
 
-    from . import __version__, ops
-    from .machine import processor, resolve_device, resolve_precision
+    from csm_fast import __version__, ops
+    from csm_fast.machine import processor, resolve_device, resolve_precision
 
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
@@ -61,8 +61,8 @@ def examine() -> dict[str, Any]:
 def attention(device_type: str, precision: str) -> str:
     """What runs the backbone's packed attention."""
 
-    from . import ops
-    from .machine import compute_dtype
+    from csm_fast import ops
+    from csm_fast.machine import compute_dtype
 
     backend = ops.varlen_backend(device_type, compute_dtype(precision))
     if not backend:

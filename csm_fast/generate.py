@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .attention import apply_rope
-from .errors import InputError
-from .model import run_stack, stack_limit, vocabulary
+from csm_fast import ops
+from csm_fast.attention import apply_rope
+from csm_fast.errors import InputError
+from csm_fast.model import run_stack, stack_limit, vocabulary
 
 Choose = Callable[[int, Tensor], Tensor]
 
@@ -215,8 +215,8 @@ class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
     def __init__(self, model: Any, config: Any, directory: Path, store: Any):
-        from .codec import load_codec
-        from .text import load_text_tokenizer
+        from csm_fast.codec import load_codec
+        from csm_fast.text import load_text_tokenizer
 
         self.config, self.directory = config.run, directory
         sentences = self.config.gen_sentences
@@ -251,7 +251,7 @@ class Sampler:
 
     def __call__(self, step: int, say: Callable[[str], None]) -> float:
         """Write ``samples/step-N-i.wav``; returns the seconds it took."""
-        from .audio import write_wav
+        from csm_fast.audio import write_wav
 
         started = time.monotonic()
         for i, text in enumerate(self.sentences):

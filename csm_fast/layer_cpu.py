@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .quantize import dense_weight, is_quantized
+from csm_fast import ops
+from csm_fast.quantize import dense_weight, is_quantized
 
 
 def serves(layer: Any, x: Tensor, attend: Any) -> bool:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import Segments
-from .packing import MAX_POSITIONS, Pack, lowest
+from csm_fast.attention import Segments
+from csm_fast.packing import MAX_POSITIONS, Pack, lowest
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is
 

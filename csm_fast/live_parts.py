@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import ops
+from csm_fast import ops
 
 SMALLEST = torch.finfo(torch.float32).tiny
 SCALED = 256  # moments in 8 bits that share a scale

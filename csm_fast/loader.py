@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .config import DataSection, LossSection
-from .errors import InputError
-from .layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
-from .packing import (
+from csm_fast.config import DataSection, LossSection
+from csm_fast.errors import InputError
+from csm_fast.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
+from csm_fast.packing import (
     FRAMES,
     MAX_POSITIONS,
     ORDER,

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .adapters import adapted_weight
-from .config import LossSection
-from .model import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
-from .packing import Pack, pack_padded
+from csm_fast import ops
+from csm_fast.adapters import adapted_weight
+from csm_fast.config import LossSection
+from csm_fast.model import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
+from csm_fast.packing import Pack, pack_padded
 
 
 def coefficients(loss: LossSection, num_codebooks: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from csm_fast.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:

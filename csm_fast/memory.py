@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import CSMConfig, TrainConfig
-from .errors import InputError
-from .memory_layer import Setup
-from .memory_ledger import COMPONENTS
-from .memory_step import Load, Walk
-from .memory_weights import optimizer_state, weights
+from csm_fast.config import CSMConfig, TrainConfig
+from csm_fast.errors import InputError
+from csm_fast.memory_layer import Setup
+from csm_fast.memory_ledger import COMPONENTS
+from csm_fast.memory_step import Load, Walk
+from csm_fast.memory_weights import optimizer_state, weights
 
 GIB = 2**30
 # What a run takes beside its tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and
@@ -351,7 +351,7 @@ def choose_checkpointing(
 
 def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
     """Rows as the device will see them, padded to the next size of its ladder."""
-    from .packing import padded_rows
+    from csm_fast.packing import padded_rows
 
     most = config.data.pack_rows
     return padded_rows(min(rows or most, most), most, str(device).split(":")[0])

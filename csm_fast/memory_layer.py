@@ -20,9 +20,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .config import TransformerConfig
-from .memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
-from .memory_weights import LAYER_LINEARS, Weight
+from csm_fast.config import TransformerConfig
+from csm_fast.memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
+from csm_fast.memory_weights import LAYER_LINEARS, Weight
 
 MOST_SCORES = 2**21  # that a CPU's attention holds at once
 CUDA_SCORES = 2**24  # and packed_attention on a card, or for numbers, that no variable-length kernel serves

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter_files import adapter_size, load_adapters, load_base
-from .adapter_formats import ADAPTER_CONFIG, SavedAdapter
-from .adapters import adapted_weight
-from .checkpoint import STATE, read_record, write_record
-from .command_config import MergeConfig, VerifyAdapterConfig
-from .convert import save_model
-from .errors import InputError
-from .machine import resolve_device
-from .model import CSM
-from .probe import PROBE, Probe, read_probe
-from .quantize import dense_weight, is_quantized
+from csm_fast.adapter_files import adapter_size, load_adapters, load_base
+from csm_fast.adapter_formats import ADAPTER_CONFIG, SavedAdapter
+from csm_fast.adapters import adapted_weight
+from csm_fast.checkpoint import STATE, read_record, write_record
+from csm_fast.command_config import MergeConfig, VerifyAdapterConfig
+from csm_fast.convert import save_model
+from csm_fast.errors import InputError
+from csm_fast.machine import resolve_device
+from csm_fast.model import CSM
+from csm_fast.probe import PROBE, Probe, read_probe
+from csm_fast.quantize import dense_weight, is_quantized
 
 log = logging.getLogger("csm_fast")
 

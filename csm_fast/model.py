@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import layer_cpu, ops
-from .attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
-from .config import CSMConfig, TransformerConfig
+from csm_fast import layer_cpu, ops
+from csm_fast.attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
+from csm_fast.config import CSMConfig, TransformerConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -109,7 +109,7 @@ class CSM(nn.Module):
         self.activation_checkpointing = "off"  # "selective", "full"
 
     def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
-        from .loss import forward
+        from csm_fast.loss import forward
 
         return forward(self, tokens, tokens_mask)
 

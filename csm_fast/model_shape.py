@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import CSMConfig, TransformerConfig
-from .errors import InputError
-from .model import CSM, rope_spec, stack_limit, vocabulary
+from csm_fast.config import CSMConfig, TransformerConfig
+from csm_fast.errors import InputError
+from csm_fast.model import CSM, rope_spec, stack_limit, vocabulary
 
 
 def model_config(model: nn.Module) -> CSMConfig:

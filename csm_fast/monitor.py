@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .layout import StepBatch
-from .update import Outcome
+from csm_fast.layout import StepBatch
+from csm_fast.update import Outcome
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (

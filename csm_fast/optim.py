@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .adamw import AdamW, can_page
-from .config import OptimizerSection
-from .errors import InputError
+from csm_fast import ops
+from csm_fast.adamw import AdamW, can_page
+from csm_fast.config import OptimizerSection
+from csm_fast.errors import InputError
 
 log = logging.getLogger("csm_fast")
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Segments
-from .errors import InputError
+from csm_fast.attention import Segments
+from csm_fast.errors import InputError
 
 MAX_POSITIONS = 2048  # csm-1b's context
 

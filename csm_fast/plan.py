@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import memory
-from .command_config import PlanConfig
-from .config import NAMED_SHAPES, CSMConfig, TrainConfig
-from .config_io import build, leaves, read_mapping
-from .errors import InputError
-from .gpus import GPU, find_gpu, known_gpu
-from .memory import GIB, Estimate
-from .memory_weights import Weight, weights
+from csm_fast import memory
+from csm_fast.command_config import PlanConfig
+from csm_fast.config import NAMED_SHAPES, CSMConfig, TrainConfig
+from csm_fast.config_io import build, leaves, read_mapping
+from csm_fast.errors import InputError
+from csm_fast.gpus import GPU, find_gpu, known_gpu
+from csm_fast.memory import GIB, Estimate
+from csm_fast.memory_weights import Weight, weights
 
 PACK_ROWS = 4096  # the trainer's default
 # Shares of a card's peak rates that a step is taken to reach.
@@ -98,7 +98,7 @@ def target(config: PlanConfig) -> tuple[GPU, str]:
     if config.gpu is not None:
         gpu, device = find_gpu(config.gpu), "cuda"
     else:
-        from .machine import processor, resolve_device
+        from csm_fast.machine import processor, resolve_device
 
         found = resolve_device(config.run.device)
         device = found.type
@@ -134,7 +134,7 @@ def model_shape(name: str) -> CSMConfig:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read as JSON ({error})", file=file) from None
-    from .model_shape import config_from_json
+    from csm_fast.model_shape import config_from_json
 
     shape = config_from_json(values, file) if isinstance(values, dict) else None
     return shape or CSMConfig.from_dict(values if isinstance(values, dict) else {}, file=str(file))
@@ -142,7 +142,7 @@ def model_shape(name: str) -> CSMConfig:
 
 def read_store(data: str) -> Store:
     """Counts of the training split; its manifest and headers are read, nothing else."""
-    from .token_store import open_split
+    from csm_fast.token_store import open_split
 
     store = open_split(data, "train")
     audio = store.num_frames + store.num_turns  # and an end-of-speech row per turn
@@ -208,7 +208,7 @@ def planned(
     share = store.audio_share if store else memory.AUDIO_SHARE
     load: dict[str, Any] = {"device": device, "audio_share": share}
     if precision == "auto" and device == "cpu":
-        from .machine import resolve_device, resolve_precision
+        from csm_fast.machine import resolve_device, resolve_precision
 
         load["precision"] = resolve_precision(precision, resolve_device("cpu"))
     rows = config.data.pack_rows or PACK_ROWS

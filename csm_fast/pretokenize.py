@@ -374,7 +374,7 @@ class _Run:
 
 
 def _device(name: str) -> str:
-    from .machine import resolve_device
+    from csm_fast.machine import resolve_device
 
     return str(resolve_device(name))
 

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import __version__, ops
-from . import checkpoint as ckpt
-from .announce import out_of_memory
-from .command_config import ProfileConfig
-from .config import TrainConfig
-from .errors import InputError, is_out_of_memory
-from .layout import StepBatch
-from .loader import read_ahead
-from .machine import processor
-from .profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
-from .profile_report import (
+from csm_fast import __version__, ops
+from csm_fast import checkpoint as ckpt
+from csm_fast.announce import out_of_memory
+from csm_fast.command_config import ProfileConfig
+from csm_fast.config import TrainConfig
+from csm_fast.errors import InputError, is_out_of_memory
+from csm_fast.layout import StepBatch
+from csm_fast.loader import read_ahead
+from csm_fast.machine import processor
+from csm_fast.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
+from csm_fast.profile_report import (
     Rates,
     Row,
     Summary,
@@ -42,7 +42,7 @@ from .profile_report import (
     python_rows,
     write_rows,
 )
-from .train import Trainer
+from csm_fast.train import Trainer
 
 log = logging.getLogger("csm_fast")
 

@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint as ckpt
-from .monitor import read_metrics
+from csm_fast import checkpoint as ckpt
+from csm_fast.monitor import read_metrics
 
 log = logging.getLogger("csm_fast")
 

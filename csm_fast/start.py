@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import memory
-from .checkpoint import read_record
-from .config import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
-from .config_io import read_mapping
-from .convert import load_model
-from .errors import InputError
-from .loss import coefficients
-from .model import CSM, vocabulary
-from .model_files import read_json
-from .model_shape import config_from_json
-from .shard_file import old_directory
-from .token_store import TokenStore, check_compatible, open_split
+from csm_fast import memory
+from csm_fast.checkpoint import read_record
+from csm_fast.config import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
+from csm_fast.config_io import read_mapping
+from csm_fast.convert import load_model
+from csm_fast.errors import InputError
+from csm_fast.loss import coefficients
+from csm_fast.model import CSM, vocabulary
+from csm_fast.model_files import read_json
+from csm_fast.model_shape import config_from_json
+from csm_fast.shard_file import old_directory
+from csm_fast.token_store import TokenStore, check_compatible, open_split
 
 
 def check_precision(precision: str, section: OptimizerSection) -> None:
@@ -132,8 +132,8 @@ def attach_adapters(
 ) -> None:
     """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them.
     ``device``: where the run will be, for ``adapters.attach``."""
-    from . import adapter_files, adapters
-    from .embedding_rows import EmbeddingRows, rows_in
+    from csm_fast import adapter_files, adapters
+    from csm_fast.embedding_rows import EmbeddingRows, rows_in
 
     if config.optimizer.weights != "fp32":
         raise InputError(

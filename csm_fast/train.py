@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 
-from . import checkpoint as ckpt
-from .announce import announce, out_of_memory
-from .code_cache import Lock
-from .compile import compile_layers
-from .config import TrainConfig
-from .config_io import RESOLVED, dump_yaml
-from .console import StepProgress, StopSignals
-from .convert import load_model
-from .errors import InputError, is_out_of_memory
-from .evaluate import Validator, unigram_entropy
-from .layout import StepBatch
-from .loader import Packer, read_ahead
-from .loss import coefficients, packed_loss
-from .machine import compute_dtype, memory_gib, resolve_device, resolve_precision
-from .model import CSM, stack_limit, vocabulary
-from .monitor import METRICS, Window, metrics_line, read_metrics, validation_line
-from .optim import cast_weights, peak_learning_rate
-from .report import summarize
-from .run_marker import RunMarker
-from .start import (
+from csm_fast import checkpoint as ckpt
+from csm_fast.announce import announce, out_of_memory
+from csm_fast.code_cache import Lock
+from csm_fast.compile import compile_layers
+from csm_fast.config import TrainConfig
+from csm_fast.config_io import RESOLVED, dump_yaml
+from csm_fast.console import StepProgress, StopSignals
+from csm_fast.convert import load_model
+from csm_fast.errors import InputError, is_out_of_memory
+from csm_fast.evaluate import Validator, unigram_entropy
+from csm_fast.layout import StepBatch
+from csm_fast.loader import Packer, read_ahead
+from csm_fast.loss import coefficients, packed_loss
+from csm_fast.machine import compute_dtype, memory_gib, resolve_device, resolve_precision
+from csm_fast.model import CSM, stack_limit, vocabulary
+from csm_fast.monitor import METRICS, Window, metrics_line, read_metrics, validation_line
+from csm_fast.optim import cast_weights, peak_learning_rate
+from csm_fast.report import summarize
+from csm_fast.run_marker import RunMarker
+from csm_fast.start import (
     attach_adapters,
     base_dtypes,
     check_adapter,
@@ -44,8 +44,8 @@ from .start import (
     shape_beforehand,
     starting_model,
 )
-from .token_store import open_split
-from .update import LossFunction, Update
+from csm_fast.token_store import open_split
+from csm_fast.update import LossFunction, Update
 
 log = logging.getLogger("csm_fast")
 
@@ -148,7 +148,7 @@ class Trainer:
             self.update.load(self.resumed, self.state)
         self.sampler: Any = None
         if config.run.gen_every:
-            from .generate import Sampler
+            from csm_fast.generate import Sampler
 
             self.sampler = Sampler(self.model, config, self.run_dir / "samples", self.store)
         # 5. What accumulates on the device until it is logged.

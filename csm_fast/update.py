@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint as ckpt
-from .config import OptimizerSection
-from .layout import StepBatch
-from .machine import compute_dtype
-from .optim import (
+from csm_fast import checkpoint as ckpt
+from csm_fast.config import OptimizerSection
+from csm_fast.layout import StepBatch
+from csm_fast.machine import compute_dtype
+from csm_fast.optim import (
     TableGradients,
     clip,
     gradient_norm,
@@ -24,7 +24,7 @@ from .optim import (
     make_optimizer,
     warn_without_gradient,
 )
-from .packing import draw
+from csm_fast.packing import draw
 
 DROPOUT = 4  # purpose of a draw
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1

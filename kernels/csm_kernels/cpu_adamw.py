@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
-from .cpu_passes import nothing, operator
+from csm_kernels import native
+from csm_kernels.cpu_passes import nothing, operator
 
 BF16, FP32 = torch.bfloat16, torch.float32
 QUANTIZED, SUMMED = 256, 2**16  # numbers that share a scale, numbers of a partial sum: as in cpu_adamw.cpp

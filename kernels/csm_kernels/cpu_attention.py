@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import folded_attention, native
-from .cpu_passes import gathered, operator, rotated, rotated_back
-from .folded_attention import Fold
+from csm_kernels import folded_attention, native
+from csm_kernels.cpu_passes import gathered, operator, rotated, rotated_back
+from csm_kernels.folded_attention import Fold
 
 # Columns of a register: what a head's width must be a multiple of.
 LANES = 16

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native
-from .cpu_attention import LANES
-from .cpu_passes import operator
+from csm_kernels import native
+from csm_kernels.cpu_attention import LANES
+from csm_kernels.cpu_passes import operator
 
 
 def serves(hidden: Tensor, weight: Tensor, targets: Tensor, byte_budget: int) -> bool:

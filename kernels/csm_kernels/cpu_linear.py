@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native
-from .cpu_passes import is_watched, operator
+from csm_kernels import native
+from csm_kernels.cpu_passes import is_watched, operator
 
 Size = tuple[int, ...]
 

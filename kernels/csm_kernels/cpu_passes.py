@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
-from .native import threads
+from csm_kernels import native
+from csm_kernels.native import threads
 
 _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 

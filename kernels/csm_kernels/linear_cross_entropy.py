@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_heads, cpu_linear, cpu_passes
+from csm_kernels import cpu_heads, cpu_linear, cpu_passes
 
 try:
     import triton
