@@ -56,7 +56,7 @@ from benchmarks.compare_systems import SHAPES, Running, answers, expected, refer
 from benchmarks.compare_table import is_free, print_tables
 from benchmarks.record import append
 from benchmarks.systems import SYSTEMS, in_precision, is_slow, keeps_memory, parts, runs_alone, runs_longest, tolerance
-from csm_fast.machine import resolve_device, resolve_precision
+from csm_fast.system.device import resolve_device, resolve_precision
 
 PIECES = 6  # of a repetition on a CPU; on a GPU memory would be given back and taken again for each
 

@@ -26,9 +26,9 @@ from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, DataSection, LossSection, OptimizerSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
-from csm_fast.machine import keep_freed_memory
 from csm_fast.optim import TableGradients, clip, gradient_norm, make_optimizer
 from csm_fast.packing import Pack, pack_padded
+from csm_fast.system.device import keep_freed_memory
 
 SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
 HEADS = 5.0  # widens the heads

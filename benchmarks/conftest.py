@@ -42,7 +42,7 @@ from pytest_benchmark.utils import get_tag, parse_compare_fail
 
 from benchmarks.kernel_device import wait
 from benchmarks.record import environment
-from csm_fast.machine import compute_dtype, keep_freed_memory, resolve_device, resolve_precision
+from csm_fast.system.device import compute_dtype, keep_freed_memory, resolve_device, resolve_precision
 
 SLOWER = 20
 """Percent over the stored figure that fail the run."""

@@ -48,10 +48,10 @@ from benchmarks.record import append, environment
 from benchmarks.row_time import WARM_UP, Turns, disk_bytes, row_time, section, show_row_times
 from benchmarks.synthetic_store import BYTES_PER_HOUR, forget, write_store
 from csm_fast.config import LossSection
-from csm_fast.errors import InputError
 from csm_fast.layout import StepBatch
 from csm_fast.loader import Packer, read_ahead
-from csm_fast.machine import keep_freed_memory, resolve_precision
+from csm_fast.system.device import keep_freed_memory, resolve_precision
+from csm_fast.system.errors import InputError
 from csm_fast.token_store import TokenStore
 
 EPOCHS = 10

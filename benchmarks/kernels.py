@@ -38,7 +38,7 @@ from benchmarks.kernel_plot import draw, print_tables
 from benchmarks.kernel_points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
 from benchmarks.record import append, environment
 from csm_fast.config import CSMConfig
-from csm_fast.machine import resolve_device
+from csm_fast.system.device import resolve_device
 
 # ||got - reference|| / ||reference|| of the output and of each gradient; a few roundings of the dtype.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}

@@ -112,7 +112,7 @@ def main() -> int:
     if args.stage:
         import torch
 
-        from csm_fast.machine import memory_gib
+        from csm_fast.system.device import memory_gib
 
         figures = (save if args.stage == "save" else train)(args.workdir, args)
         print(json.dumps({"stage": args.stage, **figures, "peak_resident_gib": memory_gib(torch.device("cpu"))}))

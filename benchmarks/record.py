@@ -16,7 +16,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import csm_fast
-    from csm_fast.machine import processor, resolve_device, resolve_precision
+    from csm_fast.system.device import processor, resolve_device, resolve_precision
 
     def git(*args: str) -> str:
         try:

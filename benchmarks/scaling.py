@@ -38,9 +38,9 @@ from csm_fast import CSMConfig, loss
 from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection
-from csm_fast.machine import keep_freed_memory
 from csm_fast.optim import TableGradients
 from csm_fast.packing import Pack, pack_padded
+from csm_fast.system.device import keep_freed_memory
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.
 MIXES: dict[str, list[tuple[int, int]]] = {

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from csm_fast.codec import load_codec
     from csm_fast.config import CSMConfig, TrainConfig, TransformerConfig
     from csm_fast.convert import load_model, save_model
-    from csm_fast.errors import InputError
     from csm_fast.generate import Generator
     from csm_fast.loss import forward
     from csm_fast.model import CSM
+    from csm_fast.system.errors import InputError
     from csm_fast.text import load_text_tokenizer
     from csm_fast.token_store import TokenStore
 

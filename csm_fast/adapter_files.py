@@ -27,11 +27,11 @@ from csm_fast.adapters import ADAPTER, resolve_targets
 from csm_fast.config import AdapterSection, CSMConfig
 from csm_fast.convert import load_model
 from csm_fast.embedding_rows import EmbeddingRows
-from csm_fast.errors import InputError
 from csm_fast.model import CSM
 from csm_fast.model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_json
 from csm_fast.model_shape import config_from_json, model_config, sesame_config
-from csm_fast.shard_file import write_bytes, writing_to
+from csm_fast.system.arrays import write_bytes, writing_to
+from csm_fast.system.errors import InputError
 
 
 def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 from csm_fast import __version__
 from csm_fast.config import AdapterSection, CSMConfig
 from csm_fast.convert import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
-from csm_fast.errors import InputError
 from csm_fast.model_files import (
     ADAPTER_CONFIG,
     MLX_WEIGHTS,
@@ -37,7 +36,8 @@ from csm_fast.model_files import (
     write_tensors,
 )
 from csm_fast.model_shape import parameter_shapes
-from csm_fast.shard_file import write_bytes, writing_to
+from csm_fast.system.arrays import write_bytes, writing_to
+from csm_fast.system.errors import InputError
 
 TRAINED = "trained.safetensors"
 WHOLE = ("codebook0_head.weight", "audio_head", "text_embeddings.weight", "audio_embeddings.weight")

@@ -11,10 +11,10 @@ from typing import Any
 from csm_fast import checkpoint as ckpt
 from csm_fast import memory
 from csm_fast.config import TrainConfig
-from csm_fast.console import counted
-from csm_fast.errors import OutOfMemory
 from csm_fast.model import vocabulary
 from csm_fast.model_shape import parameter_shapes
+from csm_fast.system.console import counted
+from csm_fast.system.errors import OutOfMemory
 
 log = logging.getLogger("csm_fast")
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 SAMPLE_RATE = 24_000  # Mimi's
 RESAMPLER = "soxr-HQ"  # named in manifests: another resampler gives other codes

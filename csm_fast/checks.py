@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 
 def check_seed(value: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast import __version__
-from csm_fast.errors import InputError, OutOfMemory, is_out_of_memory
+from csm_fast.system.errors import InputError, OutOfMemory, is_out_of_memory
 
 COMMANDS = {
     "pretokenize": "recordings with transcripts -> a token store",
@@ -155,7 +155,7 @@ def _set_up_training(run: Any) -> None:
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if run.keep_freed_memory:
-        from csm_fast.machine import keep_freed_memory, resolve_device
+        from csm_fast.system.device import keep_freed_memory, resolve_device
 
         if resolve_device(run.device).type == "cpu":
             keep_freed_memory()

@@ -21,8 +21,8 @@ from csm_fast.codec_weights import (
     read_weights,
     to_module,
 )
-from csm_fast.errors import InputError
 from csm_fast.mimi_shape import described
+from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     import torch

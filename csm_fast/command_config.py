@@ -17,7 +17,7 @@ from csm_fast.config import (
     TrainConfig,
     option,
 )
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 
 @dataclass

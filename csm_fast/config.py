@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from csm_fast.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 
 def option(default: Any, help: str, *, alias: tuple[str, ...] = (), **extra: Any) -> Any:

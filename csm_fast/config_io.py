@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 T = TypeVar("T")
 

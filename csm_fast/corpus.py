@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     from csm_fast.metadata import Conversation, Turn

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from csm_fast.console import counted
+from csm_fast.system.console import counted
 from csm_fast.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")  # recordings, transcripts
 _AT_LEAST = 200  # recordings; fewer would be another package under the same name

@@ -26,7 +26,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from csm_fast import __version__, ops
-    from csm_fast.machine import processor, resolve_device, resolve_precision
+    from csm_fast.system.device import processor, resolve_device, resolve_precision
 
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
@@ -62,7 +62,7 @@ def attention(device_type: str, precision: str) -> str:
     """What runs the backbone's packed attention."""
 
     from csm_fast import ops
-    from csm_fast.machine import compute_dtype
+    from csm_fast.system.device import compute_dtype
 
     backend = ops.varlen_backend(device_type, compute_dtype(precision))
     if not backend:

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from csm_fast.config import DataSection, LossSection
-from csm_fast.errors import InputError
 from csm_fast.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
 from csm_fast.packing import (
     FRAMES,
@@ -30,6 +29,7 @@ from csm_fast.packing import (
     padded_rows,
     split_documents,
 )
+from csm_fast.system.errors import InputError
 
 T = TypeVar("T")
 

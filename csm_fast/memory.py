@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast.config import CSMConfig, TrainConfig
-from csm_fast.errors import InputError
 from csm_fast.memory_layer import Setup
 from csm_fast.memory_ledger import COMPONENTS
 from csm_fast.memory_step import Load, Walk
 from csm_fast.memory_weights import optimizer_state, weights
+from csm_fast.system.errors import InputError
 
 GIB = 2**30
 # What a run takes beside its tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and

@@ -24,11 +24,11 @@ from csm_fast.adapters import adapted_weight
 from csm_fast.checkpoint import STATE, read_record, write_record
 from csm_fast.command_config import MergeConfig, VerifyAdapterConfig
 from csm_fast.convert import save_model
-from csm_fast.errors import InputError
-from csm_fast.machine import resolve_device
 from csm_fast.model import CSM
 from csm_fast.probe import PROBE, Probe, read_probe
 from csm_fast.quantize import dense_weight, is_quantized
+from csm_fast.system.device import resolve_device
+from csm_fast.system.errors import InputError
 
 log = logging.getLogger("csm_fast")
 

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from csm_fast.errors import InputError
 from csm_fast.metadata_files import (
     AUDIO,
     NUMBER,
@@ -37,6 +36,7 @@ from csm_fast.metadata_files import (
     read_text,
     show,
 )
+from csm_fast.system.errors import InputError
 
 MAX_TEXT_CHARS = 20_000
 MAX_SPEAKER = 2**31 - 1

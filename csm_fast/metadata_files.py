@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 TEXT, AUDIO, SPEAKER = ("text",), ("path", "audio_path", "audio"), ("speaker", "speaker_id")
 KEYS = (*TEXT, *AUDIO, "start", "end", *SPEAKER)

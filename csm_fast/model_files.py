@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from csm_fast.config import CSMConfig, TransformerConfig
-from csm_fast.errors import InputError
 from csm_fast.model import CSM, rope_spec, stack_limit, vocabulary
+from csm_fast.system.errors import InputError
 
 
 def model_config(model: nn.Module) -> CSMConfig:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csm_fast.codec_weights import codebooks, flat_name, mapped, read_weights
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

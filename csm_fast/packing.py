@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_fast.attention import Segments
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 MAX_POSITIONS = 2048  # csm-1b's context
 

@@ -19,10 +19,10 @@ from csm_fast import memory
 from csm_fast.command_config import PlanConfig
 from csm_fast.config import NAMED_SHAPES, CSMConfig, TrainConfig
 from csm_fast.config_io import build, leaves, read_mapping
-from csm_fast.errors import InputError
 from csm_fast.gpus import GPU, find_gpu, known_gpu
 from csm_fast.memory import GIB, Estimate
 from csm_fast.memory_weights import Weight, weights
+from csm_fast.system.errors import InputError
 
 PACK_ROWS = 4096  # the trainer's default
 # Shares of a card's peak rates that a step is taken to reach.
@@ -98,7 +98,7 @@ def target(config: PlanConfig) -> tuple[GPU, str]:
     if config.gpu is not None:
         gpu, device = find_gpu(config.gpu), "cuda"
     else:
-        from csm_fast.machine import processor, resolve_device
+        from csm_fast.system.device import processor, resolve_device
 
         found = resolve_device(config.run.device)
         device = found.type
@@ -208,7 +208,7 @@ def planned(
     share = store.audio_share if store else memory.AUDIO_SHARE
     load: dict[str, Any] = {"device": device, "audio_share": share}
     if precision == "auto" and device == "cpu":
-        from csm_fast.machine import resolve_device, resolve_precision
+        from csm_fast.system.device import resolve_device, resolve_precision
 
         load["precision"] = resolve_precision(precision, resolve_device("cpu"))
     rows = config.data.pack_rows or PACK_ROWS

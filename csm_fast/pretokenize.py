@@ -25,10 +25,10 @@ from csm_fast.config import check_path, option
 from csm_fast.corpus import MAX_ROWS, Corpus, Split
 from csm_fast.data_report import LISTED, render, split_report
 from csm_fast.decode_pool import DecodePool, Reply, Request, stamp
-from csm_fast.errors import InputError
-from csm_fast.progress import ClipProgress
-from csm_fast.shard_file import write_bytes, writing_to
 from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.system.arrays import write_bytes, writing_to
+from csm_fast.system.errors import InputError
+from csm_fast.system.progress import ClipProgress
 from csm_fast.token_store import TokenStore, TurnTokens, recover_store
 
 if TYPE_CHECKING:
@@ -374,7 +374,7 @@ class _Run:
 
 
 def _device(name: str) -> str:
-    from csm_fast.machine import resolve_device
+    from csm_fast.system.device import resolve_device
 
     return str(resolve_device(name))
 

@@ -26,10 +26,8 @@ from csm_fast import checkpoint as ckpt
 from csm_fast.announce import out_of_memory
 from csm_fast.command_config import ProfileConfig
 from csm_fast.config import TrainConfig
-from csm_fast.errors import InputError, is_out_of_memory
 from csm_fast.layout import StepBatch
 from csm_fast.loader import read_ahead
-from csm_fast.machine import processor
 from csm_fast.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
 from csm_fast.profile_report import (
     Rates,
@@ -42,6 +40,8 @@ from csm_fast.profile_report import (
     python_rows,
     write_rows,
 )
+from csm_fast.system.device import processor
+from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.train import Trainer
 
 log = logging.getLogger("csm_fast")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 INSTALL = "pip install -e '.[qlora]'"
 STACKS = ("backbone", "decoder")

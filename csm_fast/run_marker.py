@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from csm_fast.machine import memory_gib
+from csm_fast.system.device import memory_gib
 
 NAME = ".running"
 

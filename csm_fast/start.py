@@ -18,12 +18,12 @@ from csm_fast.checkpoint import read_record
 from csm_fast.config import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
 from csm_fast.config_io import read_mapping
 from csm_fast.convert import load_model
-from csm_fast.errors import InputError
 from csm_fast.loss import coefficients
 from csm_fast.model import CSM, vocabulary
 from csm_fast.model_files import read_json
 from csm_fast.model_shape import config_from_json
-from csm_fast.shard_file import old_directory
+from csm_fast.system.arrays import old_directory
+from csm_fast.system.errors import InputError
 from csm_fast.token_store import TokenStore, check_compatible, open_split
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from csm_fast.errors import InputError
-from csm_fast.shard_file import Arrays, map_arrays
+from csm_fast.system.arrays import Arrays, map_arrays
+from csm_fast.system.errors import InputError
 
 FORMAT = "csm_fast token store"
 FORMAT_VERSION = 1

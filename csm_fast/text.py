@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 BEGIN, END = 128_000, 128_001
 BEGIN_TOKEN, END_TOKEN = "<|begin_of_text|>", "<|end_of_text|>"

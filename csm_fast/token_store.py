@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from csm_fast.errors import InputError
-from csm_fast.shard_file import Arrays, file_sha256, old_directory
 from csm_fast.store_format import MANIFEST, corrupt, open_shard, read_manifest
+from csm_fast.system.arrays import Arrays, file_sha256, old_directory
+from csm_fast.system.errors import InputError
 
 SAMPLES_PER_SECOND, SAMPLES_PER_FRAME = 24_000, 1920
 

@@ -18,14 +18,11 @@ from csm_fast.code_cache import Lock
 from csm_fast.compile import compile_layers
 from csm_fast.config import TrainConfig
 from csm_fast.config_io import RESOLVED, dump_yaml
-from csm_fast.console import StepProgress, StopSignals
 from csm_fast.convert import load_model
-from csm_fast.errors import InputError, is_out_of_memory
 from csm_fast.evaluate import Validator, unigram_entropy
 from csm_fast.layout import StepBatch
 from csm_fast.loader import Packer, read_ahead
 from csm_fast.loss import coefficients, packed_loss
-from csm_fast.machine import compute_dtype, memory_gib, resolve_device, resolve_precision
 from csm_fast.model import CSM, stack_limit, vocabulary
 from csm_fast.monitor import METRICS, Window, metrics_line, read_metrics, validation_line
 from csm_fast.optim import cast_weights, peak_learning_rate
@@ -44,6 +41,9 @@ from csm_fast.start import (
     shape_beforehand,
     starting_model,
 )
+from csm_fast.system.console import StepProgress, StopSignals
+from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
+from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.token_store import open_split
 from csm_fast.update import LossFunction, Update
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from csm_fast import checkpoint as ckpt
 from csm_fast.config import OptimizerSection
 from csm_fast.layout import StepBatch
-from csm_fast.machine import compute_dtype
 from csm_fast.optim import (
     TableGradients,
     clip,
@@ -25,6 +24,7 @@ from csm_fast.optim import (
     warn_without_gradient,
 )
 from csm_fast.packing import draw
+from csm_fast.system.device import compute_dtype
 
 DROPOUT = 4  # purpose of a draw
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1

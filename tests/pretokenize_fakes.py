@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from csm_fast.errors import InputError
 from csm_fast.pretokenize import PretokenizeConfig, pretokenize
+from csm_fast.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 24_000

@@ -16,7 +16,7 @@ from csm_fast import adapter_files, adapters, loss, quantize
 from csm_fast.config import AdapterSection
 from csm_fast.convert import interleave_rows
 from csm_fast.embedding_rows import EmbeddingRows
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 KINDS = {
     "lora": {"method": "lora"},

@@ -9,10 +9,10 @@ from csm_fast import adapters, layer_cpu, loss
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection
 from csm_fast.embedding_rows import EmbeddingRows, rows_in
-from csm_fast.errors import InputError
 from csm_fast.generate import Generator, Turn
 from csm_fast.packing import pack_padded
 from csm_fast.quantize import is_quantized
+from csm_fast.system.errors import InputError
 from csm_fast.token_store import open_split
 
 EVERYWHERE = ["attn", "projection", "codebook0_head"]

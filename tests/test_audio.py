@@ -12,7 +12,7 @@ import soundfile
 
 from csm_fast import audio
 from csm_fast.audio import audio_info, content_hash, read_audio, silence, write_wav
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 
 def tone(seconds=1.0, rate=24_000, hz=440.0, level=0.5):

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from csm_fast import codec as codec_module
 from csm_fast import codec_backends, codec_weights, offline_codec
 from csm_fast.codec import Codec, load_codec
-from csm_fast.errors import InputError
 from csm_fast.offline_codec import OfflineShape, fit, offline_file, synthetic_speech, table_hash
+from csm_fast.system.errors import InputError
 
 SMALL = OfflineShape(
     num_filters=4,

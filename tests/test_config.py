@@ -9,8 +9,8 @@ import yaml
 from csm_fast import InputError, cli
 from csm_fast.config import CSMConfig, TrainConfig
 from csm_fast.config_io import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
-from csm_fast.machine import resolve_device
 from csm_fast.optim import learning_rate, warmup_steps
+from csm_fast.system.device import resolve_device
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from csm_fast import InputError, loader
 from csm_fast.config import DataSection, LossSection
 from csm_fast.loader import Packer, prefetch
 from csm_fast.packing import best_fit
-from csm_fast.shard_file import map_arrays
+from csm_fast.system.arrays import map_arrays
 from csm_fast.token_store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import pytest
 from csm_fast import demo_data
 from csm_fast.audio import write_wav
 from csm_fast.demo_data import fetch_debian_speech, parse_transcripts
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 SAMPLE = """; Core Asterisk Sounds in English
 

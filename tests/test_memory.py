@@ -17,13 +17,13 @@ from csm_fast import CSM, CSMConfig, TransformerConfig, adapters, memory
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.config_io import build
-from csm_fast.errors import InputError
 from csm_fast.loss import packed_loss
 from csm_fast.memory_layer import Setup
 from csm_fast.memory_ledger import ACTIVATIONS, COPIES
 from csm_fast.memory_step import Load, Walk
 from csm_fast.memory_weights import LAYER_LINEARS, SYNONYMS, is_adapted, weights
 from csm_fast.optim import cast_weights
+from csm_fast.system.errors import InputError
 
 GIB = memory.GIB
 ONE = CSMConfig.csm_1b()

@@ -17,8 +17,8 @@ from csm_fast.command_config import MergeConfig, VerifyAdapterConfig
 from csm_fast.compile import compile_layers
 from csm_fast.config import AdapterSection, DataSection, LossSection
 from csm_fast.embedding_rows import EmbeddingRows
-from csm_fast.errors import InputError
 from csm_fast.loader import Packer
+from csm_fast.system.errors import InputError
 
 
 @pytest.fixture(autouse=True)

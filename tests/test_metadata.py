@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from csm_fast.errors import InputError
 from csm_fast.metadata import Conversation, Turn, clean_text, load_metadata, load_speaker_map, split_validation
+from csm_fast.system.errors import InputError
 
 FLAT = [
     {"text": "Hello.", "path": "a.wav"},

@@ -14,8 +14,8 @@ from csm_fast import cli, gpus, memory, plan
 from csm_fast.command_config import PlanConfig
 from csm_fast.config import CSMConfig, TrainConfig
 from csm_fast.config_io import build, read_yaml
-from csm_fast.errors import InputError
 from csm_fast.model_shape import sesame_config, transformers_config
+from csm_fast.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from torch import nn
 from train_cases import ROOT, environment
 
 from csm_fast import TransformerConfig, evaluate, quantize
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 # Widths that bitsandbytes' packed layout takes: multiples of its blocks of 64.
 WIDE = dataclasses.replace(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from csm_fast import text
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 from csm_fast.text import TextTokenizer, load_text_tokenizer
 
 TEXTS = [

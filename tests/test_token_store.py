@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from csm_fast import shard_file, store_writer
-from csm_fast.errors import InputError
+from csm_fast import store_writer
 from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.system import arrays as shard_file
+from csm_fast.system.errors import InputError
 from csm_fast.token_store import TokenStore, TurnTokens, check_compatible, open_split
 
 K = 4

@@ -7,7 +7,7 @@ import torch
 from train_cases import config, prepare
 
 from csm_fast.cli import main
-from csm_fast.errors import OutOfMemory
+from csm_fast.system.errors import OutOfMemory
 from csm_fast.train import Trainer, train
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "U16": "<u2", "U8": "|u1"}
 _NAMES = {np.dtype(value): name for name, value in DTYPES.items()}

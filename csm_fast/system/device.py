@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from csm_fast.errors import InputError
+from csm_fast.system.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
