@@ -28,7 +28,7 @@ from benchmarks.compare_data import Subset, Synthetic
 from benchmarks.compare_systems import SHAPES
 from benchmarks.record import append, environment
 from csm_fast import CSM
-from csm_fast.config import DataSection, LossSection, OptimizerSection
+from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.evaluate import Validator
 from csm_fast.loader import Packer
 from csm_fast.loss import coefficients, packed_loss

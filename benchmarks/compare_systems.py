@@ -23,7 +23,7 @@ from benchmarks.systems import SYSTEMS, WIDE, keeps_memory
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, ops
 from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection, DataSection, LossSection, OptimizerSection
+from csm_fast.config.train import AdapterSection, DataSection, LossSection, OptimizerSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.optim import TableGradients, clip, gradient_norm, make_optimizer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.config import CSMConfig
+from csm_fast.config.train import CSMConfig
 
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)

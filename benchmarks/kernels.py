@@ -37,7 +37,7 @@ from benchmarks.kernel_device import ceilings, free_memory, peak_memory, timed, 
 from benchmarks.kernel_plot import draw, print_tables
 from benchmarks.kernel_points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
 from benchmarks.record import append, environment
-from csm_fast.config import CSMConfig
+from csm_fast.config.train import CSMConfig
 from csm_fast.system.device import resolve_device
 
 # ||got - reference|| / ||reference|| of the output and of each gradient; a few roundings of the dtype.

@@ -50,8 +50,8 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     """Two optimizer steps of ``args.rows`` rows through the trainer, checkpoint and all."""
     import numpy as np
 
-    from csm_fast.config import CSMConfig, TrainConfig
-    from csm_fast.config_io import build
+    from csm_fast.config.parse import build
+    from csm_fast.config.train import CSMConfig, TrainConfig
     from csm_fast.memory import estimate
     from csm_fast.monitor import read_metrics
     from csm_fast.store_writer import TokenStoreWriter

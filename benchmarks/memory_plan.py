@@ -33,8 +33,8 @@ from benchmarks.record import append, environment
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, memory
 from csm_fast.compile import compile_layers
-from csm_fast.config import TrainConfig
-from csm_fast.config_io import build
+from csm_fast.config.parse import build
+from csm_fast.config.train import TrainConfig
 from csm_fast.layout import StepBatch
 from csm_fast.loss import packed_loss
 from csm_fast.optim import cast_weights

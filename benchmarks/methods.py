@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from benchmarks.record import append, environment
 from csm_fast import load_model
-from csm_fast.command_config import MergeConfig
-from csm_fast.config import TrainConfig
-from csm_fast.config_io import build
+from csm_fast.config.commands import MergeConfig
+from csm_fast.config.parse import build
+from csm_fast.config.train import TrainConfig
 from csm_fast.evaluate import Validator
 from csm_fast.merge import merge
 from csm_fast.token_store import open_split

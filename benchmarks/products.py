@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from csm_fast import CSMConfig
-from csm_fast.config import TransformerConfig
+from csm_fast.config.train import TransformerConfig
 from csm_fast.packing import Pack
 
 

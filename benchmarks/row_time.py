@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic_store import read_through
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.token_store import TokenStore
 

@@ -37,7 +37,7 @@ from benchmarks.tracked import Allocation, Tracked
 from csm_fast import CSMConfig, loss
 from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection
+from csm_fast.config.train import AdapterSection
 from csm_fast.optim import TableGradients
 from csm_fast.packing import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory

@@ -31,7 +31,7 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from csm_fast.adapter_files import linear_to_lora_layers, load_adapters
     from csm_fast.codec import load_codec
-    from csm_fast.config import CSMConfig, TrainConfig, TransformerConfig
+    from csm_fast.config.train import CSMConfig, TrainConfig, TransformerConfig
     from csm_fast.convert import load_model, save_model
     from csm_fast.generate import Generator
     from csm_fast.loss import forward

@@ -24,7 +24,7 @@ from torch import Tensor
 from csm_fast import adapters
 from csm_fast.adapter_formats import TRAINED, SavedAdapter, read_adapter, write_csm_mlx, write_peft, write_transformers
 from csm_fast.adapters import ADAPTER, resolve_targets
-from csm_fast.config import AdapterSection, CSMConfig
+from csm_fast.config.train import AdapterSection, CSMConfig
 from csm_fast.convert import load_model
 from csm_fast.embedding_rows import EmbeddingRows
 from csm_fast.model import CSM

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from csm_fast import __version__
-from csm_fast.config import AdapterSection, CSMConfig
+from csm_fast.config.train import AdapterSection, CSMConfig
 from csm_fast.convert import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
 from csm_fast.model_files import (
     ADAPTER_CONFIG,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_fast.config import AdapterSection, CSMConfig
+from csm_fast.config.train import AdapterSection, CSMConfig
 from csm_fast.model import wide_dtype
 from csm_fast.model_shape import model_config
 from csm_fast.quantize import INSTALL, STACKS, dense_weight, quantize_stacks, quiet_import

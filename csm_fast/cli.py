@@ -103,7 +103,7 @@ def _set_up_logging() -> None:
 
 
 def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
-    from csm_fast.config_io import Parser, add_flags, from_flags
+    from csm_fast.config.parse import Parser, add_flags, from_flags
 
     parser = Parser(prog=prog, description=description, allow_abbrev=False, usage=f"{prog} [--config FILE] [options]")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
@@ -137,7 +137,7 @@ def _pretokenize(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> int:
-    from csm_fast.config import TrainConfig
+    from csm_fast.config.train import TrainConfig
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
     _set_up_training(config.run)
@@ -162,21 +162,21 @@ def _set_up_training(run: Any) -> None:
 
 
 def _generate(argv: list[str]) -> None:
-    from csm_fast.command_config import GenerateConfig
+    from csm_fast.config.commands import GenerateConfig
 
     config = _config(GenerateConfig, "csm-fast generate", COMMANDS["generate"], argv)
     importlib.import_module("csm_fast.speak").speak(config)
 
 
 def _plan(argv: list[str]) -> int | None:
-    from csm_fast.command_config import PlanConfig
+    from csm_fast.config.commands import PlanConfig
 
     config = _config(PlanConfig, "csm-fast plan", COMMANDS["plan"], argv)
     return importlib.import_module("csm_fast.plan").plan(config)
 
 
 def _profile(argv: list[str]) -> None:
-    from csm_fast.command_config import ProfileConfig
+    from csm_fast.config.commands import ProfileConfig
 
     config = _config(ProfileConfig, "csm-fast profile", COMMANDS["profile"], argv)
     _set_up_training(config.run)
@@ -184,21 +184,21 @@ def _profile(argv: list[str]) -> None:
 
 
 def _merge(argv: list[str]) -> int | None:
-    from csm_fast.command_config import MergeConfig
+    from csm_fast.config.commands import MergeConfig
 
     config = _config(MergeConfig, "csm-fast merge", COMMANDS["merge"], argv)
     return importlib.import_module("csm_fast.merge").merge(config)
 
 
 def _verify_adapter(argv: list[str]) -> int | None:
-    from csm_fast.command_config import VerifyAdapterConfig
+    from csm_fast.config.commands import VerifyAdapterConfig
 
     config = _config(VerifyAdapterConfig, "csm-fast verify-adapter", COMMANDS["verify-adapter"], argv)
     return importlib.import_module("csm_fast.merge").verify(config)
 
 
 def _doctor(argv: list[str]) -> None:
-    from csm_fast.config_io import Parser
+    from csm_fast.config.parse import Parser
 
     Parser(prog="csm-fast doctor", description=COMMANDS["doctor"]).parse_args(argv)
     doctor = importlib.import_module("csm_fast.doctor")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_fast.config import NAMED_SHAPES, CSMConfig
+from csm_fast.config.train import NAMED_SHAPES, CSMConfig
 from csm_fast.model import CSM
 from csm_fast.model_files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
 from csm_fast.model_shape import config_from_json, model_config, parameter_shapes, sesame_config, transformers_config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csm_fast import ops
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import coefficients, predictor_states
 from csm_fast.model import run_decoder, vocabulary

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
 from csm_fast.packing import (
     FRAMES,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csm_fast.config import CSMConfig, TrainConfig
+from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.memory_layer import Setup
 from csm_fast.memory_ledger import COMPONENTS
 from csm_fast.memory_step import Load, Walk

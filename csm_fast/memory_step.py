@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from csm_fast.config import CSMConfig, TransformerConfig
+from csm_fast.config.train import CSMConfig, TransformerConfig
 from csm_fast.memory_layer import KEPT_COPIES, Layers, Setup, Stack
 from csm_fast.memory_ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
 from csm_fast.memory_weights import Weight

@@ -22,7 +22,7 @@ from csm_fast.adapter_files import adapter_size, load_adapters, load_base
 from csm_fast.adapter_formats import ADAPTER_CONFIG, SavedAdapter
 from csm_fast.adapters import adapted_weight
 from csm_fast.checkpoint import STATE, read_record, write_record
-from csm_fast.command_config import MergeConfig, VerifyAdapterConfig
+from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.convert import save_model
 from csm_fast.model import CSM
 from csm_fast.probe import PROBE, Probe, read_probe

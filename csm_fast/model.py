@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from csm_fast import layer_cpu, ops
 from csm_fast.attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
-from csm_fast.config import CSMConfig, TransformerConfig
+from csm_fast.config.train import CSMConfig, TransformerConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

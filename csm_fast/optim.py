@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.adamw import AdamW, can_page
-from csm_fast.config import OptimizerSection
+from csm_fast.config.train import OptimizerSection
 from csm_fast.system.errors import InputError
 
 log = logging.getLogger("csm_fast")

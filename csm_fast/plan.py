@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast import memory
-from csm_fast.command_config import PlanConfig
-from csm_fast.config import NAMED_SHAPES, CSMConfig, TrainConfig
-from csm_fast.config_io import build, leaves, read_mapping
+from csm_fast.config.commands import PlanConfig
+from csm_fast.config.parse import build, leaves, read_mapping
+from csm_fast.config.train import NAMED_SHAPES, CSMConfig, TrainConfig
 from csm_fast.gpus import GPU, find_gpu, known_gpu
 from csm_fast.memory import GIB, Estimate
 from csm_fast.memory_weights import Weight, weights

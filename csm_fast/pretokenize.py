@@ -21,7 +21,7 @@ import numpy as np
 
 from csm_fast.audio import RESAMPLER
 from csm_fast.code_cache import CodeCache, Lock, content_key
-from csm_fast.config import check_path, option
+from csm_fast.config.train import check_path, option
 from csm_fast.corpus import MAX_ROWS, Corpus, Split
 from csm_fast.data_report import LISTED, render, split_report
 from csm_fast.decode_pool import DecodePool, Reply, Request, stamp

@@ -10,7 +10,7 @@ import torch
 from csm_fast.audio import read_audio, write_wav
 from csm_fast.checkpoint import read_record
 from csm_fast.codec import load_codec
-from csm_fast.command_config import GenerateConfig
+from csm_fast.config.commands import GenerateConfig
 from csm_fast.convert import load_model
 from csm_fast.generate import Generator, Speech, Turn
 from csm_fast.metadata import load_metadata

@@ -15,8 +15,8 @@ import torch
 
 from csm_fast import memory
 from csm_fast.checkpoint import read_record
-from csm_fast.config import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
-from csm_fast.config_io import read_mapping
+from csm_fast.config.parse import read_mapping
+from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
 from csm_fast.convert import load_model
 from csm_fast.loss import coefficients
 from csm_fast.model import CSM, vocabulary

@@ -16,8 +16,8 @@ from csm_fast import checkpoint as ckpt
 from csm_fast.announce import announce, out_of_memory
 from csm_fast.code_cache import Lock
 from csm_fast.compile import compile_layers
-from csm_fast.config import TrainConfig
-from csm_fast.config_io import RESOLVED, dump_yaml
+from csm_fast.config.parse import RESOLVED, dump_yaml
+from csm_fast.config.train import TrainConfig
 from csm_fast.convert import load_model
 from csm_fast.evaluate import Validator, unigram_entropy
 from csm_fast.layout import StepBatch

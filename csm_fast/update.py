@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import checkpoint as ckpt
-from csm_fast.config import OptimizerSection
+from csm_fast.config.train import OptimizerSection
 from csm_fast.layout import StepBatch
 from csm_fast.optim import (
     TableGradients,

@@ -13,7 +13,7 @@ from test_adapters import EVERYWHERE, attached, loss_of, make_pack
 
 from benchmarks.baselines import transformers_loss, transformers_model
 from csm_fast import adapter_files, adapters, loss, quantize
-from csm_fast.config import AdapterSection
+from csm_fast.config.train import AdapterSection
 from csm_fast.convert import interleave_rows
 from csm_fast.embedding_rows import EmbeddingRows
 from csm_fast.system.errors import InputError

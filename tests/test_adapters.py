@@ -7,7 +7,7 @@ from model_cases import MICRO, padded, random_conversations, random_model, relat
 
 from csm_fast import adapters, layer_cpu, loss
 from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection
+from csm_fast.config.train import AdapterSection
 from csm_fast.embedding_rows import EmbeddingRows, rows_in
 from csm_fast.generate import Generator, Turn
 from csm_fast.packing import pack_padded

@@ -41,8 +41,8 @@ from train_cases import (
 from csm_fast import CSM, InputError, cli, load_model, save_model
 from csm_fast import checkpoint as ckpt
 from csm_fast.audio import read_audio
-from csm_fast.config import CSMConfig, TrainConfig
-from csm_fast.config_io import build, dump_yaml, read_mapping, read_yaml
+from csm_fast.config.parse import build, dump_yaml, read_mapping, read_yaml
+from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.metadata import load_metadata
 from csm_fast.store_writer import TokenStoreWriter
 from csm_fast.token_store import open_split

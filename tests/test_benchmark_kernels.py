@@ -14,7 +14,7 @@ from benchmarks import gpu_suite, kernel_plot, kernels
 from benchmarks.attention_cases import attention_work
 from benchmarks.kernel_cases import CASES, DECODER_OPS, embed_work, heads_work
 from benchmarks.kernel_points import BOTH, FORWARD, MODES, Point, System, Work, layout
-from csm_fast.config import CSMConfig, TransformerConfig
+from csm_fast.config.train import CSMConfig, TransformerConfig
 
 MICRO = CSMConfig(
     backbone=TransformerConfig(1, 4, 2, 32, 48, max_seq_len=64),

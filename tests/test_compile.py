@@ -16,7 +16,7 @@ from train_cases import config
 from csm_fast import compile, layer_cpu
 from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection, DataSection, LossSection
+from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.evaluate import Validator
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from csm_fast import InputError, cli
-from csm_fast.config import CSMConfig, TrainConfig
-from csm_fast.config_io import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
+from csm_fast.config.parse import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
+from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.optim import learning_rate, warmup_steps
 from csm_fast.system.device import resolve_device
 

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import row_time, synthetic_store
 from csm_fast import InputError, loader
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer, prefetch
 from csm_fast.packing import best_fit
 from csm_fast.system.arrays import map_arrays

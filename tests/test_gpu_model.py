@@ -21,7 +21,7 @@ from benchmarks.baselines import blog_forward
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
 from csm_fast.compile import compile_layers
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.packing import Pack, pack_padded

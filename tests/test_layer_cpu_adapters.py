@@ -13,7 +13,7 @@ from test_adapters import attached, gradients, loss_of, make_pack
 
 from csm_fast import adapters, layer_cpu
 from csm_fast.attention import Segments
-from csm_fast.config import AdapterSection
+from csm_fast.config.train import AdapterSection
 from csm_fast.model import PackedAttend
 from csm_fast.quantize import dense_weight
 

@@ -10,7 +10,7 @@ from model_cases import MemoryStore
 from train_cases import CODEC, TOKENIZER, conversations_of, write_store
 
 from csm_fast import InputError, loader
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer, read_ahead
 from csm_fast.packing import FRAMES, GAMMA, MAX_POSITIONS, lowest, numbered_draws, padded_rows, splitmix
 from csm_fast.store_writer import TokenStoreWriter

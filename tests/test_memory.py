@@ -15,8 +15,8 @@ from train_cases import environment
 from benchmarks.memory_plan import make_pack, measure, quick_model, settings
 from csm_fast import CSM, CSMConfig, TransformerConfig, adapters, memory
 from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection, OptimizerSection, TrainConfig
-from csm_fast.config_io import build
+from csm_fast.config.parse import build
+from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.loss import packed_loss
 from csm_fast.memory_layer import Setup
 from csm_fast.memory_ledger import ACTIVATIONS, COPIES

@@ -13,9 +13,9 @@ from test_adapters import attached, loss_of, make_pack, stirred
 from csm_fast import CSM, adapters, cli, load_model, loss, merge, probe, save_model
 from csm_fast.adapter_files import save_adapter
 from csm_fast.checkpoint import read_record, write_record
-from csm_fast.command_config import MergeConfig, VerifyAdapterConfig
 from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection, DataSection, LossSection
+from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
+from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.embedding_rows import EmbeddingRows
 from csm_fast.loader import Packer
 from csm_fast.system.errors import InputError

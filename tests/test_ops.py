@@ -8,7 +8,7 @@ from kernel_cases import interpreted, poisoned
 from model_cases import MICRO_32, MemoryStore, random_conversations, random_model
 
 from csm_fast import cli, doctor, ops
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 

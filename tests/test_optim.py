@@ -15,7 +15,7 @@ from benchmarks import bf16_updates
 from benchmarks.compare_systems import SHAPES
 from csm_fast.adamw import AdamW
 from csm_fast.checkpoint import load_optimizer, optimizer_tensors
-from csm_fast.config import DataSection, LossSection, OptimizerSection
+from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.model_files import write_tensors

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import csm_fast
 from benchmarks.baselines import blog_forward
 from csm_fast import CSMConfig, TransformerConfig
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import coefficients, packed_loss
 

@@ -13,7 +13,7 @@ from train_cases import conversations_of, write_store
 
 from csm_fast import InputError
 from csm_fast.attention import Segments, apply_rope, packed_attention, rope_table
-from csm_fast.config import DataSection, LossSection, TransformerConfig
+from csm_fast.config.train import DataSection, LossSection, TransformerConfig
 from csm_fast.loader import Packer, prefetch
 from csm_fast.model import Attention
 from csm_fast.ops import plan_segments

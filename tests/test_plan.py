@@ -11,9 +11,9 @@ import pytest
 from train_cases import make_store, write_model
 
 from csm_fast import cli, gpus, memory, plan
-from csm_fast.command_config import PlanConfig
-from csm_fast.config import CSMConfig, TrainConfig
-from csm_fast.config_io import build, read_yaml
+from csm_fast.config.commands import PlanConfig
+from csm_fast.config.parse import build, read_yaml
+from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.model_shape import sesame_config, transformers_config
 from csm_fast.system.errors import InputError
 

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_cases import ROOT, config, flags, prepare, values
 
 from csm_fast import cli, profile, profile_ops, profile_report
-from csm_fast.command_config import ProfileConfig
-from csm_fast.config_io import build, read_yaml
+from csm_fast.config.commands import ProfileConfig
+from csm_fast.config.parse import build, read_yaml
 from csm_fast.profile_ops import STEP, OperatorClock, Seen, Several, from_profiler
 from csm_fast.profile_report import Rates, operator_rows
 from csm_fast.train import Trainer

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 
 from csm_fast import cli
-from csm_fast.command_config import GenerateConfig, MergeConfig, PlanConfig, ProfileConfig, VerifyAdapterConfig
-from csm_fast.config import TrainConfig
-from csm_fast.config_io import Parser, add_flags, from_flags
+from csm_fast.config.commands import GenerateConfig, MergeConfig, PlanConfig, ProfileConfig, VerifyAdapterConfig
+from csm_fast.config.parse import Parser, add_flags, from_flags
+from csm_fast.config.train import TrainConfig
 from csm_fast.pretokenize import PretokenizeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def test_python_snippets(tmp_path, monkeypatch):
     from train_cases import make_store, write_model
 
     from csm_fast import CSM, CSMConfig
-    from csm_fast.config_io import read_mapping
+    from csm_fast.config.parse import read_mapping
 
     monkeypatch.chdir(tmp_path)
     shape = CSMConfig.from_dict(read_mapping(write_model(tmp_path / "model.yaml")))

@@ -7,8 +7,8 @@ import pytest
 from train_cases import prepare
 
 from csm_fast.cli import main
-from csm_fast.config import CSMConfig, TrainConfig
-from csm_fast.config_io import build, read_yaml
+from csm_fast.config.parse import build, read_yaml
+from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.memory import estimate
 from csm_fast.train import train
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.numpy import load_file
 
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.generate import Generator, Turn
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss

@@ -12,7 +12,7 @@ from csm_kernels.frame_embed import RowGradient, frame_embed_with_codes
 from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from csm_fast import ops
-from csm_fast.config import DataSection, LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.optim import TableGradients, gradient_norm

@@ -258,7 +258,7 @@ def test_sesames_loader_takes_a_checkpoint(tmp_path):
     from huggingface_hub import PyTorchModelHubMixin
 
     from csm_fast import CSM, CSMConfig
-    from csm_fast.config_io import read_mapping
+    from csm_fast.config.parse import read_mapping
 
     settings = config(tmp_path, max_steps=2)
     train(settings)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from csm_fast.config import TrainConfig
-from csm_fast.config_io import build
+from csm_fast.config.parse import build
+from csm_fast.config.train import TrainConfig
 from csm_fast.store_writer import TokenStoreWriter
 from csm_fast.token_store import TurnTokens
 

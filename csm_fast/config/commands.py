@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from csm_fast.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from csm_fast.config import (
+from csm_fast.config.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
+from csm_fast.config.train import (
     AdapterSection,
     DataSection,
     LossSection,

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from csm_fast.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
+from csm_fast.config.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
 from csm_fast.system.errors import InputError
 
 
@@ -118,7 +118,7 @@ class CSMConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, file: str | None = None) -> CSMConfig:
         """The inverse of ``to_dict``; unknown or missing keys are an ``InputError`` that names ``file``."""
-        from csm_fast.config_io import coerce
+        from csm_fast.config.parse import coerce
 
         def typed(kind: type, given: dict[str, Any], where: str) -> dict[str, Any]:
             hints = get_type_hints(kind)
