@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from csm_kernels import native
+from csm_kernels.cpu import native
 from torch import Tensor, nn
 
 from benchmarks import baselines, parity

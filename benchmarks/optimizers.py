@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from csm_kernels import native
+from csm_kernels.cpu import native
 from torch import Tensor, nn
 
 from benchmarks.compare_systems import SHAPES

@@ -1,6 +1,6 @@
 """Stochastic rounding of float32 to bf16, with draws that are a function of where and when.
 
-``kernels/csm_kernels/cpu_adamw.cpp`` and ``adamw.py`` draw and round the same.
+``kernels/csm_kernels/adamw.cpp`` and ``adamw.py`` draw and round the same.
 """
 
 from __future__ import annotations

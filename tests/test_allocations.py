@@ -23,9 +23,10 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import cpu_passes, folded_attention, native
 from csm_kernels import frame_embed as frame_embed_module
 from csm_kernels import linear_cross_entropy as linear_cross_entropy_module
+from csm_kernels.cpu import folded_attention, native
+from csm_kernels.cpu import passes as cpu_passes
 from csm_kernels.linear_cross_entropy import COLUMNS, DEFAULT_BYTE_BUDGET, linear_cross_entropy
 from kernel_cases import interpreted
 from model_cases import padded, random_conversations

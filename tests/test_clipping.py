@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from csm_kernels import native
+from csm_kernels.cpu import native
 from test_kernel_adamw import gradients, start
 
 from csm_fast import ops

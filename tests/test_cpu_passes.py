@@ -10,7 +10,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import cpu_passes, native, pointwise
+from csm_kernels import pointwise
+from csm_kernels.cpu import native
+from csm_kernels.cpu import passes as cpu_passes
 from kernel_cases import poisoned
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor

@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import cpu_attention, cpu_heads, cpu_linear, folded_attention, linear_cross_entropy, native
-from csm_kernels.cpu_attention import Order
+from csm_kernels import linear_cross_entropy
+from csm_kernels.cpu import attention as cpu_attention
+from csm_kernels.cpu import folded_attention, native
+from csm_kernels.cpu import heads as cpu_heads
+from csm_kernels.cpu import linear as cpu_linear
+from csm_kernels.cpu.attention import Order
 from csm_kernels.packed_attention import plan
 from kernel_cases import poisoned
 from torch import Tensor

@@ -10,7 +10,8 @@ import weakref
 
 import pytest
 import torch
-from csm_kernels import cpu_adamw, native
+from csm_kernels.cpu import adamw as cpu_adamw
+from csm_kernels.cpu import native
 from kernel_cases import assert_within_budget, interpreted
 
 from csm_fast import adamw, ops

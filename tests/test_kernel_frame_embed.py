@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from csm_kernels import frame_embed as module
-from csm_kernels import frame_embed_kernels as kernels
 from csm_kernels.frame_embed import frame_embed, frame_embed_with_codes
+from csm_kernels.gpu import frame_embed as kernels
 from kernel_cases import DTYPES, assert_within_budget, interpreted, poisoned
 
 TEXT, VOCAB, CODEBOOKS, WIDTH = 23, 11, 5, 12

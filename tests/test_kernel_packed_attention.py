@@ -9,8 +9,8 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import folded_attention
 from csm_kernels import packed_attention as module
+from csm_kernels.cpu import folded_attention
 from csm_kernels.packed_attention import packed_attention, plan
 from kernel_cases import assert_within_budget, poisoned
 

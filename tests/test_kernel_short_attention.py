@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import folded_attention, short_attention
+from csm_kernels.cpu import folded_attention, short_attention
 from kernel_cases import assert_within_budget
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from csm_kernels import folded_attention
+from csm_kernels.cpu import folded_attention
 from kernel_cases import poisoned
 from model_cases import MICRO, random_model
 from torch import Tensor, nn

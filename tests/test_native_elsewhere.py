@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from csm_kernels import native
+from csm_kernels.cpu import native
 
 TESTS = Path(__file__).parent
 TESTED = [TESTS / name for name in ("test_cpu_products.py", "test_kernel_adamw.py")]

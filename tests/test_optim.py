@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from csm_kernels import native
+from csm_kernels.cpu import native
 from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from benchmarks import bf16_updates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from csm_kernels import folded_attention
+from csm_kernels.cpu import folded_attention
 from model_cases import (
     MICRO,
     MemoryStore,

@@ -9,8 +9,9 @@ import logging
 
 import pytest
 import torch
-from csm_kernels import cpu_linear, native
-from csm_kernels.short_attention import short_attention
+from csm_kernels.cpu import linear as cpu_linear
+from csm_kernels.cpu import native
+from csm_kernels.cpu.short_attention import short_attention
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_kernels import short_attention
+from csm_kernels.cpu import short_attention
 from csm_kernels.pointwise import rotate_pairs
 
 try:

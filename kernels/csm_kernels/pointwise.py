@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_kernels import cpu_passes
+from csm_kernels.cpu import passes as cpu_passes
 
 
 def _few_passes(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """frame_embed's kernels at csm-1b's shapes: K = 32, V = 2051, D = 2048, int32 tokens."""
 
-from csm_kernels import frame_embed_kernels as op
+from csm_kernels.gpu import frame_embed as op
 from kernel_cases import AotCase
 
 CODEBOOKS, WIDTH = 32, 2048

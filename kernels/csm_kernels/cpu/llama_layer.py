@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csm_kernels import cpu_attention
-from csm_kernels.cpu_attention import Kept, Order
-from csm_kernels.cpu_linear import product
-from csm_kernels.cpu_passes import norm, norm_backward, normed, swiglu, swiglu_backward
+from csm_kernels.cpu import attention as cpu_attention
+from csm_kernels.cpu.attention import Kept, Order
+from csm_kernels.cpu.linear import product
+from csm_kernels.cpu.passes import norm, norm_backward, normed, swiglu, swiglu_backward
 
 Q, K, V, OUT, W1, W2, W3 = range(7)  # the linear layers
 Dense = Callable[[], Tensor]

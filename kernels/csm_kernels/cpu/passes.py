@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_kernels import native
-from csm_kernels.native import threads
+from csm_kernels.cpu import native
+from csm_kernels.cpu.native import threads
 
 _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 

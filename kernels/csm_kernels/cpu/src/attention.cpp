@@ -13,7 +13,7 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu_products.h"
+#include "products.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -1,5 +1,5 @@
 """An update of AdamW on a CPU in one pass over memory, and the norm of gradients, by the library built for this
-processor (``cpu_adamw.cpp``). Where there is none, PyTorch's operators do both, in the callers."""
+processor (``adamw.cpp``). Where there is none, PyTorch's operators do both, in the callers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_kernels import native
-from csm_kernels.cpu_passes import nothing, operator
+from csm_kernels.cpu import native
+from csm_kernels.cpu.passes import nothing, operator
 
 BF16, FP32 = torch.bfloat16, torch.float32
-QUANTIZED, SUMMED = 256, 2**16  # numbers that share a scale, numbers of a partial sum: as in cpu_adamw.cpp
+QUANTIZED, SUMMED = 256, 2**16  # numbers that share a scale, numbers of a partial sum: as in adamw.cpp
 
 
 def serves_adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:

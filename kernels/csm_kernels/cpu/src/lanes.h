@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "cpu_common.h"
+#include "common.h"
 
 // Where this process may use tiles (AMX), which a processor can have and a system refuse, whoever builds defines MAY_USE_TILES.
 // A compiler that does not know them then leaves all products to PyTorch, whose tiles are several times as fast as registers.

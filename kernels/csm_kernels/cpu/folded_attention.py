@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csm_kernels.cpu_passes import causal_softmax_, causal_softmax_backward_, gathered
+from csm_kernels.cpu.passes import causal_softmax_, causal_softmax_backward_, gathered
 
 # Longest segment whose scores are one square, and the fewest and most query rows in a block of a longer one.
 WHOLE, BLOCK = 112, (64, 256)

@@ -1,7 +1,7 @@
 """Causal grouped-query attention of a pack on a CPU with its rotation, without autograd.
 
 In bf16, on processors with AVX512-BF16 or AVX2, one call of the library built for this processor
-(``cpu_attention.cpp``), over the rows as they lie; elsewhere batched products over folded rows (``folded_attention``).
+(``attention.cpp``), over the rows as they lie; elsewhere batched products over folded rows (``folded_attention``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from csm_kernels import folded_attention, native
-from csm_kernels.cpu_passes import gathered, operator, rotated, rotated_back
-from csm_kernels.folded_attention import Fold
+from csm_kernels.cpu import folded_attention, native
+from csm_kernels.cpu.folded_attention import Fold
+from csm_kernels.cpu.passes import gathered, operator, rotated, rotated_back
 
 # Columns of a register: what a head's width must be a multiple of.
 LANES = 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csm_kernels import cpu_attention
-from csm_kernels.cpu_attention import Kept, Order, uniform_order
+from csm_kernels.cpu import attention as cpu_attention
+from csm_kernels.cpu.attention import Kept, Order, uniform_order
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Kept, Tensor, Order]:

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "cpu_common.h"
+#include "common.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 """Matrix products of a CPU's linear layers, forward and backward.
 
-In bf16, on processors with AMX, AVX512-BF16 or AVX2, by the library built for this processor (``cpu_linear.cpp``),
+In bf16, on processors with AMX, AVX512-BF16 or AVX2, by the library built for this processor (``linear.cpp``),
 elsewhere PyTorch's.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from csm_kernels import native
-from csm_kernels.cpu_passes import is_watched, operator
+from csm_kernels.cpu import native
+from csm_kernels.cpu.passes import is_watched, operator
 
 Size = tuple[int, ...]
 

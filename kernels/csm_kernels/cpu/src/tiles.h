@@ -1,14 +1,14 @@
 // Products of bf16 matrices in tiles (AMX): 16 rows of 64 bytes, of which one instruction adds up 16 x 16 sums of 32 products.
 //
 // A block of the result, up to 32 x 32, is four tiles of sums; two tiles of the left matrix, whose rows lie as in memory, and
-// two of the right one, which comes as pairs (cpu_products.h), are read for it 32 numbers deep.
+// two of the right one, which comes as pairs (products.h), are read for it 32 numbers deep.
 
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu_lanes.h"
+#include "lanes.h"
 
 #ifdef HAS_PRODUCTS
 
@@ -167,7 +167,7 @@ inline void copy_rest(const uint32_t* from, int64_t stride, int64_t rest, int64_
     }
 }
 
-// `multiply` of cpu_products.h. The thread has `Tiles`.
+// `multiply` of products.h. The thread has `Tiles`.
 template <class T>
 inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
                               int64_t columns, int64_t inner, T* c, int64_t c_stride, const T* plus) {

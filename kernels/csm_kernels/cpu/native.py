@@ -1,4 +1,4 @@
-"""Builds the C++ sources beside this file for this processor on first use, as Triton and PyTorch's
+"""Builds the C++ sources in ``src`` for this processor on first use, as Triton and PyTorch's
 compiler build theirs.
 
 The library lies in the user's cache (``$XDG_CACHE_HOME/csm_fast``, ``~/.cache/csm_fast``), under a name made of the
@@ -28,12 +28,10 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
-SOURCES = tuple(FOLDER / f"cpu_{noun}.cpp" for noun in NOUNS)
-HEADERS = tuple(
-    FOLDER / name for name in ("cpu_common.h", "cpu_eighths.h", "cpu_lanes.h", "cpu_tiles.h", "cpu_products.h")
-)
+SOURCES = tuple(FOLDER / f"{noun}.cpp" for noun in NOUNS)
+HEADERS = tuple(FOLDER / name for name in ("common.h", "moments_8bit.h", "lanes.h", "tiles.h", "products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "cpu_products.h"
+#include "products.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -1,6 +1,6 @@
 // Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
 //
-// A thread takes a panel of the right matrix at a time, 64 columns or more, brings them into pairs (cpu_products.h) that its
+// A thread takes a panel of the right matrix at a time, 64 columns or more, brings them into pairs (products.h) that its
 // second-level cache holds, and goes down the rows of the left one, together with others at the end. Where the left matrix comes
 // transposed, as for the gradient of a weight, the smaller of both is brought into its order once for all threads.
 
@@ -11,7 +11,7 @@
 #include <deque>
 #include <vector>
 
-#include "cpu_products.h"
+#include "products.h"
 
 #ifdef HAS_PRODUCTS
 

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cpu_eighths.h"
+#include "moments_8bit.h"
 
 namespace {
 

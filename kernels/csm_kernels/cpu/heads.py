@@ -1,5 +1,5 @@
 """Many linear heads over the same few rows and their cross-entropies on a CPU: one call of the library built for this
-processor (``cpu_heads.cpp``), in bf16 on processors with AVX512-BF16 or AVX2."""
+processor (``heads.cpp``), in bf16 on processors with AVX512-BF16 or AVX2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from csm_kernels import native
-from csm_kernels.cpu_attention import LANES
-from csm_kernels.cpu_passes import operator
+from csm_kernels.cpu import native
+from csm_kernels.cpu.attention import LANES
+from csm_kernels.cpu.passes import operator
 
 
 def serves(hidden: Tensor, weight: Tensor, targets: Tensor, byte_budget: int) -> bool:

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "cpu_common.h"
+#include "common.h"
 
 namespace {
 

@@ -10,8 +10,8 @@
 #include <array>
 #include <utility>
 
-#include "cpu_lanes.h"
-#include "cpu_tiles.h"
+#include "lanes.h"
+#include "tiles.h"
 
 #ifdef HAS_PRODUCTS
 
