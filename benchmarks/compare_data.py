@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from csm_fast import CSMConfig
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loader import Packer
-from csm_fast.packing import Pack
+from csm_fast.packing.loader import Packer
+from csm_fast.packing.pack import Pack
 from csm_fast.token_store import open_split
 
 

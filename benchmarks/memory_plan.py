@@ -35,10 +35,10 @@ from csm_fast import CSM, CSMConfig, memory
 from csm_fast.compile import compile_layers
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
-from csm_fast.layout import StepBatch
 from csm_fast.loss import packed_loss
 from csm_fast.optim import cast_weights
-from csm_fast.packing import Pack, pack_padded
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.update import Update
 
 METHODS: dict[str, dict[str, Any]] = {

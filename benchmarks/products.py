@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csm_fast import CSMConfig
 from csm_fast.config.train import TransformerConfig
-from csm_fast.packing import Pack
+from csm_fast.packing.pack import Pack
 
 
 class Product(NamedTuple):

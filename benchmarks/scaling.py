@@ -39,7 +39,7 @@ from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection
 from csm_fast.optim import TableGradients
-from csm_fast.packing import Pack, pack_padded
+from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.

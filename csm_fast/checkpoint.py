@@ -25,7 +25,7 @@ from torch import nn
 from csm_fast.adamw import AdamW
 from csm_fast.convert import save_model
 from csm_fast.model_files import write_tensors
-from csm_fast.packing import Pack
+from csm_fast.packing.pack import Pack
 from csm_fast.system.arrays import replace_directory
 from csm_fast.system.errors import InputError
 

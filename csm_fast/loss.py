@@ -20,7 +20,7 @@ from csm_fast import ops
 from csm_fast.adapters import adapted_weight
 from csm_fast.config.train import LossSection
 from csm_fast.model import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
-from csm_fast.packing import Pack, pack_padded
+from csm_fast.packing.pack import Pack, pack_padded
 
 
 def coefficients(loss: LossSection, num_codebooks: int) -> tuple[float, float]:

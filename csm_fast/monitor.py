@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from csm_fast.layout import StepBatch
+from csm_fast.packing.layout import StepBatch
 from csm_fast.update import Outcome
 
 # The columns of metrics.jsonl; a validation adds its own.

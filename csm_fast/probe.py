@@ -18,7 +18,7 @@ from csm_fast import adapters
 from csm_fast.attention import Segments
 from csm_fast.loss import packed_loss
 from csm_fast.model_files import read_entries, read_json, write_tensors
-from csm_fast.packing import Pack
+from csm_fast.packing.pack import Pack
 from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
 

@@ -26,8 +26,8 @@ from csm_fast import checkpoint as ckpt
 from csm_fast.announce import out_of_memory
 from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.train import TrainConfig
-from csm_fast.layout import StepBatch
-from csm_fast.loader import read_ahead
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.loader import read_ahead
 from csm_fast.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
 from csm_fast.profile_report import (
     Rates,

@@ -20,12 +20,12 @@ from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
 from csm_fast.convert import load_model
 from csm_fast.evaluate import Validator, unigram_entropy
-from csm_fast.layout import StepBatch
-from csm_fast.loader import Packer, read_ahead
 from csm_fast.loss import coefficients, packed_loss
 from csm_fast.model import CSM, stack_limit, vocabulary
 from csm_fast.monitor import METRICS, Window, metrics_line, read_metrics, validation_line
 from csm_fast.optim import cast_weights, peak_learning_rate
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.loader import Packer, read_ahead
 from csm_fast.report import summarize
 from csm_fast.run_marker import RunMarker
 from csm_fast.start import (

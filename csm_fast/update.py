@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from csm_fast import checkpoint as ckpt
 from csm_fast.config.train import OptimizerSection
-from csm_fast.layout import StepBatch
 from csm_fast.optim import (
     TableGradients,
     clip,
@@ -23,7 +22,8 @@ from csm_fast.optim import (
     make_optimizer,
     warn_without_gradient,
 )
-from csm_fast.packing import draw
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.pack import draw
 from csm_fast.system.device import compute_dtype
 
 DROPOUT = 4  # purpose of a draw

@@ -10,7 +10,7 @@ from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection
 from csm_fast.embedding_rows import EmbeddingRows, rows_in
 from csm_fast.generate import Generator, Turn
-from csm_fast.packing import pack_padded
+from csm_fast.packing.pack import pack_padded
 from csm_fast.quantize import is_quantized
 from csm_fast.system.errors import InputError
 from csm_fast.token_store import open_split

@@ -37,7 +37,7 @@ from benchmarks.tracked import Allocation, Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
 from csm_fast.loss import packed_loss, predictor_states
 from csm_fast.model import run_decoder
-from csm_fast.packing import Pack, pack_padded
+from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import compute_dtype, resolve_precision
 
 # No two widths are alike, so that a shape says what it is.

@@ -19,7 +19,7 @@ from benchmarks.products import Product, attention_flops, matmul_rate, products,
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig
 from csm_fast.loss import packed_loss
-from csm_fast.packing import pack_padded
+from csm_fast.packing.pack import pack_padded
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,9 +18,9 @@ from csm_fast.adapters import attach
 from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.evaluate import Validator
-from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.monitor import read_metrics
+from csm_fast.packing.loader import Packer
 from csm_fast.train import train
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from benchmarks import row_time, synthetic_store
-from csm_fast import InputError, loader
+from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loader import Packer, prefetch
-from csm_fast.packing import best_fit
+from csm_fast.packing import loader
+from csm_fast.packing.loader import Packer, prefetch
+from csm_fast.packing.pack import best_fit
 from csm_fast.system.arrays import map_arrays
 from csm_fast.token_store import TokenStore
 

@@ -22,9 +22,9 @@ from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
 from csm_fast.compile import compile_layers
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
-from csm_fast.packing import Pack, pack_padded
+from csm_fast.packing.loader import Packer
+from csm_fast.packing.pack import Pack, pack_padded
 
 # Heads of 64 and 32: every attention kernel knows them.
 SMALL = CSMConfig(

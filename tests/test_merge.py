@@ -17,7 +17,7 @@ from csm_fast.compile import compile_layers
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.embedding_rows import EmbeddingRows
-from csm_fast.loader import Packer
+from csm_fast.packing.loader import Packer
 from csm_fast.system.errors import InputError
 
 

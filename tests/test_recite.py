@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.generate import Generator, Turn
-from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
+from csm_fast.packing.loader import Packer
 from csm_fast.store_writer import TokenStoreWriter
 from csm_fast.token_store import TokenStore, TurnTokens
 

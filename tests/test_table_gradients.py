@@ -13,9 +13,9 @@ from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loader import Packer
 from csm_fast.loss import packed_loss
 from csm_fast.optim import TableGradients, gradient_norm
+from csm_fast.packing.loader import Packer
 
 TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from csm_fast.attention import Segments
-from csm_fast.packing import MAX_POSITIONS, Pack, lowest
+from csm_fast.packing.pack import MAX_POSITIONS, Pack, lowest
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is
 

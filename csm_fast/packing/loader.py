@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
-from csm_fast.packing import (
+from csm_fast.packing.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
+from csm_fast.packing.pack import (
     FRAMES,
     MAX_POSITIONS,
     ORDER,
