@@ -42,7 +42,7 @@ $(VENV)/.ready: setup.py Makefile
 # The main job, each step a command that works on your own data too. DATA=metadata.json takes the place of the
 # recordings; CODEC=transformers uses kyutai/mimi where the hub can be reached.
 demo: setup
-	$(if $(DATA),,$(BIN)/python -m csm_fast.demo_data $(DEMO)/speech)
+	$(if $(DATA),,$(BIN)/python -m csm_fast.data.demo $(DEMO)/speech)
 	$(BIN)/csm-fast pretokenize --train-data $(or $(DATA),$(DEMO)/speech/metadata.json) --val-fraction 0.1 \
 		--codec $(CODEC) --output $(DEMO)/tokens
 	$(BIN)/csm-fast-train --config configs/demo.yaml --data $(DEMO)/tokens --output-dir $(DEMO)/run
@@ -72,7 +72,7 @@ HAS_BF16 := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null 
 MIDDLE = $(if $(HAS_BF16),16,8)
 
 benchmarks: setup
-	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
+	$(BIN)/python -m csm_fast.data.demo $(DEMO)/corpus --sounds
 	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
 	$(COMPARE) --repeats 3
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast $(if $(HAS_BF16),,csm_fast-fp32) transformers

@@ -29,13 +29,13 @@ from benchmarks.compare_systems import SHAPES
 from benchmarks.record import append, environment
 from csm_fast import CSM
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
+from csm_fast.data.token_store import open_split
 from csm_fast.evaluate import Validator
 from csm_fast.loss import coefficients, packed_loss
 from csm_fast.model import vocabulary
 from csm_fast.optim import cast_weights
 from csm_fast.packing.loader import Packer
 from csm_fast.system.device import keep_freed_memory
-from csm_fast.token_store import open_split
 from csm_fast.update import Update
 
 WAYS = {  # name -> optimizer, weights; colour and width of the line: most of them lie on one another

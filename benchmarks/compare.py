@@ -1,6 +1,6 @@
 """csm_fast against what people train CSM with today, in one run: time, memory, and whether the losses are the same.
 
-    python -m csm_fast.demo_data corpus --sounds
+    python -m csm_fast.data.demo corpus --sounds
     csm-fast pretokenize --train-data corpus/metadata.json --codec offline --output corpus/tokens
     python -m benchmarks.compare --data corpus/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
 

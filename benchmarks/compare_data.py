@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from csm_fast import CSMConfig
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.token_store import open_split
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack
-from csm_fast.token_store import open_split
 
 
 @dataclass

@@ -48,11 +48,11 @@ from benchmarks.record import append, environment
 from benchmarks.row_time import WARM_UP, Turns, disk_bytes, row_time, section, show_row_times
 from benchmarks.synthetic_store import BYTES_PER_HOUR, forget, write_store
 from csm_fast.config.train import LossSection
+from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
 from csm_fast.system.device import keep_freed_memory, resolve_precision
 from csm_fast.system.errors import InputError
-from csm_fast.token_store import TokenStore
 
 EPOCHS = 10
 PARTS = ["stream", "row-time", "wait"]

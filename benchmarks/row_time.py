@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.synthetic_store import read_through
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.loader import Packer
-from csm_fast.token_store import TokenStore
 
 TURN_ROWS, LEAST_TURNS, WARM_UP = 65_536, 3, 20
 

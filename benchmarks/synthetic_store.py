@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TurnTokens
 from csm_fast.system.errors import InputError
-from csm_fast.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TurnTokens
 
 CODEBOOKS, CODES, TEXT_IDS, SPEAKERS = 32, 2048, 128_256, 16
 FRAMES_PER_SECOND = SAMPLES_PER_SECOND / SAMPLES_PER_FRAME

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.compare_data import Synthetic
 from csm_fast import CSMConfig
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import TokenStore, TurnTokens
 from csm_fast.packing.loader import Packer
-from csm_fast.store_writer import TokenStoreWriter
-from csm_fast.token_store import TokenStore, TurnTokens
 
 RECORDINGS = 2000
 

@@ -30,15 +30,15 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from csm_fast.adapter_files import linear_to_lora_layers, load_adapters
-    from csm_fast.codec import load_codec
     from csm_fast.config.train import CSMConfig, TrainConfig, TransformerConfig
     from csm_fast.convert import load_model, save_model
+    from csm_fast.data.codec.base import load_codec
+    from csm_fast.data.text import load_text_tokenizer
+    from csm_fast.data.token_store import TokenStore
     from csm_fast.generate import Generator
     from csm_fast.loss import forward
     from csm_fast.model import CSM
     from csm_fast.system.errors import InputError
-    from csm_fast.text import load_text_tokenizer
-    from csm_fast.token_store import TokenStore
 
 
 def __getattr__(name: str) -> Any:

@@ -215,8 +215,8 @@ class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
     def __init__(self, model: Any, config: Any, directory: Path, store: Any):
-        from csm_fast.codec import load_codec
-        from csm_fast.text import load_text_tokenizer
+        from csm_fast.data.codec.base import load_codec
+        from csm_fast.data.text import load_text_tokenizer
 
         self.config, self.directory = config.run, directory
         sentences = self.config.gen_sentences
@@ -251,7 +251,7 @@ class Sampler:
 
     def __call__(self, step: int, say: Callable[[str], None]) -> float:
         """Write ``samples/step-N-i.wav``; returns the seconds it took."""
-        from csm_fast.audio import write_wav
+        from csm_fast.data.audio import write_wav
 
         started = time.monotonic()
         for i, text in enumerate(self.sentences):

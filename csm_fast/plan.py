@@ -142,7 +142,7 @@ def model_shape(name: str) -> CSMConfig:
 
 def read_store(data: str) -> Store:
     """Counts of the training split; its manifest and headers are read, nothing else."""
-    from csm_fast.token_store import open_split
+    from csm_fast.data.token_store import open_split
 
     store = open_split(data, "train")
     audio = store.num_frames + store.num_turns  # and an end-of-speech row per turn

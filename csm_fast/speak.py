@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from csm_fast.audio import read_audio, write_wav
 from csm_fast.checkpoint import read_record
-from csm_fast.codec import load_codec
 from csm_fast.config.commands import GenerateConfig
 from csm_fast.convert import load_model
+from csm_fast.data.audio import read_audio, write_wav
+from csm_fast.data.codec.base import load_codec
+from csm_fast.data.metadata import load_metadata
+from csm_fast.data.text import load_text_tokenizer
 from csm_fast.generate import Generator, Speech, Turn
-from csm_fast.metadata import load_metadata
 from csm_fast.model import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
-from csm_fast.text import load_text_tokenizer
 
 log = logging.getLogger("csm_fast")
 

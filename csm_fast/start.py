@@ -18,13 +18,13 @@ from csm_fast.checkpoint import read_record
 from csm_fast.config.parse import read_mapping
 from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
 from csm_fast.convert import load_model
+from csm_fast.data.token_store import TokenStore, check_compatible, open_split
 from csm_fast.loss import coefficients
 from csm_fast.model import CSM, vocabulary
 from csm_fast.model_files import read_json
 from csm_fast.model_shape import config_from_json
 from csm_fast.system.arrays import old_directory
 from csm_fast.system.errors import InputError
-from csm_fast.token_store import TokenStore, check_compatible, open_split
 
 
 def check_precision(precision: str, section: OptimizerSection) -> None:

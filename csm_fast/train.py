@@ -14,11 +14,12 @@ import torch
 
 from csm_fast import checkpoint as ckpt
 from csm_fast.announce import announce, out_of_memory
-from csm_fast.code_cache import Lock
 from csm_fast.compile import compile_layers
 from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
 from csm_fast.convert import load_model
+from csm_fast.data.code_cache import Lock
+from csm_fast.data.token_store import open_split
 from csm_fast.evaluate import Validator, unigram_entropy
 from csm_fast.loss import coefficients, packed_loss
 from csm_fast.model import CSM, stack_limit, vocabulary
@@ -44,7 +45,6 @@ from csm_fast.start import (
 from csm_fast.system.console import StepProgress, StopSignals
 from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError, is_out_of_memory
-from csm_fast.token_store import open_split
 from csm_fast.update import LossFunction, Update
 
 log = logging.getLogger("csm_fast")

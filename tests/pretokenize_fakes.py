@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from csm_fast.pretokenize import PretokenizeConfig, pretokenize
+from csm_fast.data.pretokenize import PretokenizeConfig, pretokenize
 from csm_fast.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

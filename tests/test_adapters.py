@@ -8,12 +8,12 @@ from model_cases import MICRO, padded, random_conversations, random_model, relat
 from csm_fast import adapters, layer_cpu, loss
 from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection
+from csm_fast.data.token_store import open_split
 from csm_fast.embedding_rows import EmbeddingRows, rows_in
 from csm_fast.generate import Generator, Turn
 from csm_fast.packing.pack import pack_padded
 from csm_fast.quantize import is_quantized
 from csm_fast.system.errors import InputError
-from csm_fast.token_store import open_split
 
 EVERYWHERE = ["attn", "projection", "codebook0_head"]
 CONVERSATIONS = random_conversations([[(5, 9, 0), (3, 6, 1)], [(4, 12, 0)]])

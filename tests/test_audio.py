@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from csm_fast import audio
-from csm_fast.audio import audio_info, content_hash, read_audio, silence, write_wav
+from csm_fast.data import audio
+from csm_fast.data.audio import audio_info, content_hash, read_audio, silence, write_wav
 from csm_fast.system.errors import InputError
 
 

@@ -40,12 +40,12 @@ from train_cases import (
 
 from csm_fast import CSM, InputError, cli, load_model, save_model
 from csm_fast import checkpoint as ckpt
-from csm_fast.audio import read_audio
 from csm_fast.config.parse import build, dump_yaml, read_mapping, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig
-from csm_fast.metadata import load_metadata
-from csm_fast.store_writer import TokenStoreWriter
-from csm_fast.token_store import open_split
+from csm_fast.data.audio import read_audio
+from csm_fast.data.metadata import load_metadata
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import open_split
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +104,8 @@ def refused(capsys, tmp_path):
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Two good recordings in their metadata, and the tokens of an earlier run on them."""
-    monkeypatch.setattr("csm_fast.codec.load_codec", lambda *args, **options: FakeCodec())
-    monkeypatch.setattr("csm_fast.text.load_text_tokenizer", lambda *args: FakeTokenizer())
+    monkeypatch.setattr("csm_fast.data.codec.base.load_codec", lambda *args, **options: FakeCodec())
+    monkeypatch.setattr("csm_fast.data.text.load_text_tokenizer", lambda *args: FakeTokenizer())
     write_wav(tmp_path / "a.wav", 0.5, 1)
     write_wav(tmp_path / "b.wav", 0.7, 2)
     metadata(tmp_path, [{"text": "one", "path": "a.wav"}, {"text": "two", "path": "b.wav"}])

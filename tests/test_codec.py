@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from csm_fast import codec as codec_module
-from csm_fast import codec_backends, codec_weights, offline_codec
-from csm_fast.codec import Codec, load_codec
-from csm_fast.offline_codec import OfflineShape, fit, offline_file, synthetic_speech, table_hash
+from csm_fast.data.codec import backends as codec_backends
+from csm_fast.data.codec import base as codec_module
+from csm_fast.data.codec import mimi_weights as codec_weights
+from csm_fast.data.codec import offline as offline_codec
+from csm_fast.data.codec.base import Codec, load_codec
+from csm_fast.data.codec.offline import OfflineShape, fit, offline_file, synthetic_speech, table_hash
 from csm_fast.system.errors import InputError
 
 SMALL = OfflineShape(

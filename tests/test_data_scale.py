@@ -15,11 +15,11 @@ import pytest
 from benchmarks import row_time, synthetic_store
 from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.token_store import TokenStore
 from csm_fast.packing import loader
 from csm_fast.packing.loader import Packer, prefetch
 from csm_fast.packing.pack import best_fit
 from csm_fast.system.arrays import map_arrays
-from csm_fast.token_store import TokenStore
 
 ROOT = Path(__file__).resolve().parent.parent
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux' /proc")

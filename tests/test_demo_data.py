@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from csm_fast import demo_data
-from csm_fast.audio import write_wav
-from csm_fast.demo_data import fetch_debian_speech, parse_transcripts
+from csm_fast.data import demo as demo_data
+from csm_fast.data.audio import write_wav
+from csm_fast.data.demo import fetch_debian_speech, parse_transcripts
 from csm_fast.system.errors import InputError
 
 SAMPLE = """; Core Asterisk Sounds in English
@@ -56,7 +56,7 @@ def test_sounds_are_named_by_their_descriptions():
 
 
 def test_fetch_writes_metadata_once(tmp_path, monkeypatch, capsys):
-    from csm_fast.metadata import load_metadata
+    from csm_fast.data.metadata import load_metadata
 
     def unpack(scratch):
         sounds = scratch / "usr/share/asterisk/sounds/en_US_f_Allison"

@@ -11,11 +11,11 @@ from train_cases import CODEC, TOKENIZER, conversations_of, write_store
 
 from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import TokenStore
 from csm_fast.packing import loader
 from csm_fast.packing.loader import Packer, read_ahead
 from csm_fast.packing.pack import FRAMES, GAMMA, MAX_POSITIONS, lowest, numbered_draws, padded_rows, splitmix
-from csm_fast.store_writer import TokenStoreWriter
-from csm_fast.token_store import TokenStore
 
 CASES = {
     "packs": {"batch_rows": 128, "pack_rows": 128},

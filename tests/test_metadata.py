@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from csm_fast.metadata import Conversation, Turn, clean_text, load_metadata, load_speaker_map, split_validation
+from csm_fast.data.metadata import Conversation, Turn, clean_text, load_metadata, load_speaker_map, split_validation
 from csm_fast.system.errors import InputError
 
 FLAT = [

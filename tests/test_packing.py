@@ -14,11 +14,11 @@ from train_cases import conversations_of, write_store
 from csm_fast import InputError
 from csm_fast.attention import Segments, apply_rope, packed_attention, rope_table
 from csm_fast.config.train import DataSection, LossSection, TransformerConfig
+from csm_fast.data.token_store import TokenStore
 from csm_fast.model import Attention
 from csm_fast.ops import plan_segments
 from csm_fast.packing.loader import Packer, prefetch
 from csm_fast.packing.pack import best_fit, pack_padded, padded_rows, split_documents
-from csm_fast.token_store import TokenStore
 
 LENGTHS = np.loadtxt(Path(__file__).parent / "golden" / "clip_rows.txt", dtype=int)  # of a real corpus, in rows
 

@@ -26,10 +26,10 @@ from pretokenize_fakes import (
     write_wav,
 )
 
-from csm_fast import code_cache
-from csm_fast.code_cache import Lock
-from csm_fast.pretokenize import PretokenizeConfig
-from csm_fast.token_store import open_split
+from csm_fast.data import code_cache
+from csm_fast.data.code_cache import Lock
+from csm_fast.data.pretokenize import PretokenizeConfig
+from csm_fast.data.token_store import open_split
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_second_run_encodes_nothing_and_changes_nothing(data):
 
 def test_unchanged_files_are_not_read_again(data, monkeypatch):
     run(data)
-    monkeypatch.setattr("csm_fast.audio.content_hash", lambda path: pytest.fail(f"{path} read again"))
+    monkeypatch.setattr("csm_fast.data.audio.content_hash", lambda path: pytest.fail(f"{path} read again"))
     assert run(data)[1].clips == 0
 
 
@@ -129,7 +129,7 @@ def test_another_codec_shares_nothing(data):
 
 
 def test_audio_that_changes_while_it_is_read(data, monkeypatch):
-    from csm_fast import audio
+    from csm_fast.data import audio
 
     read = audio.read_audio
 

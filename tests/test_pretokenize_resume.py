@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from pretokenize_fakes import ROOT, FakeCodec, load, make_data, refused, run, save, stores
 
-from csm_fast import code_cache
-from csm_fast.code_cache import CodeCache
-from csm_fast.decode_pool import DecodePool, Request
+from csm_fast.data import code_cache
+from csm_fast.data.code_cache import CodeCache
+from csm_fast.data.decode_pool import DecodePool, Request
+from csm_fast.data.token_store import open_split
 from csm_fast.system import arrays as shard_file
-from csm_fast.token_store import open_split
 
 
 @pytest.fixture

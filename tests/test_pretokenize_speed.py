@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 
 from benchmarks import pretokenize_speed
 from benchmarks.pretokenize_speed import chosen, differences, marked
-from csm_fast import mimi_encoder, offline_codec
-from csm_fast.codec_backends import TransformersCodec
-from csm_fast.codec_weights import flat_name, mapped
-from csm_fast.mimi_encoder import MimiEncoder, encode_packs
-from csm_fast.mimi_shape import MIMI, described, supported, weight_shapes
-from csm_fast.offline_codec import OfflineShape, synthetic_speech
+from csm_fast.data.codec import mimi_encoder
+from csm_fast.data.codec import offline as offline_codec
+from csm_fast.data.codec.backends import TransformersCodec
+from csm_fast.data.codec.mimi_encoder import MimiEncoder, encode_packs
+from csm_fast.data.codec.mimi_shape import MIMI, described, supported, weight_shapes
+from csm_fast.data.codec.mimi_weights import flat_name, mapped
+from csm_fast.data.codec.offline import OfflineShape, synthetic_speech
 
 SHAPE = OfflineShape(
     num_filters=4,

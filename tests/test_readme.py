@@ -14,7 +14,7 @@ from csm_fast import cli
 from csm_fast.config.commands import GenerateConfig, MergeConfig, PlanConfig, ProfileConfig, VerifyAdapterConfig
 from csm_fast.config.parse import Parser, add_flags, from_flags
 from csm_fast.config.train import TrainConfig
-from csm_fast.pretokenize import PretokenizeConfig
+from csm_fast.data.pretokenize import PretokenizeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

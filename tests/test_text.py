@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from csm_fast import text
+from csm_fast.data import text
+from csm_fast.data.text import TextTokenizer, load_text_tokenizer
 from csm_fast.system.errors import InputError
-from csm_fast.text import TextTokenizer, load_text_tokenizer
 
 TEXTS = [
     "Hello.",

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from csm_fast import store_writer
-from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.data import store_writer
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import TokenStore, TurnTokens, check_compatible, open_split
 from csm_fast.system import arrays as shard_file
 from csm_fast.system.errors import InputError
-from csm_fast.token_store import TokenStore, TurnTokens, check_compatible, open_split
 
 K = 4
 CODEC = {"name": "fake", "fingerprint": "c" * 64, "num_codebooks": K, "codebook_size": 2048}

@@ -20,7 +20,7 @@ from train_cases import CODEC, ROOT, TEXT, K, config, environment, flags, prepar
 
 from csm_fast import InputError
 from csm_fast import checkpoint as ckpt
-from csm_fast.code_cache import Lock
+from csm_fast.data.code_cache import Lock
 from csm_fast.monitor import read_metrics
 from csm_fast.train import train
 
@@ -271,8 +271,8 @@ def test_how_often_one_validates_and_samples_leaves_no_trace_in_the_weights(tmp_
         def encode(self, text, speaker):
             return [ord(c) % TEXT for c in text]
 
-    monkeypatch.setattr("csm_fast.codec.load_codec", lambda *a, **k: Codec())
-    monkeypatch.setattr("csm_fast.text.load_text_tokenizer", lambda *a: Tokenizer())
+    monkeypatch.setattr("csm_fast.data.codec.base.load_codec", lambda *a, **k: Codec())
+    monkeypatch.setattr("csm_fast.data.text.load_text_tokenizer", lambda *a: Tokenizer())
     sampling = {"gen_every": 2, "gen_sentences": "one two", "gen_seconds": 0.4}
     runs = {}
     for name, options in {"alone": {}, "often": {"val_every": 1, **sampling}, "never": {"val_every": 0}}.items():

@@ -12,8 +12,8 @@ import numpy as np
 
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
-from csm_fast.store_writer import TokenStoreWriter
-from csm_fast.token_store import TurnTokens
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import TurnTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 K, SIZE, TEXT = 6, 20, 50

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from csm_fast.store_format import MANIFEST, corrupt, open_shard, read_manifest
+from csm_fast.data.store_format import MANIFEST, corrupt, open_shard, read_manifest
 from csm_fast.system.arrays import Arrays, file_sha256, old_directory
 from csm_fast.system.errors import InputError
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
-    from csm_fast.metadata import Conversation, Turn
-    from csm_fast.pretokenize import PretokenizeConfig
-    from csm_fast.text import TextTokenizer
+    from csm_fast.data.metadata import Conversation, Turn
+    from csm_fast.data.pretokenize import PretokenizeConfig
+    from csm_fast.data.text import TextTokenizer
 
 MAX_ROWS = 2048  # positions of csm-1b's backbone; one turn must fit, longer conversations are split between turns
 
@@ -87,7 +87,7 @@ class Corpus:
         return self.refused.keys().isdisjoint(turns)
 
     def _load(self) -> None:
-        from csm_fast.metadata import split_validation
+        from csm_fast.data.metadata import split_validation
 
         config = self._config
         train = self._read(config.train_data)
@@ -101,7 +101,7 @@ class Corpus:
             self._add(val, ("val", val))
 
     def _read(self, path: str) -> list[Conversation]:
-        from csm_fast.metadata import load_metadata
+        from csm_fast.data.metadata import load_metadata
 
         config = self._config
         return load_metadata(

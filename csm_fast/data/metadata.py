@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from csm_fast.metadata_files import (
+from csm_fast.data.metadata_files import (
     AUDIO,
     NUMBER,
     SPEAKER,

@@ -1,6 +1,6 @@
 """Real speech for the demo: the English telephone prompts of Debian's asterisk-core-sounds-en, with transcripts.
 
-``python -m csm_fast.demo_data TARGET`` fetches 24 minutes of one speaker (551 recordings, 8 kHz, CC-BY-SA-3.0) and
+``python -m csm_fast.data.demo TARGET`` fetches 24 minutes of one speaker (551 recordings, 8 kHz, CC-BY-SA-3.0) and
 writes TARGET/metadata.json. Nothing is installed and no system state changes. ``--sounds`` adds the 17 that are no
 speech, beeps and silence among them, under their descriptions: not to learn from, but the corpus that the benchmarks
 take whole.
@@ -155,7 +155,7 @@ def _copy(unpacked: Path, target: Path, with_sounds: bool) -> list[dict]:
 
 
 def _report(metadata: Path, rows: list[dict]) -> None:
-    from csm_fast.audio import audio_info
+    from csm_fast.data.audio import audio_info
 
     seconds = 0.0
     for row in rows:
@@ -172,7 +172,7 @@ def _last_line(text: str) -> str:
 if __name__ == "__main__":
     arguments = [a for a in sys.argv[1:] if a != "--sounds"]
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        sys.exit("usage: python -m csm_fast.demo_data TARGET [--sounds]")
+        sys.exit("usage: python -m csm_fast.data.demo TARGET [--sounds]")
     try:
         fetch_debian_speech(arguments[0], sounds="--sounds" in sys.argv[1:])
     except InputError as error:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from csm_fast.data.token_store import TokenStore
 from csm_fast.system.arrays import file_sha256, fsync_directory, map_arrays, write_arrays, write_bytes, writing_to
 from csm_fast.system.errors import InputError
-from csm_fast.token_store import TokenStore
 
 OPEN_FILES = 16  # a mapped file costs a file descriptor, and there may be thousands of parts
 FLUSH_SECONDS, FLUSH_FRAMES = 5.0, 500_000  # what a kill can cost, and what is held in memory (32 MB)

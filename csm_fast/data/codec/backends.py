@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from csm_fast.codec import Codec
-from csm_fast.codec_weights import check_shapes, flat_name, needs
-from csm_fast.mimi_shape import supported, weight_shapes
+from csm_fast.data.codec.base import Codec
+from csm_fast.data.codec.mimi_shape import supported, weight_shapes
+from csm_fast.data.codec.mimi_weights import check_shapes, flat_name, needs
 
 if TYPE_CHECKING:
     import torch
 
-    from csm_fast.mimi_encoder import MimiEncoder
+    from csm_fast.data.codec.mimi_encoder import MimiEncoder
 
 
 class TransformersCodec(Codec):
@@ -44,7 +44,7 @@ class TransformersCodec(Codec):
             super().check()
 
     def _cpu_encoder(self) -> MimiEncoder | None:
-        from csm_fast.mimi_encoder import MimiEncoder
+        from csm_fast.data.codec.mimi_encoder import MimiEncoder
 
         if self._encoder is None and self.device == "cpu" and supported(self._sizes):
             flat = self._state
@@ -58,7 +58,7 @@ class TransformersCodec(Codec):
         return self._cpu_encoder() is not None
 
     def _encode_side_by_side(self, waves: list[torch.Tensor]) -> list[torch.Tensor]:
-        from csm_fast.mimi_encoder import encode_packs
+        from csm_fast.data.codec.mimi_encoder import encode_packs
 
         encoder = self._cpu_encoder()
         assert encoder is not None

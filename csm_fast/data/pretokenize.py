@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from csm_fast.audio import RESAMPLER
-from csm_fast.code_cache import CodeCache, Lock, content_key
 from csm_fast.config.train import check_path, option
-from csm_fast.corpus import MAX_ROWS, Corpus, Split
-from csm_fast.data_report import LISTED, render, split_report
-from csm_fast.decode_pool import DecodePool, Reply, Request, stamp
-from csm_fast.store_writer import TokenStoreWriter
+from csm_fast.data.audio import RESAMPLER
+from csm_fast.data.code_cache import CodeCache, Lock, content_key
+from csm_fast.data.corpus import MAX_ROWS, Corpus, Split
+from csm_fast.data.decode_pool import DecodePool, Reply, Request, stamp
+from csm_fast.data.statistics import LISTED, render, split_report
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import TokenStore, TurnTokens, recover_store
 from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
 from csm_fast.system.progress import ClipProgress
-from csm_fast.token_store import TokenStore, TurnTokens, recover_store
 
 if TYPE_CHECKING:
-    from csm_fast.codec import Codec
-    from csm_fast.text import TextTokenizer
+    from csm_fast.data.codec.base import Codec
+    from csm_fast.data.text import TextTokenizer
 
 WINDOW = 8  # batches' worth of waves that are sorted by length before they are cut into batches
 CORE_SECONDS = 60.0  # audio that is collected for each core of a CPU: some packs for each, about a second of work
@@ -115,11 +115,11 @@ class _Run:
         self.config, self.output, self.started = config, output, time.monotonic()
         self.corpus = Corpus(config)
         if tokenizer is None:
-            from csm_fast.text import load_text_tokenizer
+            from csm_fast.data.text import load_text_tokenizer
 
             tokenizer = load_text_tokenizer(config.tokenizer)
         if codec is None:
-            from csm_fast.codec import load_codec
+            from csm_fast.data.codec.base import load_codec
 
             codec = load_codec(
                 config.codec,

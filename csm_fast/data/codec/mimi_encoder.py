@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_fast.codec_weights import codebooks, interleaved
+from csm_fast.data.codec.mimi_weights import codebooks, interleaved
 
 PACK_SAMPLES = 240_000  # 10 s: 250 rows for the transformer, 125 for the quantizer; more is no faster per row
 _TILE_VALUES = 1 << 17  # 512 KiB of float32 in a stage's widest tensor: half a core's second-level cache

@@ -78,7 +78,7 @@ def answer(request: Request) -> Reply:
     """Do what `request` asks, in this process. Every failure of the clip comes back as an InputError naming its row."""
     where: dict[str, Any] = {"file": request.file or None, "row": request.row or None}
     try:
-        from csm_fast import audio
+        from csm_fast.data import audio
 
         before = stamp(request.path)
         if not request.wave:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csm_fast.codec_weights import (
+from csm_fast.data.codec.mimi_shape import described
+from csm_fast.data.codec.mimi_weights import (
     MIMI_HUB,
     architecture,
     codebooks,
@@ -21,7 +22,6 @@ from csm_fast.codec_weights import (
     read_weights,
     to_module,
 )
-from csm_fast.mimi_shape import described
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Codec:
         self, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], *, name: str, num_codebooks: int
     ):
         """Of flat weights and MimiConfig arguments; raises InputError where they are not a Mimi's that CSM can use."""
-        from csm_fast.offline_codec import table_hash
+        from csm_fast.data.codec.offline import table_hash
 
         tables = codebooks(state)
         if not 2 <= num_codebooks <= len(tables):
@@ -260,7 +260,7 @@ def load_codec(
 
     Args:
         kind: "transformers" or "moshi": Mimi's own weights, run by that library. "offline": the codec that needs no
-            download (`csm_fast.offline_codec`). "auto": Mimi through transformers where the hub's cache or the hub has
+            download (`csm_fast.data.codec.offline`). "auto": Mimi through transformers where the hub's cache or the hub has
             it, otherwise the offline codec, with a warning.
         source: a safetensors file, a directory holding one, or a hub repository. Either library runs weights saved by
             the other; their names tell. Default: kyutai/mimi. For "offline", a fitted file.
@@ -284,7 +284,7 @@ def load_codec(
         kind = "transformers"
     name = OFFLINE_NAME
     if kind == "offline":
-        from csm_fast.offline_codec import offline_file, read_offline
+        from csm_fast.data.codec.offline import offline_file, read_offline
 
         path = Path(source).expanduser() if source is not None else _fitted(offline_file, cache_dir)
         state, config = read_offline(path), None
@@ -293,7 +293,7 @@ def load_codec(
         state, metadata = read_weights(path)
         if metadata.get("csm_fast") == "offline codec":
             name, kind = OFFLINE_NAME, "offline" if kind == "transformers" else kind
-    from csm_fast.codec_backends import MoshiCodec, OfflineCodec, TransformersCodec
+    from csm_fast.data.codec.backends import MoshiCodec, OfflineCodec, TransformersCodec
 
     made = {"offline": OfflineCodec, "moshi": MoshiCodec, "transformers": TransformersCodec}[kind]
     codec = made(state, architecture(state, config), name=name, num_codebooks=num_codebooks).to(device)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csm_fast.codec_weights import codebooks, flat_name, mapped, read_weights
+from csm_fast.data.codec.mimi_weights import codebooks, flat_name, mapped, read_weights
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore
 from csm_fast.system.console import counted
-from csm_fast.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore
 
 if TYPE_CHECKING:
-    from csm_fast.metadata import Turn
+    from csm_fast.data.metadata import Turn
 
 LONG_SILENCE = 0.5  # seconds of trailing silence that teach a model not to stop
 OUTLIER_Z = 4.0
