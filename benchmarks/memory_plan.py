@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.record import append, environment
 from benchmarks.tracked import Tracked
-from csm_fast import CSM, CSMConfig, memory
+from csm_fast import CSM, CSMConfig
 from csm_fast.compile import compile_layers
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
@@ -39,6 +39,7 @@ from csm_fast.loss import packed_loss
 from csm_fast.optim import cast_weights
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.pack import Pack, pack_padded
+from csm_fast.planner import fit as memory
 from csm_fast.update import Update
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csm_fast import memory
 from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, leaves, read_mapping
 from csm_fast.config.train import NAMED_SHAPES, CSMConfig, TrainConfig
-from csm_fast.gpus import GPU, find_gpu, known_gpu
-from csm_fast.memory import GIB, Estimate
-from csm_fast.memory_weights import Weight, weights
+from csm_fast.planner import fit as memory
+from csm_fast.planner.fit import GIB, Estimate
+from csm_fast.planner.gpus import GPU, find_gpu, known_gpu
+from csm_fast.planner.tensors import Weight, weights
 from csm_fast.system.errors import InputError
 
 PACK_ROWS = 4096  # the trainer's default

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from csm_fast import memory
 from csm_fast.checkpoint import read_record
 from csm_fast.config.parse import read_mapping
 from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
@@ -23,6 +22,7 @@ from csm_fast.loss import coefficients
 from csm_fast.model import CSM, vocabulary
 from csm_fast.model_files import read_json
 from csm_fast.model_shape import config_from_json
+from csm_fast.planner import fit as memory
 from csm_fast.system.arrays import old_directory
 from csm_fast.system.errors import InputError
 

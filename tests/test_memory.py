@@ -13,16 +13,17 @@ from model_cases import MICRO
 from train_cases import environment
 
 from benchmarks.memory_plan import make_pack, measure, quick_model, settings
-from csm_fast import CSM, CSMConfig, TransformerConfig, adapters, memory
+from csm_fast import CSM, CSMConfig, TransformerConfig, adapters
 from csm_fast.compile import compile_layers
 from csm_fast.config.parse import build
 from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.loss import packed_loss
-from csm_fast.memory_layer import Setup
-from csm_fast.memory_ledger import ACTIVATIONS, COPIES
-from csm_fast.memory_step import Load, Walk
-from csm_fast.memory_weights import LAYER_LINEARS, SYNONYMS, is_adapted, weights
 from csm_fast.optim import cast_weights
+from csm_fast.planner import fit as memory
+from csm_fast.planner.layer import Setup
+from csm_fast.planner.ledger import ACTIVATIONS, COPIES
+from csm_fast.planner.step import Load, Walk
+from csm_fast.planner.tensors import LAYER_LINEARS, SYNONYMS, is_adapted, weights
 from csm_fast.system.errors import InputError
 
 GIB = memory.GIB

@@ -9,7 +9,7 @@ from train_cases import prepare
 from csm_fast.cli import main
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig
-from csm_fast.memory import estimate
+from csm_fast.planner.fit import estimate
 from csm_fast.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from csm_fast.config.train import TransformerConfig
-from csm_fast.memory_ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
-from csm_fast.memory_weights import LAYER_LINEARS, Weight
+from csm_fast.planner.ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
+from csm_fast.planner.tensors import LAYER_LINEARS, Weight
 
 MOST_SCORES = 2**21  # that a CPU's attention holds at once
 CUDA_SCORES = 2**24  # and packed_attention on a card, or for numbers, that no variable-length kernel serves

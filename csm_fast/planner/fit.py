@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast.config.train import CSMConfig, TrainConfig
-from csm_fast.memory_layer import Setup
-from csm_fast.memory_ledger import COMPONENTS
-from csm_fast.memory_step import Load, Walk
-from csm_fast.memory_weights import optimizer_state, weights
+from csm_fast.planner.layer import Setup
+from csm_fast.planner.ledger import COMPONENTS
+from csm_fast.planner.step import Load, Walk
+from csm_fast.planner.tensors import optimizer_state, weights
 from csm_fast.system.errors import InputError
 
 GIB = 2**30

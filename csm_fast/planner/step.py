@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from csm_fast.config.train import CSMConfig, TransformerConfig
-from csm_fast.memory_layer import KEPT_COPIES, Layers, Setup, Stack
-from csm_fast.memory_ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
-from csm_fast.memory_weights import Weight
+from csm_fast.planner.layer import KEPT_COPIES, Layers, Setup, Stack
+from csm_fast.planner.ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
+from csm_fast.planner.tensors import Weight
 
 LOGITS_BUDGET = 64 * 2**20  # linear_cross_entropy's
 SOFTMAX_PIECE = 2**20  # of float32 logits that it works on at a time on a CPU; a few such tensors

@@ -16,7 +16,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from csm_fast.memory import GIB, parse_bytes
+from csm_fast.planner.fit import GIB, parse_bytes
 from csm_fast.system.errors import InputError
 
 
