@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.kernel_points import Case, Inputs, Point, Results, System, Work, _rows, bound, compiled, random_tensor
 from csm_fast import ops
-from csm_fast.attention import RopeSpec, rope_table
+from csm_fast.model.rope import RopeSpec, rope_table
 
 # ------------------------------------------------------------------------------------------------ depth_attention
 

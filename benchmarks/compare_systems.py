@@ -22,9 +22,9 @@ from benchmarks.record import environment
 from benchmarks.systems import SYSTEMS, WIDE, keeps_memory
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, ops
-from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection, DataSection, LossSection, OptimizerSection
-from csm_fast.loss import packed_loss
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
 from csm_fast.optim import TableGradients, clip, gradient_norm, make_optimizer
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack, pack_padded
@@ -88,7 +88,7 @@ class Running:
         ours: Any = start(self.config, self.device, system.weights)
         if system.code == "csm_fast":
             if system.method != "full":
-                from csm_fast.adapters import attach
+                from csm_fast.model.adapters import attach
 
                 section = AdapterSection(method=system.method)  # type: ignore[arg-type]
                 attach(ours, section, compute_dtype=torch.bfloat16, base_hash="not asked for")

@@ -157,7 +157,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     """Train the tiny model for a few steps; how much of the time it waited for the next step."""
     from benchmarks.memory_plan import quick_model, settings
     from csm_fast import CSMConfig
-    from csm_fast.loss import packed_loss
+    from csm_fast.model.loss import packed_loss
     from csm_fast.update import Update
 
     store = TokenStore.open(path)

@@ -32,10 +32,10 @@ from torch import Tensor
 from benchmarks.record import append, environment
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig
-from csm_fast.compile import compile_layers
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
-from csm_fast.loss import packed_loss
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
 from csm_fast.optim import cast_weights
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.pack import Pack, pack_padded
@@ -119,7 +119,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     if config.adapter.method == "full":
         cast_weights(model, config.optimizer)
     else:
-        from csm_fast.adapters import attach
+        from csm_fast.model.adapters import attach
 
         dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
         attach(model, config.adapter, compute_dtype=dtype, base_hash="not asked for", device=device)

@@ -25,8 +25,8 @@ from benchmarks.kernel_points import (
     ours,
     random_tensor,
 )
-from csm_fast.attention import RopeSpec, apply_rope, rope_table
-from csm_fast.model import rms_norm
+from csm_fast.model.csm import rms_norm
+from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
 
 # ----------------------------------------------------------------------------------------------- between the GEMMs
 

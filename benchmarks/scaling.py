@@ -34,10 +34,11 @@ from benchmarks.memory_plan import quick_model
 from benchmarks.products import step_flops
 from benchmarks.record import append, environment
 from benchmarks.tracked import Allocation, Tracked
-from csm_fast import CSMConfig, loss
-from csm_fast.adapters import attach
-from csm_fast.compile import compile_layers
+from csm_fast import CSMConfig
 from csm_fast.config.train import AdapterSection
+from csm_fast.model import loss
+from csm_fast.model.adapters import attach
+from csm_fast.model.compile import compile_layers
 from csm_fast.optim import TableGradients
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.kernel_cases import CASES
 from benchmarks.kernel_points import BOTH, FORWARD, Inputs, Layout, Point, perform, random_tensor
 from csm_fast import CSM, CSMConfig, ops
-from csm_fast.attention import Segments, rope_table
-from csm_fast.model import DepthAttend, PackedAttend, rope_spec, run_layer, wide_dtype
+from csm_fast.model.csm import DepthAttend, PackedAttend, rope_spec, run_layer, wide_dtype
+from csm_fast.model.rope import Segments, rope_table
 
 ROWS = (448, 2048)
 FRACTION = 1 / 16

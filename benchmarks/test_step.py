@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.compare_data import Subset, Synthetic
 from csm_fast import CSM, CSMConfig
-from csm_fast.compile import compile_layers
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
-from csm_fast.loss import packed_loss
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
 from csm_fast.optim import TableGradients, cast_weights, make_optimizer
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack

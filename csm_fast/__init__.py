@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from csm_fast.data.text import load_text_tokenizer
     from csm_fast.data.token_store import TokenStore
     from csm_fast.generate import Generator
-    from csm_fast.loss import forward
-    from csm_fast.model import CSM
+    from csm_fast.model.csm import CSM
+    from csm_fast.model.loss import forward
     from csm_fast.system.errors import InputError
 
 

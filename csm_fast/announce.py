@@ -10,7 +10,7 @@ from typing import Any
 
 from csm_fast import checkpoint as ckpt
 from csm_fast.config.train import TrainConfig
-from csm_fast.model import vocabulary
+from csm_fast.model.csm import vocabulary
 from csm_fast.model_shape import parameter_shapes
 from csm_fast.planner import fit as memory
 from csm_fast.system.console import counted

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast.config.train import NAMED_SHAPES, CSMConfig
-from csm_fast.model import CSM
+from csm_fast.model.csm import CSM
 from csm_fast.model_files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
 from csm_fast.model_shape import config_from_json, model_config, parameter_shapes, sesame_config, transformers_config
 from csm_fast.system.arrays import write_bytes, writing_to

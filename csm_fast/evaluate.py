@@ -12,8 +12,8 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loss import coefficients, predictor_states
-from csm_fast.model import run_decoder, vocabulary
+from csm_fast.model.csm import run_decoder, vocabulary
+from csm_fast.model.loss import coefficients, predictor_states
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import MAX_POSITIONS
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from csm_fast.config.train import CSMConfig, TransformerConfig
-from csm_fast.model import CSM, rope_spec, stack_limit, vocabulary
+from csm_fast.model.csm import CSM, rope_spec, stack_limit, vocabulary
 from csm_fast.system.errors import InputError
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast import adapters
-from csm_fast.attention import Segments
-from csm_fast.loss import packed_loss
+from csm_fast.model import adapters
+from csm_fast.model.loss import packed_loss
+from csm_fast.model.rope import Segments
 from csm_fast.model_files import read_entries, read_json, write_tensors
 from csm_fast.packing.pack import Pack
 from csm_fast.system.arrays import write_bytes, writing_to

@@ -18,8 +18,8 @@ from csm_fast.config.parse import read_mapping
 from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
 from csm_fast.convert import load_model
 from csm_fast.data.token_store import TokenStore, check_compatible, open_split
-from csm_fast.loss import coefficients
-from csm_fast.model import CSM, vocabulary
+from csm_fast.model.csm import CSM, vocabulary
+from csm_fast.model.loss import coefficients
 from csm_fast.model_files import read_json
 from csm_fast.model_shape import config_from_json
 from csm_fast.planner import fit as memory
@@ -132,8 +132,9 @@ def attach_adapters(
 ) -> None:
     """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them.
     ``device``: where the run will be, for ``adapters.attach``."""
-    from csm_fast import adapter_files, adapters
-    from csm_fast.embedding_rows import EmbeddingRows, rows_in
+    from csm_fast import adapter_files
+    from csm_fast.model import adapters
+    from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
 
     if config.optimizer.weights != "fp32":
         raise InputError(

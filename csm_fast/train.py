@@ -14,15 +14,15 @@ import torch
 
 from csm_fast import checkpoint as ckpt
 from csm_fast.announce import announce, out_of_memory
-from csm_fast.compile import compile_layers
 from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
 from csm_fast.convert import load_model
 from csm_fast.data.code_cache import Lock
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate import Validator, unigram_entropy
-from csm_fast.loss import coefficients, packed_loss
-from csm_fast.model import CSM, stack_limit, vocabulary
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.csm import CSM, stack_limit, vocabulary
+from csm_fast.model.loss import coefficients, packed_loss
 from csm_fast.monitor import METRICS, Window, metrics_line, read_metrics, validation_line
 from csm_fast.optim import cast_weights, peak_learning_rate
 from csm_fast.packing.layout import StepBatch

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tracked import Tracked
 from csm_fast.adamw import AdamW
+from csm_fast.model.nf4 import load_bitsandbytes
 from csm_fast.optim import in_backward
-from csm_fast.quantize import load_bitsandbytes
 from csm_fast.rounding import TILE, Draws, drawing, round_stochastically
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from model_cases import MICRO, padded, random_conversations, random_model, relative
 
-from csm_fast import adapters, layer_cpu, loss
-from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection
 from csm_fast.data.token_store import open_split
-from csm_fast.embedding_rows import EmbeddingRows, rows_in
 from csm_fast.generate import Generator, Turn
+from csm_fast.model import adapters, layer_cpu, loss
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
+from csm_fast.model.nf4 import is_quantized
 from csm_fast.packing.pack import pack_padded
-from csm_fast.quantize import is_quantized
 from csm_fast.system.errors import InputError
 
 EVERYWHERE = ["attn", "projection", "codebook0_head"]

@@ -35,8 +35,8 @@ from torch import Tensor
 from benchmarks.baselines import blog_forward, causal
 from benchmarks.tracked import Allocation, Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
-from csm_fast.loss import packed_loss, predictor_states
-from csm_fast.model import run_decoder
+from csm_fast.model.csm import run_decoder
+from csm_fast.model.loss import packed_loss, predictor_states
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import compute_dtype, resolve_precision
 

@@ -71,7 +71,7 @@ def test_the_norm_of_kept_tables_is_that_of_their_rows(cpu_form):
     from model_cases import MICRO, random_model
     from test_optim import batches
 
-    from csm_fast.loss import packed_loss
+    from csm_fast.model.loss import packed_loss
 
     model = random_model(MICRO)
     parameters = list(model.parameters())

@@ -18,7 +18,7 @@ from benchmarks.compare_data import Synthetic, choose, padded
 from benchmarks.products import Product, attention_flops, matmul_rate, products, step_flops
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig
-from csm_fast.loss import packed_loss
+from csm_fast.model.loss import packed_loss
 from csm_fast.packing.pack import pack_padded
 
 ROOT = Path(__file__).resolve().parent.parent

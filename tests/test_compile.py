@@ -13,12 +13,12 @@ from model_cases import MemoryStore, random_conversations, random_model
 from torch._dynamo.utils import counters
 from train_cases import config
 
-from csm_fast import compile, layer_cpu
-from csm_fast.adapters import attach
-from csm_fast.compile import compile_layers
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.evaluate import Validator
-from csm_fast.loss import packed_loss
+from csm_fast.model import compile, layer_cpu
+from csm_fast.model.adapters import attach
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
 from csm_fast.monitor import read_metrics
 from csm_fast.packing.loader import Packer
 from csm_fast.train import train

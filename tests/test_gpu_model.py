@@ -20,9 +20,9 @@ from torch._dynamo.utils import counters
 from benchmarks.baselines import blog_forward
 from benchmarks.tracked import Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
-from csm_fast.compile import compile_layers
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loss import packed_loss
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack, pack_padded
 

@@ -21,7 +21,7 @@ from csm_kernels.packed_attention import packed_attention
 from kernel_cases import assert_within_budget, interpreted
 from torch import Tensor
 
-from csm_fast.attention import RopeSpec, rope_table
+from csm_fast.model.rope import RopeSpec, rope_table
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [pytest.param("cpu", id="rehearsal"), pytest.param("cuda", marks=GPU, id="gpu")]

@@ -13,7 +13,7 @@ from csm_kernels import depth_attention as module
 from csm_kernels.depth_attention import depth_attention
 from kernel_cases import aot, assert_within_budget, interpreted, poisoned
 
-from csm_fast.attention import RopeSpec, apply_rope, rope_table
+from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
 
 NAMES = ("q", "k", "v")
 SPEC = RopeSpec(128, 500_000.0, 32.0, 1.0, 4.0, 8192)

@@ -9,9 +9,11 @@ from kernel_cases import poisoned
 from model_cases import MICRO, random_model
 from torch import Tensor, nn
 
-from csm_fast import layer_cpu, model, ops
-from csm_fast.attention import Segments, rope_table
-from csm_fast.model import DepthAttend, PackedAttend, run_layer, wide_dtype
+from csm_fast import ops
+from csm_fast.model import csm as model
+from csm_fast.model import layer_cpu
+from csm_fast.model.csm import DepthAttend, PackedAttend, run_layer, wide_dtype
+from csm_fast.model.rope import Segments, rope_table
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
 

@@ -11,11 +11,11 @@ from kernel_cases import poisoned
 from model_cases import random_model, relative
 from test_adapters import attached, gradients, loss_of, make_pack
 
-from csm_fast import adapters, layer_cpu
-from csm_fast.attention import Segments
 from csm_fast.config.train import AdapterSection
-from csm_fast.model import PackedAttend
-from csm_fast.quantize import dense_weight
+from csm_fast.model import adapters, layer_cpu
+from csm_fast.model.csm import PackedAttend
+from csm_fast.model.nf4 import dense_weight
+from csm_fast.model.rope import Segments
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_form"),

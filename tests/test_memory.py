@@ -13,11 +13,12 @@ from model_cases import MICRO
 from train_cases import environment
 
 from benchmarks.memory_plan import make_pack, measure, quick_model, settings
-from csm_fast import CSM, CSMConfig, TransformerConfig, adapters
-from csm_fast.compile import compile_layers
+from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.config.parse import build
 from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
-from csm_fast.loss import packed_loss
+from csm_fast.model import adapters
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
 from csm_fast.optim import cast_weights
 from csm_fast.planner import fit as memory
 from csm_fast.planner.layer import Setup

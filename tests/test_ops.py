@@ -9,7 +9,7 @@ from model_cases import MICRO_32, MemoryStore, random_conversations, random_mode
 
 from csm_fast import cli, doctor, ops
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loss import packed_loss
+from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 
 

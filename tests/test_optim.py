@@ -16,7 +16,7 @@ from benchmarks.compare_systems import SHAPES
 from csm_fast.adamw import AdamW
 from csm_fast.checkpoint import load_optimizer, optimizer_tensors
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
-from csm_fast.loss import packed_loss
+from csm_fast.model.loss import packed_loss
 from csm_fast.model_files import write_tensors
 from csm_fast.optim import TableGradients, cast_weights, clip, in_backward, make_optimizer
 from csm_fast.packing.loader import Packer

@@ -23,7 +23,7 @@ import csm_fast
 from benchmarks.baselines import blog_forward
 from csm_fast import CSMConfig, TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loss import coefficients, packed_loss
+from csm_fast.model.loss import coefficients, packed_loss
 from csm_fast.packing.loader import Packer
 
 # Audio-first conversations, turns of no and of one frame, a lone EOS row, and conversations that only speaker 1 speaks.

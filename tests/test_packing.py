@@ -12,10 +12,10 @@ from model_cases import MemoryStore, padded, random_conversations
 from train_cases import conversations_of, write_store
 
 from csm_fast import InputError
-from csm_fast.attention import Segments, apply_rope, packed_attention, rope_table
 from csm_fast.config.train import DataSection, LossSection, TransformerConfig
 from csm_fast.data.token_store import TokenStore
-from csm_fast.model import Attention
+from csm_fast.model.csm import Attention
+from csm_fast.model.rope import Segments, apply_rope, packed_attention, rope_table
 from csm_fast.ops import plan_segments
 from csm_fast.packing.loader import Packer, prefetch
 from csm_fast.packing.pack import best_fit, pack_padded, padded_rows, split_documents

@@ -13,7 +13,7 @@ from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.loss import packed_loss
+from csm_fast.model.loss import packed_loss
 from csm_fast.optim import TableGradients, gradient_norm
 from csm_fast.packing.loader import Packer
 

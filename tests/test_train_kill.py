@@ -233,7 +233,7 @@ def test_sigterm_and_a_second_signal(server, tmp_path):
 
 def stop_at(step: int):
     """A loss function that presses Ctrl-C in the given step."""
-    from csm_fast.loss import packed_loss
+    from csm_fast.model.loss import packed_loss
 
     calls = []
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csm_fast.attention import Segments
+from csm_fast.model.rope import Segments
 from csm_fast.packing.pack import MAX_POSITIONS, Pack, lowest
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_fast.attention import Segments
+from csm_fast.model.rope import Segments
 from csm_fast.system.errors import InputError
 
 MAX_POSITIONS = 2048  # csm-1b's context

@@ -1,6 +1,6 @@
 """What lies between the large operators: rotation and RMS norm.
 
-On CUDA the compiler turns the plain forms into one kernel each with their neighbours (``csm_fast.compile``). On a CPU
+On CUDA the compiler turns the plain forms into one kernel each with their neighbours (``csm_fast.model.compile``). On a CPU
 they run as they are, one pass over memory per operation, so there they are written with few passes.
 """
 

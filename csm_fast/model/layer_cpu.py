@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
-from csm_fast.quantize import dense_weight, is_quantized
+from csm_fast.model.nf4 import dense_weight, is_quantized
 
 
 def serves(layer: Any, x: Tensor, attend: Any) -> bool:
@@ -57,7 +57,7 @@ def _is_plain(linear: Any) -> bool:
 
 
 # Where the layers are that compute what ``_parts`` says.
-LORA = ("csm_fast.adapters", "peft.tuners.lora.layer", "peft.tuners.lora.bnb")
+LORA = ("csm_fast.model.adapters", "peft.tuners.lora.layer", "peft.tuners.lora.bnb")
 
 
 class _Parts(NamedTuple):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast.config.train import AdapterSection, CSMConfig
-from csm_fast.model import wide_dtype
+from csm_fast.model.csm import wide_dtype
+from csm_fast.model.nf4 import INSTALL, STACKS, dense_weight, quantize_stacks, quiet_import
 from csm_fast.model_shape import model_config
-from csm_fast.quantize import INSTALL, STACKS, dense_weight, quantize_stacks, quiet_import
 from csm_fast.system.errors import InputError
 
 ATTN = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from csm_fast import layer_cpu, ops
-from csm_fast.attention import RopeSpec, Segments, apply_rope, packed_attention, rope_table
+from csm_fast import ops
 from csm_fast.config.train import CSMConfig, TransformerConfig
+from csm_fast.model import layer_cpu
+from csm_fast.model.rope import RopeSpec, Segments, apply_rope, packed_attention, rope_table
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -109,7 +110,7 @@ class CSM(nn.Module):
         self.activation_checkpointing = "off"  # "selective", "full"
 
     def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
-        from csm_fast.loss import forward
+        from csm_fast.model.loss import forward
 
         return forward(self, tokens, tokens_mask)
 
