@@ -29,9 +29,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from csm_fast.adapter_files import linear_to_lora_layers, load_adapters
     from csm_fast.config.train import CSMConfig, TrainConfig, TransformerConfig
-    from csm_fast.convert import load_model, save_model
     from csm_fast.data.codec.base import load_codec
     from csm_fast.data.text import load_text_tokenizer
     from csm_fast.data.token_store import TokenStore
@@ -39,6 +37,8 @@ if TYPE_CHECKING:
     from csm_fast.model.csm import CSM
     from csm_fast.model.loss import forward
     from csm_fast.system.errors import InputError
+    from csm_fast.weights.adapter_files import linear_to_lora_layers, load_adapters
+    from csm_fast.weights.load import load_model, save_model
 
 
 def __getattr__(name: str) -> Any:

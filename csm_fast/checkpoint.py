@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from csm_fast.adamw import AdamW
-from csm_fast.convert import save_model
-from csm_fast.model_files import write_tensors
 from csm_fast.packing.pack import Pack
 from csm_fast.system.arrays import replace_directory
 from csm_fast.system.errors import InputError
+from csm_fast.weights.files import write_tensors
+from csm_fast.weights.load import save_model
 
 log = logging.getLogger("csm_fast")
 
@@ -133,8 +133,8 @@ def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
     if getattr(model, "adapter", None) is None:
         save_model(model, directory)
         return
-    from csm_fast.adapter_files import save_adapter
     from csm_fast.probe import save_probe
+    from csm_fast.weights.adapter_files import save_adapter
 
     save_adapter(model, directory)
     if probe is not None and probe.target_rows.numel():

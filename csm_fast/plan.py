@@ -134,7 +134,7 @@ def model_shape(name: str) -> CSMConfig:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read as JSON ({error})", file=file) from None
-    from csm_fast.model_shape import config_from_json
+    from csm_fast.weights.config_json import config_from_json
 
     shape = config_from_json(values, file) if isinstance(values, dict) else None
     return shape or CSMConfig.from_dict(values if isinstance(values, dict) else {}, file=str(file))

@@ -9,7 +9,6 @@ import torch
 
 from csm_fast.checkpoint import read_record
 from csm_fast.config.commands import GenerateConfig
-from csm_fast.convert import load_model
 from csm_fast.data.audio import read_audio, write_wav
 from csm_fast.data.codec.base import load_codec
 from csm_fast.data.metadata import load_metadata
@@ -18,6 +17,7 @@ from csm_fast.generate import Generator, Speech, Turn
 from csm_fast.model.csm import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
+from csm_fast.weights.load import load_model
 
 log = logging.getLogger("csm_fast")
 

@@ -16,15 +16,15 @@ import torch
 from csm_fast.checkpoint import read_record
 from csm_fast.config.parse import read_mapping
 from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
-from csm_fast.convert import load_model
 from csm_fast.data.token_store import TokenStore, check_compatible, open_split
 from csm_fast.model.csm import CSM, vocabulary
 from csm_fast.model.loss import coefficients
-from csm_fast.model_files import read_json
-from csm_fast.model_shape import config_from_json
 from csm_fast.planner import fit as memory
 from csm_fast.system.arrays import old_directory
 from csm_fast.system.errors import InputError
+from csm_fast.weights.config_json import config_from_json
+from csm_fast.weights.files import read_json
+from csm_fast.weights.load import load_model
 
 
 def check_precision(precision: str, section: OptimizerSection) -> None:
@@ -132,9 +132,9 @@ def attach_adapters(
 ) -> None:
     """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them.
     ``device``: where the run will be, for ``adapters.attach``."""
-    from csm_fast import adapter_files
     from csm_fast.model import adapters
     from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
+    from csm_fast.weights import adapter_files
 
     if config.optimizer.weights != "fp32":
         raise InputError(

@@ -16,7 +16,6 @@ from csm_fast import checkpoint as ckpt
 from csm_fast.announce import announce, out_of_memory
 from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
-from csm_fast.convert import load_model
 from csm_fast.data.code_cache import Lock
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate import Validator, unigram_entropy
@@ -46,6 +45,7 @@ from csm_fast.system.console import StepProgress, StopSignals
 from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.update import LossFunction, Update
+from csm_fast.weights.load import load_model
 
 log = logging.getLogger("csm_fast")
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_adapters import EVERYWHERE, attached, loss_of, make_pack
 
 from benchmarks.baselines import transformers_loss, transformers_model
-from csm_fast import adapter_files
 from csm_fast.config.train import AdapterSection
-from csm_fast.convert import interleave_rows
 from csm_fast.model import adapters, loss
 from csm_fast.model import nf4 as quantize
 from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.system.errors import InputError
+from csm_fast.weights import adapter_files
+from csm_fast.weights.load import interleave_rows
 
 KINDS = {
     "lora": {"method": "lora"},

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.baselines import transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig, load_model, save_model
-from csm_fast.convert import (
+from csm_fast.weights.config_json import from_transformers_config
+from csm_fast.weights.load import (
     model_config,
     naming,
     sesame_config,
@@ -21,7 +22,6 @@ from csm_fast.convert import (
     transformers_config,
     transformers_to_sesame,
 )
-from csm_fast.model_shape import from_transformers_config
 
 OTHER = CSMConfig(
     TransformerConfig(3, 8, 4, 64, 80, 512, 1e-4, 1e4, 8.0, 1.0, 6.0, 4096),
@@ -246,7 +246,7 @@ def test_buffers_left_by_generation_are_ignored(tmp_path):
 
 @pytest.fixture
 def two_known_shapes(monkeypatch):
-    from csm_fast import convert
+    from csm_fast.weights import load as convert
 
     monkeypatch.setattr(convert, "NAMED_SHAPES", {"micro": lambda: MICRO, "other": lambda: OTHER})
 

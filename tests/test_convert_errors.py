@@ -13,7 +13,7 @@ from test_convert import OTHER, hf_json, same, shard, write
 
 import csm_fast
 from csm_fast import CSM, InputError, load_model, save_model
-from csm_fast.convert import sesame_config, sesame_to_transformers, transformers_to_sesame
+from csm_fast.weights.load import sesame_config, sesame_to_transformers, transformers_to_sesame
 
 
 def drop(state):

@@ -14,10 +14,10 @@ from csm_fast import cli, plan
 from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig
-from csm_fast.model_shape import sesame_config, transformers_config
 from csm_fast.planner import fit as memory
 from csm_fast.planner import gpus
 from csm_fast.system.errors import InputError
+from csm_fast.weights.config_json import sesame_config, transformers_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

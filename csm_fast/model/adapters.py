@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from csm_fast.config.train import AdapterSection, CSMConfig
 from csm_fast.model.csm import wide_dtype
 from csm_fast.model.nf4 import INSTALL, STACKS, dense_weight, quantize_stacks, quiet_import
-from csm_fast.model_shape import model_config
 from csm_fast.system.errors import InputError
+from csm_fast.weights.config_json import model_config
 
 ATTN = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
 SYNONYMS = {"o_proj": "output_proj", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 
 from csm_fast.config.train import NAMED_SHAPES, CSMConfig
 from csm_fast.model.csm import CSM
-from csm_fast.model_files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
-from csm_fast.model_shape import config_from_json, model_config, parameter_shapes, sesame_config, transformers_config
 from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
+from csm_fast.weights.config_json import (
+    config_from_json,
+    model_config,
+    parameter_shapes,
+    sesame_config,
+    transformers_config,
+)
+from csm_fast.weights.files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
 
 __all__ = [
     "load_model",

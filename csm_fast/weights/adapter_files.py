@@ -21,17 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.adapter_formats import TRAINED, SavedAdapter, read_adapter, write_csm_mlx, write_peft, write_transformers
 from csm_fast.config.train import AdapterSection, CSMConfig
-from csm_fast.convert import load_model
 from csm_fast.model import adapters
 from csm_fast.model.adapters import ADAPTER, resolve_targets
 from csm_fast.model.csm import CSM
 from csm_fast.model.embedding_rows import EmbeddingRows
-from csm_fast.model_files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_json
-from csm_fast.model_shape import config_from_json, model_config, sesame_config
 from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
+from csm_fast.weights.adapter_formats import (
+    TRAINED,
+    SavedAdapter,
+    read_adapter,
+    write_csm_mlx,
+    write_peft,
+    write_transformers,
+)
+from csm_fast.weights.config_json import config_from_json, model_config, sesame_config
+from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_json
+from csm_fast.weights.load import load_model
 
 
 def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from csm_fast import __version__
 from csm_fast.config.train import AdapterSection, CSMConfig
-from csm_fast.convert import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
-from csm_fast.model_files import (
+from csm_fast.system.arrays import write_bytes, writing_to
+from csm_fast.system.errors import InputError
+from csm_fast.weights.config_json import parameter_shapes
+from csm_fast.weights.files import (
     ADAPTER_CONFIG,
     MLX_WEIGHTS,
     PEFT_WEIGHTS,
@@ -35,9 +37,7 @@ from csm_fast.model_files import (
     read_json,
     write_tensors,
 )
-from csm_fast.model_shape import parameter_shapes
-from csm_fast.system.arrays import write_bytes, writing_to
-from csm_fast.system.errors import InputError
+from csm_fast.weights.load import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
 
 TRAINED = "trained.safetensors"
 WHOLE = ("codebook0_head.weight", "audio_head", "text_embeddings.weight", "audio_embeddings.weight")
