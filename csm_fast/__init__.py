@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from csm_fast.data.codec.base import load_codec
     from csm_fast.data.text import load_text_tokenizer
     from csm_fast.data.token_store import TokenStore
-    from csm_fast.generate import Generator
+    from csm_fast.generate.generator import Generator
     from csm_fast.model.csm import CSM
     from csm_fast.model.loss import forward
     from csm_fast.system.errors import InputError

@@ -13,7 +13,7 @@ from csm_fast.data.audio import read_audio, write_wav
 from csm_fast.data.codec.base import load_codec
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.text import load_text_tokenizer
-from csm_fast.generate import Generator, Speech, Turn
+from csm_fast.generate.generator import Generator, Speech, Turn
 from csm_fast.model.csm import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError

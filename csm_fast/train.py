@@ -148,7 +148,7 @@ class Trainer:
             self.update.load(self.resumed, self.state)
         self.sampler: Any = None
         if config.run.gen_every:
-            from csm_fast.generate import Sampler
+            from csm_fast.generate.generator import Sampler
 
             self.sampler = Sampler(self.model, config, self.run_dir / "samples", self.store)
         # 5. What accumulates on the device until it is logged.

@@ -7,7 +7,7 @@ from model_cases import MICRO, padded, random_conversations, random_model, relat
 
 from csm_fast.config.train import AdapterSection
 from csm_fast.data.token_store import open_split
-from csm_fast.generate import Generator, Turn
+from csm_fast.generate.generator import Generator, Turn
 from csm_fast.model import adapters, layer_cpu, loss
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows, rows_in

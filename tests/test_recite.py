@@ -10,7 +10,7 @@ from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens
-from csm_fast.generate import Generator, Turn
+from csm_fast.generate.generator import Generator, Turn
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 
