@@ -30,7 +30,7 @@ from benchmarks.record import append, environment
 from csm_fast import CSM
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.data.token_store import open_split
-from csm_fast.evaluate import Validator
+from csm_fast.evaluate.validation import Validator
 from csm_fast.model.csm import vocabulary
 from csm_fast.model.loss import coefficients, packed_loss
 from csm_fast.optim import cast_weights

@@ -27,7 +27,7 @@ from csm_fast.config.commands import MergeConfig
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
 from csm_fast.data.token_store import open_split
-from csm_fast.evaluate import Validator
+from csm_fast.evaluate.validation import Validator
 from csm_fast.merge import merge
 from csm_fast.train import Trainer
 

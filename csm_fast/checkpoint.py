@@ -133,7 +133,7 @@ def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
     if getattr(model, "adapter", None) is None:
         save_model(model, directory)
         return
-    from csm_fast.probe import save_probe
+    from csm_fast.evaluate.probe import save_probe
     from csm_fast.weights.adapter_files import save_adapter
 
     save_adapter(model, directory)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from train_cases import config
 
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
-from csm_fast.evaluate import Validator
+from csm_fast.evaluate.validation import Validator
 from csm_fast.model import compile, layer_cpu
 from csm_fast.model.adapters import attach
 from csm_fast.model.compile import compile_layers

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from test_adapter_files import KINDS, stir_besides
 from test_adapters import attached, loss_of, make_pack, stirred
 
-from csm_fast import CSM, cli, load_model, merge, probe, save_model
+from csm_fast import CSM, cli, load_model, merge, save_model
 from csm_fast.checkpoint import read_record, write_record
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
+from csm_fast.evaluate import probe
 from csm_fast.model import adapters, loss
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows

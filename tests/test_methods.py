@@ -9,7 +9,7 @@ from train_cases import config
 
 from csm_fast import load_model
 from csm_fast.data.token_store import open_split
-from csm_fast.evaluate import Validator
+from csm_fast.evaluate.validation import Validator
 from csm_fast.system.errors import InputError
 from csm_fast.train import Trainer, train
 

@@ -13,7 +13,8 @@ from test_adapters import attached, gradients, loss_of, make_pack
 from torch import nn
 from train_cases import ROOT, environment
 
-from csm_fast import TransformerConfig, evaluate
+from csm_fast import TransformerConfig
+from csm_fast.evaluate import validation as evaluate
 from csm_fast.model import nf4 as quantize
 from csm_fast.system.errors import InputError
 
