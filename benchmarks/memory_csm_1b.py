@@ -54,8 +54,8 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     from csm_fast.config.train import CSMConfig, TrainConfig
     from csm_fast.data.store_writer import TokenStoreWriter
     from csm_fast.data.token_store import TurnTokens
-    from csm_fast.monitor import read_metrics
     from csm_fast.planner.fit import estimate
+    from csm_fast.report.metrics import read_metrics
     from csm_fast.train import train as run
 
     rng = np.random.default_rng(args.seed)

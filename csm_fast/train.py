@@ -22,11 +22,11 @@ from csm_fast.evaluate.validation import Validator, unigram_entropy
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM, stack_limit, vocabulary
 from csm_fast.model.loss import coefficients, packed_loss
-from csm_fast.monitor import METRICS, Window, metrics_line, read_metrics, validation_line
 from csm_fast.optim import cast_weights, peak_learning_rate
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
-from csm_fast.report import summarize
+from csm_fast.report.metrics import METRICS, Window, metrics_line, read_metrics, validation_line
+from csm_fast.report.summary import summarize
 from csm_fast.run_marker import RunMarker
 from csm_fast.start import (
     attach_adapters,

@@ -635,10 +635,10 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
 def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
     assert cli.main(train(prepare(tmp_path), max_steps=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.report.ckpt.write_text", no_space)
+        patch.setattr("csm_fast.report.summary.ckpt.write_text", no_space)
         refused(train(tmp_path, max_steps=2), "run: the disk is full: the run could not be started", "free space")
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.report.plot", no_space)
+        patch.setattr("csm_fast.report.summary.plot", no_space)
         refused(
             train(tmp_path, max_steps=2),
             "run: the disk is full: the summary",

@@ -19,8 +19,8 @@ from csm_fast.model import compile, layer_cpu
 from csm_fast.model.adapters import attach
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
-from csm_fast.monitor import read_metrics
 from csm_fast.packing.loader import Packer
+from csm_fast.report.metrics import read_metrics
 from csm_fast.train import train
 
 

@@ -10,8 +10,8 @@ from train_cases import MODEL_YAML, K, config, make_store, turn, write_store
 
 from csm_fast import InputError
 from csm_fast.data.token_store import open_split
-from csm_fast.monitor import METRICS, read_metrics
 from csm_fast.packing.loader import Packer
+from csm_fast.report.metrics import METRICS, read_metrics
 from csm_fast.train import Trainer, train
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast import checkpoint as ckpt
-from csm_fast.monitor import read_metrics
+from csm_fast.report.metrics import read_metrics
 
 log = logging.getLogger("csm_fast")
 
