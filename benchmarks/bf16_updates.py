@@ -33,10 +33,10 @@ from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.model.csm import vocabulary
 from csm_fast.model.loss import coefficients, packed_loss
-from csm_fast.optim import cast_weights
 from csm_fast.packing.loader import Packer
 from csm_fast.system.device import keep_freed_memory
-from csm_fast.update import Update
+from csm_fast.train.optim.build import cast_weights
+from csm_fast.train.step import Update
 
 WAYS = {  # name -> optimizer, weights; colour and width of the line: most of them lie on one another
     "float32 masters": ("adamw", "fp32", "0.75", 6.0),

@@ -25,10 +25,10 @@ from csm_fast import CSM, CSMConfig, ops
 from csm_fast.config.train import AdapterSection, DataSection, LossSection, OptimizerSection
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
-from csm_fast.optim import TableGradients, clip, gradient_norm, make_optimizer
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
+from csm_fast.train.optim.build import TableGradients, clip, gradient_norm, make_optimizer
 
 SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
 HEADS = 5.0  # widens the heads

@@ -158,7 +158,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     from benchmarks.memory_plan import quick_model, settings
     from csm_fast import CSMConfig
     from csm_fast.model.loss import packed_loss
-    from csm_fast.update import Update
+    from csm_fast.train.step import Update
 
     store = TokenStore.open(path)
     packer = Packer(store, section(pack_rows, by), LossSection(), pad="cpu")

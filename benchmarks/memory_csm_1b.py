@@ -36,7 +36,7 @@ def save(workdir: Path, args: argparse.Namespace) -> dict:
     import torch
 
     from csm_fast import CSM, CSMConfig, save_model
-    from csm_fast.checkpoint import write_record
+    from csm_fast.train.checkpoint import write_record
 
     with torch.device("meta"):
         model = CSM(CSMConfig.csm_1b()).to(torch.bfloat16)
@@ -56,7 +56,7 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     from csm_fast.data.token_store import TurnTokens
     from csm_fast.planner.fit import estimate
     from csm_fast.report.metrics import read_metrics
-    from csm_fast.train import train as run
+    from csm_fast.train.loop import train as run
 
     rng = np.random.default_rng(args.seed)
     text, frames = 12, args.rows // args.conversations - 13

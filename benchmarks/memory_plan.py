@@ -36,11 +36,11 @@ from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
-from csm_fast.optim import cast_weights
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.planner import fit as memory
-from csm_fast.update import Update
+from csm_fast.train.optim.build import cast_weights
+from csm_fast.train.step import Update
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -29,7 +29,7 @@ from csm_fast.config.train import TrainConfig
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.merge import merge
-from csm_fast.train import Trainer
+from csm_fast.train.loop import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},

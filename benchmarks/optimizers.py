@@ -31,9 +31,9 @@ from benchmarks.kernel_device import copy_rate, timed
 from benchmarks.record import append, environment
 from benchmarks.report_parts import optimizer_lines
 from csm_fast import CSM, ops
-from csm_fast.adamw import AdamW
-from csm_fast.optim import clip, gradient_norm, parameter_groups
 from csm_fast.system.device import keep_freed_memory
+from csm_fast.train.optim.adamw import AdamW
+from csm_fast.train.optim.build import clip, gradient_norm, parameter_groups
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LAUNCHED = 60_000_000  # cycles of a GPU in which the host launches a whole update, as during a step's backward pass

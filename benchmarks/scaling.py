@@ -39,9 +39,9 @@ from csm_fast.config.train import AdapterSection
 from csm_fast.model import loss
 from csm_fast.model.adapters import attach
 from csm_fast.model.compile import compile_layers
-from csm_fast.optim import TableGradients
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
+from csm_fast.train.optim.build import TableGradients
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.
 MIXES: dict[str, list[tuple[int, int]]] = {

@@ -10,9 +10,9 @@ from csm_fast import CSM, CSMConfig
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
-from csm_fast.optim import TableGradients, cast_weights, make_optimizer
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack
+from csm_fast.train.optim.build import TableGradients, cast_weights, make_optimizer
 
 RECORDINGS = 100
 

@@ -141,7 +141,7 @@ def _train(argv: list[str]) -> int:
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
     _set_up_training(config.run)
-    summary = importlib.import_module("csm_fast.train").train(config)
+    summary = importlib.import_module("csm_fast.train.loop").train(config)
     return 0 if summary["complete"] else INTERRUPTED
 
 

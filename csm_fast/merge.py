@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from csm_fast.checkpoint import STATE, read_record, write_record
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.evaluate.probe import PROBE, Probe, read_probe
 from csm_fast.model.adapters import adapted_weight
@@ -26,6 +25,7 @@ from csm_fast.model.csm import CSM
 from csm_fast.model.nf4 import dense_weight, is_quantized
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
+from csm_fast.train.checkpoint import STATE, read_record, write_record
 from csm_fast.weights.adapter_files import adapter_size, load_adapters, load_base
 from csm_fast.weights.adapter_formats import ADAPTER_CONFIG, SavedAdapter
 from csm_fast.weights.load import save_model

@@ -22,8 +22,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from csm_fast import __version__, ops
-from csm_fast import checkpoint as ckpt
-from csm_fast.announce import out_of_memory
 from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.packing.layout import StepBatch
@@ -42,7 +40,9 @@ from csm_fast.profile_report import (
 )
 from csm_fast.system.device import processor
 from csm_fast.system.errors import InputError, is_out_of_memory
-from csm_fast.train import Trainer
+from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.announce import out_of_memory
+from csm_fast.train.loop import Trainer
 
 log = logging.getLogger("csm_fast")
 

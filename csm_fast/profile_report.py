@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csm_fast.checkpoint import write_text
 from csm_fast.profile_ops import Seen, Several, Shape, Step
 from csm_fast.system.errors import InputError
+from csm_fast.train.checkpoint import write_text
 
 SHOWN = 10  # operators in the table
 Sizes = list[int | list[int]]  # a dimension, or [least, largest] where it differs from step to step

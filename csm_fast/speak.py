@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from csm_fast.checkpoint import read_record
 from csm_fast.config.commands import GenerateConfig
 from csm_fast.data.audio import read_audio, write_wav
 from csm_fast.data.codec.base import load_codec
@@ -17,6 +16,7 @@ from csm_fast.generate.generator import Generator, Speech, Turn
 from csm_fast.model.csm import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
+from csm_fast.train.checkpoint import read_record
 from csm_fast.weights.load import load_model
 
 log = logging.getLogger("csm_fast")

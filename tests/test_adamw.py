@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tracked import Tracked
-from csm_fast.adamw import AdamW
 from csm_fast.model.nf4 import load_bitsandbytes
-from csm_fast.optim import in_backward
-from csm_fast.rounding import TILE, Draws, drawing, round_stochastically
+from csm_fast.train.optim.adamw import AdamW
+from csm_fast.train.optim.build import in_backward
+from csm_fast.train.optim.rounding import TILE, Draws, drawing, round_stochastically
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -39,13 +39,13 @@ from train_cases import (
 )
 
 from csm_fast import CSM, InputError, cli, load_model, save_model
-from csm_fast import checkpoint as ckpt
 from csm_fast.config.parse import build, dump_yaml, read_mapping, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.data.audio import read_audio
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import open_split
+from csm_fast.train import checkpoint as ckpt
 
 
 @pytest.fixture(autouse=True)
@@ -372,7 +372,7 @@ def test_stores_that_do_not_fit_the_model(tmp_path, refused):
 
 def test_conversations_that_do_not_fit(tmp_path, refused, monkeypatch):
     prepare(tmp_path)
-    monkeypatch.setattr("csm_fast.train.starting_model", lambda *_: pytest.fail("made before the packs were"))
+    monkeypatch.setattr("csm_fast.train.loop.starting_model", lambda *_: pytest.fail("made before the packs were"))
     refused(train(tmp_path, pack_rows=9), "tokens/train: conversation", "a pack here holds 9", "raise --pack-rows to")
     refused(train(tmp_path, batch_rows=20), "needs 2", "--batch-rows is 20", "raise --batch-rows to at least")
     (tmp_path / "short.yaml").write_text(
@@ -461,7 +461,7 @@ def test_no_memory(tmp_path, refused, monkeypatch, words):
     def loss(*args, **options):
         raise RuntimeError(words)
 
-    monkeypatch.setattr("csm_fast.train.packed_loss", loss)
+    monkeypatch.setattr("csm_fast.train.loop.packed_loss", loss)
     refused(
         train(prepare(tmp_path)),
         "not enough memory (",
@@ -653,7 +653,7 @@ def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
         return real(path, mode, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.train.open", full, raising=False)
+        patch.setattr("csm_fast.train.loop.open", full, raising=False)
         refused(
             train(tmp_path, max_steps=5),
             "run: the disk is full: metrics.jsonl could not be written",

@@ -8,8 +8,8 @@ from csm_kernels.cpu import native
 from test_kernel_adamw import gradients, start
 
 from csm_fast import ops
-from csm_fast.adamw import AdamW
-from csm_fast.optim import TableGradients, clip, gradient_norm
+from csm_fast.train.optim.adamw import AdamW
+from csm_fast.train.optim.build import TableGradients, clip, gradient_norm
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 

@@ -21,7 +21,7 @@ from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.report.metrics import read_metrics
-from csm_fast.train import train
+from csm_fast.train.loop import train
 
 
 def ragged_store(conversations=24, seed=0):
@@ -224,7 +224,7 @@ def test_inductor_computes_the_same_losses_and_recompiles_nothing():
 
 
 def test_a_run_with_the_flag_learns_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("csm_fast.train.compile_layers", partial(compile_layers, backend="aot_eager"))
+    monkeypatch.setattr("csm_fast.train.loop.compile_layers", partial(compile_layers, backend="aot_eager"))
     curves = []
     for choice in ("off", "on"):
         train(config(tmp_path, output_dir=str(tmp_path / choice), compile=choice, n_epochs=1))

@@ -9,8 +9,8 @@ import yaml
 from csm_fast import InputError, cli
 from csm_fast.config.parse import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig
-from csm_fast.optim import learning_rate, warmup_steps
 from csm_fast.system.device import resolve_device
+from csm_fast.train.optim.build import learning_rate, warmup_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,7 +148,9 @@ def test_a_device_that_is_none_is_told_in_a_few_words(name):
 @pytest.mark.parametrize("flag", ["--output-dir", "--output", "--out", "-o"])
 def test_the_run_goes_where_the_other_commands_flags_would_put_it(flag, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("csm_fast.train.train", lambda config: seen.append(config.run.output_dir) or {"complete": True})
+    monkeypatch.setattr(
+        "csm_fast.train.loop.train", lambda config: seen.append(config.run.output_dir) or {"complete": True}
+    )
     assert cli.main(["train", flag, str(tmp_path / "there")]) == 0
     assert seen == [str(tmp_path / "there")]
 

@@ -14,9 +14,10 @@ from csm_kernels.cpu import adamw as cpu_adamw
 from csm_kernels.cpu import native
 from kernel_cases import assert_within_budget, interpreted
 
-from csm_fast import adamw, ops
-from csm_fast.adamw import AdamW
-from csm_fast.rounding import TILE, Draws, drawing
+from csm_fast import ops
+from csm_fast.train.optim import adamw
+from csm_fast.train.optim.adamw import AdamW
+from csm_fast.train.optim.rounding import TILE, Draws, drawing
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

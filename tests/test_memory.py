@@ -19,13 +19,13 @@ from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.model import adapters
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
-from csm_fast.optim import cast_weights
 from csm_fast.planner import fit as memory
 from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES
 from csm_fast.planner.step import Load, Walk
 from csm_fast.planner.tensors import LAYER_LINEARS, SYNONYMS, is_adapted, weights
 from csm_fast.system.errors import InputError
+from csm_fast.train.optim.build import cast_weights
 
 GIB = memory.GIB
 ONE = CSMConfig.csm_1b()

@@ -11,7 +11,6 @@ from test_adapter_files import KINDS, stir_besides
 from test_adapters import attached, loss_of, make_pack, stirred
 
 from csm_fast import CSM, cli, load_model, merge, save_model
-from csm_fast.checkpoint import read_record, write_record
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.evaluate import probe
@@ -20,6 +19,7 @@ from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.packing.loader import Packer
 from csm_fast.system.errors import InputError
+from csm_fast.train.checkpoint import read_record, write_record
 from csm_fast.weights.adapter_files import save_adapter
 
 

@@ -11,7 +11,7 @@ from csm_fast import load_model
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.system.errors import InputError
-from csm_fast.train import Trainer, train
+from csm_fast.train.loop import Trainer, train
 
 METHODS = {
     "full": {},

@@ -24,7 +24,7 @@ from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.profile_ops import STEP, OperatorClock, Seen, Several, from_profiler
 from csm_fast.profile_report import Rates, operator_rows
-from csm_fast.train import Trainer
+from csm_fast.train.loop import Trainer
 
 SUMMARY = set(profile_report.Summary.__dataclass_fields__)
 

@@ -10,7 +10,7 @@ from csm_fast.cli import main
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.planner.fit import estimate
-from csm_fast.train import train
+from csm_fast.train.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

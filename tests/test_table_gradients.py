@@ -14,8 +14,8 @@ from model_cases import MICRO, MemoryStore, random_conversations, random_model
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import packed_loss
-from csm_fast.optim import TableGradients, gradient_norm
 from csm_fast.packing.loader import Packer
+from csm_fast.train.optim.build import TableGradients, gradient_norm
 
 TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 

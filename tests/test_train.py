@@ -12,7 +12,7 @@ from csm_fast import InputError
 from csm_fast.data.token_store import open_split
 from csm_fast.packing.loader import Packer
 from csm_fast.report.metrics import METRICS, read_metrics
-from csm_fast.train import Trainer, train
+from csm_fast.train.loop import Trainer, train
 
 
 def weights(folder, name="run/last"):

@@ -19,10 +19,10 @@ import pytest
 from train_cases import CODEC, ROOT, TEXT, K, config, environment, flags, prepare, start
 
 from csm_fast import InputError
-from csm_fast import checkpoint as ckpt
 from csm_fast.data.code_cache import Lock
 from csm_fast.report.metrics import read_metrics
-from csm_fast.train import train
+from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.loop import train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill")
 

@@ -8,7 +8,7 @@ from train_cases import config, prepare
 
 from csm_fast.cli import main
 from csm_fast.system.errors import OutOfMemory
-from csm_fast.train import Trainer, train
+from csm_fast.train.loop import Trainer, train
 
 
 def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 GiB."):
@@ -26,7 +26,7 @@ def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 Gi
 def test_running_out_leaves_the_last_checkpoint_and_says_what_to_try(tmp_path, monkeypatch):
     settings = config(tmp_path, max_steps=6)
     made = Trainer(settings)
-    monkeypatch.setattr("csm_fast.train.Trainer", lambda *_: fails_at(made, 5))
+    monkeypatch.setattr("csm_fast.train.loop.Trainer", lambda *_: fails_at(made, 5))
     with pytest.raises(OutOfMemory) as caught:
         train(settings)
     line = str(caught.value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from csm_fast.packing.layout import StepBatch
-from csm_fast.update import Outcome
+from csm_fast.train.step import Outcome
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (

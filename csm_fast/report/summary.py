@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from csm_fast import checkpoint as ckpt
 from csm_fast.report.metrics import read_metrics
+from csm_fast.train import checkpoint as ckpt
 
 log = logging.getLogger("csm_fast")
 

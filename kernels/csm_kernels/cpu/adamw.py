@@ -100,7 +100,7 @@ def adamw_(
         exp_avg, exp_avg_sq: like ``weight`` in float32, or in uint8, codes.
         exp_avg_absmax, exp_avg_sq_absmax: [ceil(n / 256)] float32, the scales of codes; else None.
         maps: [2, 256] float32, ascending, what the codes of both moments stand for; else None. The nearest is taken;
-            that of 0, the first, for no second moment (``csm_fast.adamw``).
+            that of 0, the first, for no second moment (``csm_fast.train.optim.adamw``).
         compensation: like ``weight`` in bf16, what rounding took off it (Kahan); or None.
         live: uint8 [rows] or None: rows of ``weight`` [rows, ...] that never had a gradient are not updated, which is
             the same where nothing decays. Those that now have one are marked. With codes a row is a multiple of 256.
@@ -108,7 +108,7 @@ def adamw_(
         found_inf: [] float32; where it is 1, nothing happens.
         grad_scale: [] float32 that the gradient is divided by.
         stochastic: round bf16 weights stochastically, by the draws of ``counters``, ``salt`` and ``tiles``
-            (``csm_fast.rounding.Draws``), and else to nearest.
+            (``csm_fast.train.optim.rounding.Draws``), and else to nearest.
 
     Raises:
         RuntimeError: types that there is no form for, or tensors that are not contiguous.

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_fast import checkpoint as ckpt
 from csm_fast.config.train import OptimizerSection
-from csm_fast.optim import (
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.pack import draw
+from csm_fast.system.device import compute_dtype
+from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.optim.build import (
     TableGradients,
     clip,
     gradient_norm,
@@ -22,9 +25,6 @@ from csm_fast.optim import (
     make_optimizer,
     warn_without_gradient,
 )
-from csm_fast.packing.layout import StepBatch
-from csm_fast.packing.pack import draw
-from csm_fast.system.device import compute_dtype
 
 DROPOUT = 4  # purpose of a draw
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1

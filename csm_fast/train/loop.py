@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from csm_fast import checkpoint as ckpt
-from csm_fast.announce import announce, out_of_memory
 from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
 from csm_fast.data.code_cache import Lock
@@ -22,13 +20,18 @@ from csm_fast.evaluate.validation import Validator, unigram_entropy
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM, stack_limit, vocabulary
 from csm_fast.model.loss import coefficients, packed_loss
-from csm_fast.optim import cast_weights, peak_learning_rate
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
 from csm_fast.report.metrics import METRICS, Window, metrics_line, read_metrics, validation_line
 from csm_fast.report.summary import summarize
-from csm_fast.run_marker import RunMarker
-from csm_fast.start import (
+from csm_fast.system.console import StepProgress, StopSignals
+from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
+from csm_fast.system.errors import InputError, is_out_of_memory
+from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.announce import announce, out_of_memory
+from csm_fast.train.optim.build import cast_weights, peak_learning_rate
+from csm_fast.train.run_marker import RunMarker
+from csm_fast.train.setup import (
     attach_adapters,
     base_dtypes,
     check_adapter,
@@ -41,10 +44,7 @@ from csm_fast.start import (
     shape_beforehand,
     starting_model,
 )
-from csm_fast.system.console import StepProgress, StopSignals
-from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
-from csm_fast.system.errors import InputError, is_out_of_memory
-from csm_fast.update import LossFunction, Update
+from csm_fast.train.step import LossFunction, Update
 from csm_fast.weights.load import load_model
 
 log = logging.getLogger("csm_fast")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
-from csm_fast.adamw import AdamW, can_page
 from csm_fast.config.train import OptimizerSection
 from csm_fast.system.errors import InputError
+from csm_fast.train.optim.adamw import AdamW, can_page
 
 log = logging.getLogger("csm_fast")
 
@@ -45,7 +45,7 @@ def cast_weights(model: nn.Module, section: OptimizerSection) -> None:
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -> torch.optim.Optimizer:
-    """``csm_fast.adamw.AdamW``; for float32 weights and moments PyTorch's fused AdamW, where ours has no faster form.
+    """``csm_fast.train.optim.adamw.AdamW``; for float32 weights and moments PyTorch's fused AdamW, where ours has no faster form.
 
     The ``found_inf`` attribute of both skips an update on the device, without asking the host. ``model`` is on its
     device, frozen and cast as the run wants it; ``seed`` is that of stochastic rounding.
@@ -104,7 +104,7 @@ def gradient_norm(parameters: Iterable[Tensor], tables: TableGradients | None = 
 def clip(optimizer: torch.optim.Optimizer, most: float, norm: Tensor) -> None:
     """Has the next update take the gradients as if their norm, ``norm`` [], were at most ``most``; 0: as they are.
 
-    ``csm_fast.adamw.AdamW`` scales what it reads, so no pass over memory is made for it; gradients of other optimizers
+    ``csm_fast.train.optim.adamw.AdamW`` scales what it reads, so no pass over memory is made for it; gradients of other optimizers
     are scaled where they lie. Sizes are those of ``torch.nn.utils.clip_grad_norm_``.
     """
     if isinstance(optimizer, AdamW):
@@ -128,7 +128,7 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
         optimizer.zero_grad()
 
     Args:
-        optimizer: PyTorch's fused AdamW or ``csm_fast.adamw.AdamW``.
+        optimizer: PyTorch's fused AdamW or ``csm_fast.train.optim.adamw.AdamW``.
         bad: [] bool on the device; where it is true, nothing is updated.
         tables: whose gradients it leaves alone, though parts of them may come through autograd.
 

@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from csm_fast.adamw import AdamW
 from csm_fast.packing.pack import Pack
 from csm_fast.system.arrays import replace_directory
 from csm_fast.system.errors import InputError
+from csm_fast.train.optim.adamw import AdamW
 from csm_fast.weights.files import write_tensors
 from csm_fast.weights.load import save_model
 

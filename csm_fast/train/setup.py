@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from csm_fast.checkpoint import read_record
 from csm_fast.config.parse import read_mapping
 from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
 from csm_fast.data.token_store import TokenStore, check_compatible, open_split
@@ -22,6 +21,7 @@ from csm_fast.model.loss import coefficients
 from csm_fast.planner import fit as memory
 from csm_fast.system.arrays import old_directory
 from csm_fast.system.errors import InputError
+from csm_fast.train.checkpoint import read_record
 from csm_fast.weights.config_json import config_from_json
 from csm_fast.weights.files import read_json
 from csm_fast.weights.load import load_model

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
-from csm_fast.live_parts import LiveParts
-from csm_fast.rounding import Draws, Keys, drawing, round_stochastically
 from csm_fast.system.errors import InputError
+from csm_fast.train.optim.live_parts import LiveParts
+from csm_fast.train.optim.rounding import Draws, Keys, drawing, round_stochastically
 
 log = logging.getLogger("csm_fast")
 
