@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 
 from benchmarks.record import append, environment
 from csm_fast import load_model
+from csm_fast.commands.merge import merge
 from csm_fast.config.commands import MergeConfig
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
-from csm_fast.merge import merge
 from csm_fast.train.loop import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {

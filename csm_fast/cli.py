@@ -165,14 +165,14 @@ def _generate(argv: list[str]) -> None:
     from csm_fast.config.commands import GenerateConfig
 
     config = _config(GenerateConfig, "csm-fast generate", COMMANDS["generate"], argv)
-    importlib.import_module("csm_fast.speak").speak(config)
+    importlib.import_module("csm_fast.commands.generate").speak(config)
 
 
 def _plan(argv: list[str]) -> int | None:
     from csm_fast.config.commands import PlanConfig
 
     config = _config(PlanConfig, "csm-fast plan", COMMANDS["plan"], argv)
-    return importlib.import_module("csm_fast.plan").plan(config)
+    return importlib.import_module("csm_fast.commands.plan").plan(config)
 
 
 def _profile(argv: list[str]) -> None:
@@ -180,28 +180,28 @@ def _profile(argv: list[str]) -> None:
 
     config = _config(ProfileConfig, "csm-fast profile", COMMANDS["profile"], argv)
     _set_up_training(config.run)
-    importlib.import_module("csm_fast.profile").run(config)
+    importlib.import_module("csm_fast.commands.profile").run(config)
 
 
 def _merge(argv: list[str]) -> int | None:
     from csm_fast.config.commands import MergeConfig
 
     config = _config(MergeConfig, "csm-fast merge", COMMANDS["merge"], argv)
-    return importlib.import_module("csm_fast.merge").merge(config)
+    return importlib.import_module("csm_fast.commands.merge").merge(config)
 
 
 def _verify_adapter(argv: list[str]) -> int | None:
     from csm_fast.config.commands import VerifyAdapterConfig
 
     config = _config(VerifyAdapterConfig, "csm-fast verify-adapter", COMMANDS["verify-adapter"], argv)
-    return importlib.import_module("csm_fast.merge").verify(config)
+    return importlib.import_module("csm_fast.commands.merge").verify(config)
 
 
 def _doctor(argv: list[str]) -> None:
     from csm_fast.config.parse import Parser
 
     Parser(prog="csm-fast doctor", description=COMMANDS["doctor"]).parse_args(argv)
-    doctor = importlib.import_module("csm_fast.doctor")
+    doctor = importlib.import_module("csm_fast.commands.doctor")
     print("\n".join(doctor.report(doctor.examine())))
 
 

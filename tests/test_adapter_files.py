@@ -294,7 +294,7 @@ def test_peft_loads_it_onto_transformers_csm(kind, tmp_path):
     """The loss of our model with the adapter merged, in transformers' form, is that of PEFT's on the base."""
     import peft
 
-    from csm_fast.merge import merge_into
+    from csm_fast.commands.merge import merge_into
 
     plain = random_model()
     model = stir_besides(attached(**KINDS[kind]))
@@ -339,7 +339,7 @@ def test_we_load_what_peft_made_on_transformers_csm(dora, tmp_path):
     model = random_model()
     attached_now = adapter_files.load_adapters(model, tmp_path)
     assert len(attached_now.targets) == 28 + 2
-    from csm_fast.merge import merge_into
+    from csm_fast.commands.merge import merge_into
 
     layer = model.backbone.layers[0].attn.q_proj
     b = load_file(file)["base_model.model.backbone_model.layers.0.self_attn.q_proj.lora_B.weight"]

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_adapter_files import KINDS, stir_besides
 from test_adapters import attached, loss_of, make_pack, stirred
 
-from csm_fast import CSM, cli, load_model, merge, save_model
+from csm_fast import CSM, cli, load_model, save_model
+from csm_fast.commands import merge
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.evaluate import probe

@@ -7,7 +7,8 @@ import torch
 from kernel_cases import interpreted, poisoned
 from model_cases import MICRO_32, MemoryStore, random_conversations, random_model
 
-from csm_fast import cli, doctor, ops
+from csm_fast import cli, ops
+from csm_fast.commands import doctor
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from train_cases import make_store, write_model
 
-from csm_fast import cli, plan
+from csm_fast import cli
+from csm_fast.commands import plan
 from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.config.train import CSMConfig, TrainConfig

@@ -19,11 +19,12 @@ from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 from train_cases import ROOT, config, flags, prepare, values
 
-from csm_fast import cli, profile, profile_ops, profile_report
+from csm_fast import cli
+from csm_fast.commands import profile, profile_ops, profile_report
+from csm_fast.commands.profile_ops import STEP, OperatorClock, Seen, Several, from_profiler
+from csm_fast.commands.profile_report import Rates, operator_rows
 from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.parse import build, read_yaml
-from csm_fast.profile_ops import STEP, OperatorClock, Seen, Several, from_profiler
-from csm_fast.profile_report import Rates, operator_rows
 from csm_fast.train.loop import Trainer
 
 SUMMARY = set(profile_report.Summary.__dataclass_fields__)

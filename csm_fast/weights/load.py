@@ -229,7 +229,7 @@ def load_model(
             shape, and a hub that does not answer. Nothing is half loaded.
     """
     if is_adapter(name_or_path):
-        from csm_fast.merge import load_merged
+        from csm_fast.commands.merge import load_merged
 
         model = load_merged(name_or_path)
         for name, parameter in model.named_parameters():

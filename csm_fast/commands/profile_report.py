@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from csm_fast.profile_ops import Seen, Several, Shape, Step
+from csm_fast.commands.profile_ops import Seen, Several, Shape, Step
 from csm_fast.system.errors import InputError
 from csm_fast.train.checkpoint import write_text
 

@@ -22,12 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from csm_fast import __version__, ops
-from csm_fast.config.commands import ProfileConfig
-from csm_fast.config.train import TrainConfig
-from csm_fast.packing.layout import StepBatch
-from csm_fast.packing.loader import read_ahead
-from csm_fast.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
-from csm_fast.profile_report import (
+from csm_fast.commands.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
+from csm_fast.commands.profile_report import (
     Rates,
     Row,
     Summary,
@@ -38,6 +34,10 @@ from csm_fast.profile_report import (
     python_rows,
     write_rows,
 )
+from csm_fast.config.commands import ProfileConfig
+from csm_fast.config.train import TrainConfig
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.loader import read_ahead
 from csm_fast.system.device import processor
 from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.train import checkpoint as ckpt
