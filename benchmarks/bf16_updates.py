@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare_data import Subset, Synthetic
-from benchmarks.compare_systems import SHAPES
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
+from benchmarks.compare.data import Subset, Synthetic
+from benchmarks.compare.worker import SHAPES
 from csm_fast import CSM
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.data.token_store import open_split

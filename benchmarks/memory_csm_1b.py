@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
 
 METHODS: dict[str, dict[str, object]] = {
     "frozen": {"freeze": ["backbone", "text_embeddings", "audio_embeddings"]},

@@ -4,7 +4,7 @@
     python -m benchmarks.memory_plan --device cuda --results benchmarks/results/gpu_memory_plan.jsonl
 
 Each case builds a model as the trainer does, takes one optimizer step so that the optimizer's state is there, and
-follows a second one with ``benchmarks.tracked``: exact bytes of tensors, not resident memory. What was made before the
+follows a second one with ``benchmarks.common.tracked``: exact bytes of tensors, not resident memory. What was made before the
 step (weights, moments, kept gradients of the tables) is counted from its storages and added. The weights are random and
 the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audio.
 
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import append, environment
-from benchmarks.tracked import Tracked
+from benchmarks.common.record import append, environment
+from benchmarks.common.tracked import Tracked
 from csm_fast import CSM, CSMConfig
 from csm_fast.config.parse import build
 from csm_fast.config.train import TrainConfig

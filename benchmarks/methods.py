@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
 from csm_fast import load_model
 from csm_fast.commands.merge import merge
 from csm_fast.config.commands import MergeConfig

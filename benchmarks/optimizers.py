@@ -25,11 +25,11 @@ import torch
 from csm_kernels.cpu import native
 from torch import Tensor, nn
 
-from benchmarks.compare_systems import SHAPES
-from benchmarks.compare_table import text
-from benchmarks.kernel_device import copy_rate, timed
-from benchmarks.record import append, environment
-from benchmarks.report_parts import optimizer_lines
+from benchmarks.common.device import copy_rate, timed
+from benchmarks.common.record import append, environment
+from benchmarks.compare.table import text
+from benchmarks.compare.worker import SHAPES
+from benchmarks.report.parts import optimizer_lines
 from csm_fast import CSM, ops
 from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.adamw import AdamW

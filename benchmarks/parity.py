@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csm_fast
-from benchmarks.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
+from benchmarks.common.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.weights.load import model_config, save_model, sesame_config
 

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
 
 SYSTEMS = ("moshi", "transformers", "csm_fast")
 PARTS = ("imports_s", "load_s", "decode_s", "encode_s", "write_s", "rest_s")

@@ -29,11 +29,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks.compare_systems import SHAPES
+from benchmarks.common.products import step_flops
+from benchmarks.common.record import append, environment
+from benchmarks.common.tracked import Allocation, Tracked
+from benchmarks.compare.worker import SHAPES
 from benchmarks.memory_plan import quick_model
-from benchmarks.products import step_flops
-from benchmarks.record import append, environment
-from benchmarks.tracked import Allocation, Tracked
 from csm_fast import CSMConfig
 from csm_fast.config.train import AdapterSection
 from csm_fast.model import loss

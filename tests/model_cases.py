@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import causal, depth_logits, embed_all, padded_stack
+from benchmarks.common.baselines import causal, depth_logits, embed_all, padded_stack
 from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.packing.pack import FRAMES, numbered_draws
 

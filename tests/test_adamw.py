@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.tracked import Tracked
+from benchmarks.common.tracked import Tracked
 from csm_fast.model.nf4 import load_bitsandbytes
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.train.optim.build import in_backward

@@ -11,7 +11,7 @@ from model_cases import MICRO, fill, padded, random_conversations, random_model,
 from safetensors.torch import load_file, save_file
 from test_adapters import EVERYWHERE, attached, loss_of, make_pack
 
-from benchmarks.baselines import transformers_loss, transformers_model
+from benchmarks.common.baselines import transformers_loss, transformers_model
 from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters, loss
 from csm_fast.model import nf4 as quantize

@@ -32,8 +32,8 @@ from kernel_cases import interpreted
 from model_cases import padded, random_conversations
 from torch import Tensor
 
-from benchmarks.baselines import blog_forward, causal
-from benchmarks.tracked import Allocation, Tracked
+from benchmarks.common.baselines import blog_forward, causal
+from benchmarks.common.tracked import Allocation, Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
 from csm_fast.model.csm import run_decoder
 from csm_fast.model.loss import packed_loss, predictor_states

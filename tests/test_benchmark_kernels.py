@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_suite, kernel_plot, kernels
-from benchmarks.attention_cases import attention_work
-from benchmarks.kernel_cases import CASES, DECODER_OPS, embed_work, heads_work
-from benchmarks.kernel_points import BOTH, FORWARD, MODES, Point, System, Work, layout
+from benchmarks import gpu_suite
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels import plot as kernel_plot
+from benchmarks.kernels.attention_cases import attention_work
+from benchmarks.kernels.cases import CASES, DECODER_OPS, embed_work, heads_work
+from benchmarks.kernels.points import BOTH, FORWARD, MODES, Point, System, Work, layout
 from csm_fast.config.train import CSMConfig, TransformerConfig
 
 MICRO = CSMConfig(
@@ -385,7 +387,11 @@ def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--rehearse"])
     monkeypatch.chdir(tmp_path)
     assert gpu_suite.main() == 1  # pytest showed no test
-    assert [c[2] for c in commands] == ["benchmarks.compare", "benchmarks.optimizers", "benchmarks.kernels"]
+    assert [c[2] for c in commands] == [
+        "benchmarks.compare.__main__",
+        "benchmarks.optimizers",
+        "benchmarks.kernels.__main__",
+    ]
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"gpu_tests.jsonl", "gpu_summary.jsonl"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "gpu_summary.jsonl").read_text().splitlines()]
     assert all(row["rehearsal"] and row["met"] is None and row["torch"] for row in rows)

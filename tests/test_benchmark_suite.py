@@ -17,7 +17,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import get_machine_id
 
-from benchmarks import conftest as suite
+from benchmarks.regression import conftest as suite
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = "rms_norm-forward-448"
@@ -39,7 +39,16 @@ ops.rms_norm = slowed
 def run_suite(tmp_path: Path, *arguments: str, plugin: str = SHORT) -> subprocess.CompletedProcess[str]:
     """One benchmark of the suite, in a process of its own, its runs in ``tmp_path``."""
     (tmp_path / "changes.py").write_text(plugin)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "changes", "benchmarks/test_ops.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "changes",
+        "benchmarks/regression/test_benchmark_ops.py",
+    ]
     command += ["-k", ONE, f"--benchmark-storage=file://{tmp_path / 'runs'}", *arguments]
     paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
     # A worker of pytest-xdist tells its children that they are one too, and pytest-benchmark measures nothing in those.
@@ -50,7 +59,11 @@ def run_suite(tmp_path: Path, *arguments: str, plugin: str = SHORT) -> subproces
 def store(tmp_path: Path) -> Path:
     """A stored run of this machine in which the benchmark took ten times as long as the yardstick; it takes a tenth."""
     stats = {name: 0.01 for name in suite.TIMES} | {"ops": 100.0, "rounds": 5, "iterations": 1, "outliers": "0;0"}
-    one = {"fullname": f"benchmarks/test_ops.py::test_operator[{ONE}]", "name": ONE, "stats": stats}
+    one = {
+        "fullname": f"benchmarks/regression/test_benchmark_ops.py::test_operator[{ONE}]",
+        "name": ONE,
+        "stats": stats,
+    }
     one["extra_info"] = {"yardstick": 0.001}
     run = {"machine_info": suite.machine(), "commit_info": {"id": "0"}, "datetime": "2026-01-01", "benchmarks": [one]}
     path = tmp_path / "runs" / get_machine_id() / "0001_x.json"

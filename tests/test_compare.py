@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import compare, compare_data, compare_systems, compare_table, systems
-from benchmarks.compare_data import Synthetic, choose, padded
-from benchmarks.products import Product, attention_flops, matmul_rate, products, step_flops
-from benchmarks.tracked import Tracked
+from benchmarks.common.products import Product, attention_flops, matmul_rate, products, step_flops
+from benchmarks.common.tracked import Tracked
+from benchmarks.compare import __main__ as compare
+from benchmarks.compare import data as compare_data
+from benchmarks.compare import systems
+from benchmarks.compare import table as compare_table
+from benchmarks.compare import worker as compare_systems
+from benchmarks.compare.data import Synthetic, choose, padded
 from csm_fast import CSM, CSMConfig
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.pack import pack_padded
@@ -27,7 +31,15 @@ ROOT = Path(__file__).resolve().parent.parent
 def command(tmp_path, *extra):
     settings = ["--synthetic", "3", "--shape", "tiny", "--repeats", "1", "--batches", "2", "--no-optimizer"]
     settings += ["--precision", "bf16"]
-    return [sys.executable, "-m", "benchmarks.compare", *settings, "--results", str(tmp_path / "out.jsonl"), *extra]
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.compare.__main__",
+        *settings,
+        "--results",
+        str(tmp_path / "out.jsonl"),
+        *extra,
+    ]
 
 
 def test_a_race(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from model_cases import MICRO, fill, random_model
 from safetensors.torch import load_file, save_file
 
-from benchmarks.baselines import transformers_model
+from benchmarks.common.baselines import transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig, load_model, save_model
 from csm_fast.weights.config_json import from_transformers_config
 from csm_fast.weights.load import (

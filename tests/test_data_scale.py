@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import row_time, synthetic_store
+from benchmarks.data_path import row_time, synthetic_store
 from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
@@ -200,7 +200,7 @@ def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
 
 @linux
 def test_the_benchmark_says_where_its_figures_come_from(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.data_path", "--hours", "0.05", "--pack-rows", "2048"]
+    command = [sys.executable, "-m", "benchmarks.data_path.__main__", "--hours", "0.05", "--pack-rows", "2048"]
     command += ["--parts", "stream", "row-time"]
     command += ["--seconds", "0.01", "--repeats", "1", "--dir", tmp_path / "stores", "--results", tmp_path / "r.jsonl"]
     command += ["--step-rows-per-second", "5000"]

@@ -17,8 +17,8 @@ from test_gpu_ops import DEVICES, kernels, no_waiting
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.baselines import blog_forward
-from benchmarks.tracked import Tracked
+from benchmarks.common.baselines import blog_forward
+from benchmarks.common.tracked import Tracked
 from csm_fast import CSM, CSMConfig, TransformerConfig, ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.compile import compile_layers

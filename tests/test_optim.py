@@ -12,7 +12,7 @@ from csm_kernels.cpu import native
 from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from benchmarks import bf16_updates
-from benchmarks.compare_systems import SHAPES
+from benchmarks.compare.worker import SHAPES
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer

@@ -8,7 +8,8 @@ import pytest
 import torch
 from model_cases import MICRO
 
-from benchmarks import optimizers, report_parts
+from benchmarks import optimizers
+from benchmarks.report import parts as report_parts
 from csm_fast import CSM, CSMConfig
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import csm_fast
-from benchmarks.baselines import blog_forward
+from benchmarks.common.baselines import blog_forward
 from csm_fast import CSMConfig, TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import coefficients, packed_loss

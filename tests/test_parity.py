@@ -22,7 +22,7 @@ from model_cases import (
 from torch import nn
 
 import csm_fast
-from benchmarks.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
+from benchmarks.common.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.weights.load import model_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks.report import __main__ as report
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""``benchmarks.tracked``: allocations counted by hand."""
+"""``benchmarks.common.tracked``: allocations counted by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tracked import Tracked
+from benchmarks.common.tracked import Tracked
 
 
 def test_a_known_sequence():

@@ -1,7 +1,7 @@
 """Every operator of ``csm_fast.ops``, forward and forward with backward, at a small and a middle size.
 
 The sizes are packs of 448 rows (eight clips) and of 2,048 rows of CSMConfig.small; a sixteenth of the frames reaches
-the depth decoder. Inputs are those of ``benchmarks.kernels``, which also compares the operators with others and checks
+the depth decoder. Inputs are those of ``benchmarks.kernels.__main__``, which also compares the operators with others and checks
 their numbers; here they are only timed, against their own past.
 """
 
@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import CASES
-from benchmarks.kernel_points import BOTH, FORWARD, Inputs, Layout, Point, perform, random_tensor
+from benchmarks.kernels.cases import CASES
+from benchmarks.kernels.points import BOTH, FORWARD, Inputs, Layout, Point, perform, random_tensor
 from csm_fast import CSM, CSMConfig, ops
 from csm_fast.model.csm import DepthAttend, PackedAttend, rope_spec, run_layer, wide_dtype
 from csm_fast.model.rope import Segments, rope_table
@@ -33,7 +33,7 @@ KERNELS = {
     "rotate_pairs": "rope",
     "frame_embed": "frame_embed",
 }
-"""Names here, and of the cases of ``benchmarks.kernels``."""
+"""Names here, and of the cases of ``benchmarks.kernels.__main__``."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LongPoint(Point):
 
 
 def from_case(case: str, system: str, point: Point) -> tuple[Callable[..., Any], Inputs]:
-    """(operator, inputs) of a system of ``benchmarks.kernels``."""
+    """(operator, inputs) of a system of ``benchmarks.kernels.__main__``."""
     made = CASES[case](point)
     (chosen,) = (s for s in made.systems if s.name == system)
     return chosen.run, made.make()

@@ -40,8 +40,8 @@ import torch
 from pytest_benchmark.session import PerformanceRegression
 from pytest_benchmark.utils import get_tag, parse_compare_fail
 
-from benchmarks.kernel_device import wait
-from benchmarks.record import environment
+from benchmarks.common.device import wait
+from benchmarks.common.record import environment
 from csm_fast.system.device import compute_dtype, keep_freed_memory, resolve_device, resolve_precision
 
 SLOWER = 20

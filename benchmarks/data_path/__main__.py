@@ -1,7 +1,7 @@
 """The data path from 1 to 1,000 hours: opening a token store, planning, streaming, and whether steps ever wait for it.
 
-    python -m benchmarks.data_path --results benchmarks/results/data_path.jsonl
-    python -m benchmarks.data_path --hours 1 10 --seconds 1 --repeats 1 --dir /tmp/stores --keep
+    python -m benchmarks.data_path.__main__ --results benchmarks/results/data_path.jsonl
+    python -m benchmarks.data_path.__main__ --hours 1 10 --seconds 1 --repeats 1 --dir /tmp/stores --keep
 
 The stores are synthetic (``synthetic_store``), alike in all but their size. Without ``--dir`` they lie in memory
 (/dev/shm) where that has the room, because some machines take pages back from the page cache though memory is free, and
@@ -44,9 +44,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import append, environment
-from benchmarks.row_time import WARM_UP, Turns, disk_bytes, row_time, section, show_row_times
-from benchmarks.synthetic_store import BYTES_PER_HOUR, forget, write_store
+from benchmarks.common.record import append, environment
+from benchmarks.data_path.row_time import WARM_UP, Turns, disk_bytes, row_time, section, show_row_times
+from benchmarks.data_path.synthetic_store import BYTES_PER_HOUR, forget, write_store
 from csm_fast.config.train import LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.layout import StepBatch
@@ -192,7 +192,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
 
 def ask(kind: str, **case: Any) -> Any:
     """The figures of one case, from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.data_path", "--worker", json.dumps({"kind": kind, **case})]
+    command = [sys.executable, "-m", "benchmarks.data_path.__main__", "--worker", json.dumps({"kind": kind, **case})]
     variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables)
     if done.returncode:

@@ -1,11 +1,11 @@
-"""Parts of the pages that ``benchmarks.report`` writes beside the comparison: encoding, loader, profile, scaling."""
+"""Parts of the pages that ``benchmarks.report.__main__`` writes beside the comparison: encoding, loader, profile, scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.compare_table import Row, markdown, rows_of
+from benchmarks.compare.table import Row, markdown, rows_of
 
 MIB = 2**20
 LARGEST = 15  # operators of a profile

@@ -1,4 +1,4 @@
-"""Time, memory and ceilings of a device, for ``benchmarks.kernels``."""
+"""Time, memory and ceilings of a device, for ``benchmarks.kernels.__main__``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device, compiled: bool) -
         return torch.cuda.max_memory_allocated(device) - before
     if compiled:
         return None
-    from benchmarks.tracked import Tracked
+    from benchmarks.common.tracked import Tracked
 
     try:
         with Tracked() as tracked:

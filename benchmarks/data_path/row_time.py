@@ -1,4 +1,4 @@
-"""What a row costs the loader, for stores and pack sizes in turns (``python -m benchmarks.data_path``).
+"""What a row costs the loader, for stores and pack sizes in turns (``python -m benchmarks.data_path.__main__``).
 
 One process opens all stores and builds the steps of each, in packs of each size, in turns of at least 65,536 rows whose
 order is drawn anew each time. So all meet the same machine, whose speed moves by more than they differ, and none finds
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic_store import read_through
+from benchmarks.data_path.synthetic_store import read_through
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.loader import Packer

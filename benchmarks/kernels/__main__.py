@@ -1,7 +1,7 @@
 """Every operator against what one would write or pick instead, in one run.
 
-    python -m benchmarks.kernels --results kernels.jsonl --plot kernels.png
-    python -m benchmarks.kernels --from kernels.jsonl --plot kernels.png        # tables and plot, nothing measured
+    python -m benchmarks.kernels.__main__ --results kernels.jsonl --plot kernels.png
+    python -m benchmarks.kernels.__main__ --from kernels.jsonl --plot kernels.png        # tables and plot, nothing measured
 
 A point is an operator, a number of backbone rows, an amortization fraction where it matters, and a direction: forward
 alone (no_grad) or forward+backward. Repetitions of all systems alternate; medians, least and most are shown. On CUDA a
@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_cases import CASES, DECODER_OPS
-from benchmarks.kernel_device import ceilings, free_memory, peak_memory, timed, wait
-from benchmarks.kernel_plot import draw, print_tables
-from benchmarks.kernel_points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
-from benchmarks.record import append, environment
+from benchmarks.common.device import ceilings, free_memory, peak_memory, timed, wait
+from benchmarks.common.record import append, environment
+from benchmarks.kernels.cases import CASES, DECODER_OPS
+from benchmarks.kernels.plot import draw, print_tables
+from benchmarks.kernels.points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
 from csm_fast.config.train import CSMConfig
 from csm_fast.system.device import resolve_device
 
@@ -334,7 +334,9 @@ def _rows(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.kernels.__main__",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
     p.add_argument("--rows", nargs="+", type=_rows, default=ROWS, help="rows of the backbone")

@@ -1,4 +1,4 @@
-"""The systems of ``benchmarks.compare``, each as its users run it, and what a process of one of them answers."""
+"""The systems of ``benchmarks.compare.__main__``, each as its users run it, and what a process of one of them answers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 from csm_kernels.cpu import native
 from torch import Tensor, nn
 
-from benchmarks import baselines, parity
-from benchmarks.compare_data import Subset, asked_for, buckets, every_token_has_a_gradient, padded
-from benchmarks.products import matmul_rate, products, step_flops
-from benchmarks.record import environment
-from benchmarks.systems import SYSTEMS, WIDE, keeps_memory
-from benchmarks.tracked import Tracked
+from benchmarks import parity
+from benchmarks.common import baselines
+from benchmarks.common.products import matmul_rate, products, step_flops
+from benchmarks.common.record import environment
+from benchmarks.common.tracked import Tracked
+from benchmarks.compare.data import Subset, asked_for, buckets, every_token_has_a_gradient, padded
+from benchmarks.compare.systems import SYSTEMS, WIDE, keeps_memory
 from csm_fast import CSM, CSMConfig, ops
 from csm_fast.config.train import AdapterSection, DataSection, LossSection, OptimizerSection
 from csm_fast.model.compile import compile_layers

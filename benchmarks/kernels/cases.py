@@ -1,4 +1,4 @@
-"""The operators that ``benchmarks.kernels`` measures: their inputs, their competitors, and the work they cannot avoid.
+"""The operators that ``benchmarks.kernels.__main__`` measures: their inputs, their competitors, and the work they cannot avoid.
 
 A case is one operator at one size. Its systems all start from the same inputs and are all checked against the same
 formula in float64. ``csm_fast`` is called through its public functions; "eager" is what the published training code
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from csm_kernels.frame_embed import frame_embed
 from torch import Tensor
 
-from benchmarks.attention_cases import depth_case, packed_case
-from benchmarks.kernel_points import (
+from benchmarks.kernels.attention_cases import depth_case, packed_case
+from benchmarks.kernels.points import (
     MIB,
     Case,
     Inputs,
@@ -30,7 +30,7 @@ from benchmarks.kernel_points import (
     liger,
     random_tensor,
 )
-from benchmarks.pointwise_cases import norm_case, rope_case, swiglu_case
+from benchmarks.kernels.pointwise_cases import norm_case, rope_case, swiglu_case
 from csm_fast import ops
 
 # ----------------------------------------------------------------------------------------------------- frame_embed

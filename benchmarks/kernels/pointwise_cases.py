@@ -1,4 +1,4 @@
-"""What lies between the large products, as cases of ``benchmarks.kernels``."""
+"""What lies between the large products, as cases of ``benchmarks.kernels.__main__``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention_cases import rotate
-from benchmarks.kernel_points import (
+from benchmarks.kernels.attention_cases import rotate
+from benchmarks.kernels.points import (
     Case,
     Inputs,
     Point,

@@ -1,4 +1,4 @@
-"""The attention operators, as cases of ``benchmarks.kernels``."""
+"""The attention operators, as cases of ``benchmarks.kernels.__main__``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from csm_kernels.depth_attention import depth_attention
 from torch import Tensor
 
-from benchmarks.kernel_points import Case, Inputs, Point, Results, System, Work, _rows, bound, compiled, random_tensor
+from benchmarks.kernels.points import Case, Inputs, Point, Results, System, Work, _rows, bound, compiled, random_tensor
 from csm_fast import ops
 from csm_fast.model.rope import RopeSpec, rope_table
 

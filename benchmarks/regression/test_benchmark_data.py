@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare_data import Synthetic
+from benchmarks.compare.data import Synthetic
 from csm_fast import CSMConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.store_writer import TokenStoreWriter

@@ -1,7 +1,7 @@
 """Tables and plots of README.md and docs/performance.md, from benchmarks/results/*.jsonl and nothing else.
 
-    python -m benchmarks.report            # write them
-    python -m benchmarks.report --check    # exit 1 where a page says something else than the results
+    python -m benchmarks.report.__main__            # write them
+    python -m benchmarks.report.__main__ --check    # exit 1 where a page says something else than the results
 
 A page has its generated parts between ``<!-- report: NAME -->`` and ``<!-- end of report -->``. Of a benchmark that ran
 several times in the same configuration the last run is shown, with its device, versions, commit and date.
@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_parts
-from benchmarks.compare_table import (
+from benchmarks.compare.table import (
     FRAME_SECONDS,
     Row,
     Spreads,
@@ -32,7 +31,8 @@ from benchmarks.compare_table import (
     summary,
     time_tables,
 )
-from benchmarks.report_parts import provenance
+from benchmarks.report import parts as report_parts
+from benchmarks.report.parts import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -321,7 +321,7 @@ def main() -> int:
                 path.write_text(after, encoding="utf-8")
     if args.check:
         for name in stale:
-            print(f"{name} is not what benchmarks/results says; run python -m benchmarks.report")
+            print(f"{name} is not what benchmarks/results says; run python -m benchmarks.report.__main__")
         return int(bool(stale))
     for kind, ending in (("bf16", ""), ("amx", "-amx"), ("fp32", "-fp32")):
         if rows := last_run(_on_cpu(args.results, kind, shape="small", checkpointing=False)):

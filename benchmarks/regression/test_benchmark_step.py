@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.compare_data import Subset, Synthetic
+from benchmarks.compare.data import Subset, Synthetic
 from csm_fast import CSM, CSMConfig
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.model.compile import compile_layers
