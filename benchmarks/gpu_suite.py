@@ -121,9 +121,9 @@ def size(path: Path) -> int:
 
 
 def gpu_test_files() -> list[str]:
-    """Those of ``tests`` that have tests marked gpu, some by ``test_gpu_ops``'s ``DEVICES``; last what compiles whole
+    """Those of ``tests`` that have tests marked gpu, some by ``gpu_cases.DEVICES``; last what compiles whole
     layers, which takes longest."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda f: (f.name == "test_gpu_model.py", f.name))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda f: (f.name == "test_gpu_model.py", f.name))
     return [str(f.relative_to(ROOT)) for f in files if re.search(r"mark\.gpu|\bDEVICES\b", f.read_text("utf-8"))]
 
 
@@ -143,6 +143,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
         "--color=no",
         "-o",
         "addopts=",
+        "--import-mode=importlib",
         "-v",
     ]
     lines: list[str] = []

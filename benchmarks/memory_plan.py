@@ -4,9 +4,9 @@
     python -m benchmarks.memory_plan --device cuda --results benchmarks/results/gpu_memory_plan.jsonl
 
 Each case builds a model as the trainer does, takes one optimizer step so that the optimizer's state is there, and
-follows a second one with ``benchmarks.common.tracked``: exact bytes of tensors, not resident memory. What was made before the
-step (weights, moments, kept gradients of the tables) is counted from its storages and added. The weights are random and
-the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audio.
+follows a second one with ``benchmarks.common.tracked``: exact bytes of tensors, not resident memory. What was made
+before the step (weights, moments, kept gradients of the tables) is counted from its storages and added. The weights
+are random and the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audio.
 
 ``peak`` is all of it; ``step`` what the step adds to what is there before. The second is the harder figure to
 predict, because most of a peak may be weights and moments, which are known.

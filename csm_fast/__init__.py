@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "CSM": "model",
-    "CSMConfig": "config",
-    "TransformerConfig": "config",
-    "TrainConfig": "config",
-    "InputError": "errors",
-    "TokenStore": "token_store",
-    "forward": "loss",
-    "load_adapters": "adapter_files",
-    "linear_to_lora_layers": "adapter_files",
-    "load_model": "convert",
-    "save_model": "convert",
-    "load_codec": "codec",
-    "load_text_tokenizer": "text",
-    "Generator": "generate",
+    "CSM": "model.csm",
+    "CSMConfig": "config.train",
+    "TransformerConfig": "config.train",
+    "TrainConfig": "config.train",
+    "InputError": "system.errors",
+    "TokenStore": "data.token_store",
+    "forward": "model.loss",
+    "load_adapters": "weights.adapter_files",
+    "linear_to_lora_layers": "weights.adapter_files",
+    "load_model": "weights.load",
+    "save_model": "weights.load",
+    "load_codec": "data.codec.base",
+    "load_text_tokenizer": "data.text",
+    "Generator": "generate.generator",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -56,7 +56,7 @@ from csm_fast.system.errors import InputError
 
 EPOCHS = 10
 PARTS = ["stream", "row-time", "wait"]
-STEP_ROWS = Path(__file__).parent / "results" / "compare.jsonl"
+STEP_ROWS = Path(__file__).parents[1] / "results" / "compare.jsonl"
 
 
 # ------------------------------------------------------------------------------------------- one process, one store

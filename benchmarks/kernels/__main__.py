@@ -1,7 +1,8 @@
 """Every operator against what one would write or pick instead, in one run.
 
     python -m benchmarks.kernels.__main__ --results kernels.jsonl --plot kernels.png
-    python -m benchmarks.kernels.__main__ --from kernels.jsonl --plot kernels.png        # tables and plot, nothing measured
+    python -m benchmarks.kernels.__main__ --from kernels.jsonl --plot kernels.png        # tables and plot, nothing
+    measured
 
 A point is an operator, a number of backbone rows, an amortization fraction where it matters, and a direction: forward
 alone (no_grad) or forward+backward. Repetitions of all systems alternate; medians, least and most are shown. On CUDA a

@@ -1,4 +1,5 @@
-"""The operators that ``benchmarks.kernels.__main__`` measures: their inputs, their competitors, and the work they cannot avoid.
+"""The operators that ``benchmarks.kernels.__main__`` measures: their inputs, their competitors, and the work they
+cannot avoid.
 
 A case is one operator at one size. Its systems all start from the same inputs and are all checked against the same
 formula in float64. ``csm_fast`` is called through its public functions; "eager" is what the published training code

@@ -1,8 +1,8 @@
 """Every operator of ``csm_fast.ops``, forward and forward with backward, at a small and a middle size.
 
 The sizes are packs of 448 rows (eight clips) and of 2,048 rows of CSMConfig.small; a sixteenth of the frames reaches
-the depth decoder. Inputs are those of ``benchmarks.kernels.__main__``, which also compares the operators with others and checks
-their numbers; here they are only timed, against their own past.
+the depth decoder. Inputs are those of ``benchmarks.kernels.__main__``, which also compares the operators with others
+and checks their numbers; here they are only timed, against their own past.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from benchmarks.compare.table import (
 from benchmarks.report import parts as report_parts
 from benchmarks.report.parts import provenance
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md")
 PART = re.compile(r"(<!-- report: ([a-z0-9-]+) -->\n).*?(<!-- end of report -->)", re.DOTALL)

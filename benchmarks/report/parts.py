@@ -1,4 +1,5 @@
-"""Parts of the pages that ``benchmarks.report.__main__`` writes beside the comparison: encoding, loader, profile, scaling."""
+"""Parts of the pages that ``benchmarks.report.__main__`` writes beside the comparison: encoding, loader, profile,
+scaling."""
 
 from __future__ import annotations
 

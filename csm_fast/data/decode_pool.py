@@ -25,7 +25,7 @@ import numpy as np
 
 from csm_fast.system.errors import InputError
 
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from csm_fast.decode_pool import serve; serve()"
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from csm_fast.data.decode_pool import serve; serve()"
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -243,7 +243,7 @@ def write_peft(saved: SavedAdapter, directory: Path, targets: list[str] | None =
     }
     config = _peft_config(saved, targets or sorted(saved.modules))
     # Any release of PEFT takes this field as it is; a key of our own would be warned about.
-    config["auto_mapping"] = {"base_model_class": "CSM", "parent_library": "csm_fast.model.csm", "csm_fast": extra}
+    config["auto_mapping"] = {"base_model_class": "CSM", "parent_library": "csm_fast.model", "csm_fast": extra}
     _write(directory, PEFT_WEIGHTS, tensors, config)
     if saved.whole:
         with writing_to(directory):

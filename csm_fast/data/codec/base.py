@@ -260,8 +260,8 @@ def load_codec(
 
     Args:
         kind: "transformers" or "moshi": Mimi's own weights, run by that library. "offline": the codec that needs no
-            download (`csm_fast.data.codec.offline`). "auto": Mimi through transformers where the hub's cache or the hub has
-            it, otherwise the offline codec, with a warning.
+            download (`csm_fast.data.codec.offline`). "auto": Mimi through transformers where the hub's cache or the
+            hub has it, otherwise the offline codec, with a warning.
         source: a safetensors file, a directory holding one, or a hub repository. Either library runs weights saved by
             the other; their names tell. Default: kyutai/mimi. For "offline", a fitted file.
         device: where it runs.

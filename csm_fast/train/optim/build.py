@@ -45,7 +45,8 @@ def cast_weights(model: nn.Module, section: OptimizerSection) -> None:
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -> torch.optim.Optimizer:
-    """``csm_fast.train.optim.adamw.AdamW``; for float32 weights and moments PyTorch's fused AdamW, where ours has no faster form.
+    """``csm_fast.train.optim.adamw.AdamW``; for float32 weights and moments PyTorch's fused AdamW, where ours has no
+    faster form.
 
     The ``found_inf`` attribute of both skips an update on the device, without asking the host. ``model`` is on its
     device, frozen and cast as the run wants it; ``seed`` is that of stochastic rounding.
@@ -104,8 +105,8 @@ def gradient_norm(parameters: Iterable[Tensor], tables: TableGradients | None = 
 def clip(optimizer: torch.optim.Optimizer, most: float, norm: Tensor) -> None:
     """Has the next update take the gradients as if their norm, ``norm`` [], were at most ``most``; 0: as they are.
 
-    ``csm_fast.train.optim.adamw.AdamW`` scales what it reads, so no pass over memory is made for it; gradients of other optimizers
-    are scaled where they lie. Sizes are those of ``torch.nn.utils.clip_grad_norm_``.
+    ``csm_fast.train.optim.adamw.AdamW`` scales what it reads, so no pass over memory is made for it; gradients of
+    other optimizers are scaled where they lie. Sizes are those of ``torch.nn.utils.clip_grad_norm_``.
     """
     if isinstance(optimizer, AdamW):
         optimizer.grad_scale = ((norm + 1e-6) / most).clamp(min=1.0).float() if most else None
