@@ -89,7 +89,7 @@ def optimizer_of(way: Way, model: nn.Module) -> torch.optim.Optimizer:
     if way.kind.startswith("torch"):
         return torch.optim.AdamW(groups, lr=1e-5, fused=True)
     if way.kind.startswith("bitsandbytes"):
-        from csm_fast.model.nf4 import load_bitsandbytes
+        from csm_fast.system.optional import load_bitsandbytes
 
         for group in groups:
             group.pop("names")

@@ -19,10 +19,11 @@ from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, leaves, read_mapping
 from csm_fast.config.train import NAMED_SHAPES, CSMConfig, TrainConfig
 from csm_fast.planner import fit as memory
-from csm_fast.planner.fit import GIB, Estimate
+from csm_fast.planner.fit import Estimate
 from csm_fast.planner.gpus import GPU, find_gpu, known_gpu
 from csm_fast.planner.tensors import Weight, weights
 from csm_fast.system.errors import InputError
+from csm_fast.system.memory import GIB, available_bytes
 
 PACK_ROWS = 4096  # the trainer's default
 # Shares of a card's peak rates that a step is taken to reach.
@@ -109,9 +110,9 @@ def target(config: PlanConfig) -> tuple[GPU, str]:
             gpu = known_gpu(name) or GPU(name, 0, capability=torch.cuda.get_device_capability(found))
         else:
             gpu = GPU(processor(), 0)
-        gpu = dataclasses.replace(gpu, gib=memory.available_bytes(found) / GIB)
+        gpu = dataclasses.replace(gpu, gib=available_bytes(found) / GIB)
     if config.run.memory_limit is not None:
-        gpu = dataclasses.replace(gpu, gib=memory.available_bytes(device, config.run.memory_limit) / GIB)
+        gpu = dataclasses.replace(gpu, gib=available_bytes(device, config.run.memory_limit) / GIB)
     return gpu, device
 
 

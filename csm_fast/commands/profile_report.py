@@ -10,7 +10,7 @@ from typing import Any
 
 from csm_fast.commands.profile_ops import Seen, Several, Shape, Step
 from csm_fast.system.errors import InputError
-from csm_fast.train.checkpoint import write_text
+from csm_fast.system.files import write_text
 
 SHOWN = 10  # operators in the table
 Sizes = list[int | list[int]]  # a dimension, or [least, largest] where it differs from step to step

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from csm_fast.data.token_store import TokenStore
-from csm_fast.system.arrays import file_sha256, fsync_directory, map_arrays, write_arrays, write_bytes, writing_to
+from csm_fast.system.arrays import map_arrays, write_arrays
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import file_sha256, fsync_directory, write_bytes, writing_to
 
 OPEN_FILES = 16  # a mapped file costs a file descriptor, and there may be thousands of parts
 FLUSH_SECONDS, FLUSH_FRAMES = 5.0, 500_000  # what a kill can cost, and what is held in memory (32 MB)
@@ -37,35 +38,6 @@ def content_key(content: str, start: float | None, end: float | None, codec: str
         how: the resampler.
     """
     return hashlib.sha256(json.dumps([content, start, end, codec, codebooks, how]).encode()).digest()
-
-
-class Lock:
-    """One run of a command per output directory; the system frees it when the process ends, however it ends."""
-
-    def __init__(self, output: Path, name: str = ".cache/lock", command: str = "pretokenize", flag: str = "--output"):
-        with writing_to(output):
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(output / name, "a+", encoding="utf-8")  # noqa: SIM115  open while the lock is held
-        try:
-            import fcntl
-        except ImportError:  # Windows: two runs at once are then the user's care
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            mend = f"wait for it, or choose another {flag}"
-            raise InputError(f"another {command} (process {holder}) is writing here", file=output, mend=mend) from None
-        except OSError:  # a file system without locks, such as a mounted cloud drive
-            return
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
 
 
 class CodeCache:

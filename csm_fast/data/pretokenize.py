@@ -21,14 +21,15 @@ import numpy as np
 
 from csm_fast.config.train import check_path, option
 from csm_fast.data.audio import RESAMPLER
-from csm_fast.data.code_cache import CodeCache, Lock, content_key
+from csm_fast.data.code_cache import CodeCache, content_key
 from csm_fast.data.corpus import MAX_ROWS, Corpus, Split
 from csm_fast.data.decode_pool import DecodePool, Reply, Request, stamp
 from csm_fast.data.statistics import LISTED, render, split_report
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens, recover_store
-from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.system.lock import Lock
 from csm_fast.system.progress import ClipProgress
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import numpy as np
 
 from csm_fast.data.store_format import FORMAT, FORMAT_VERSION, MANIFEST
 from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TurnTokens, recover_store
-from csm_fast.system.arrays import fsync_directory, replace_directory, write_arrays, write_bytes, writing_to
+from csm_fast.system.arrays import write_arrays
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import fsync_directory, replace_directory, write_bytes, writing_to
 
 SHARD_FRAMES = 4_000_000  # 256 MB of codes at K = 32; also what the writer holds in memory at most
 

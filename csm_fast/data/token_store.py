@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from csm_fast.data.store_format import MANIFEST, corrupt, open_shard, read_manifest
-from csm_fast.system.arrays import Arrays, file_sha256, old_directory
+from csm_fast.system.arrays import Arrays
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import file_sha256, old_directory
 
 SAMPLES_PER_SECOND, SAMPLES_PER_FRAME = 24_000, 1920
 

@@ -18,9 +18,9 @@ from csm_fast.model import adapters
 from csm_fast.model.loss import packed_loss
 from csm_fast.model.rope import Segments
 from csm_fast.packing.pack import Pack
-from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
-from csm_fast.weights.files import read_entries, read_json, write_tensors
+from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.tensors import read_entries, write_tensors
 
 PROBE, PROBE_LOSS = "probe.safetensors", "probe.json"
 PROBE_ROWS, PROBE_FRAMES = 384, 32  # at most; one longer conversation is taken whole

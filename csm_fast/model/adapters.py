@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from csm_fast.config.train import AdapterSection, CSMConfig
 from csm_fast.model.csm import wide_dtype
-from csm_fast.model.nf4 import INSTALL, STACKS, dense_weight, quantize_stacks, quiet_import
+from csm_fast.model.nf4 import STACKS, dense_weight, quantize_stacks
 from csm_fast.system.errors import InputError
+from csm_fast.system.optional import load_peft
 from csm_fast.weights.config_json import model_config
 
 ATTN = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
@@ -123,17 +124,6 @@ def attach(
     attached = Attached(section, shape, base, base_hash, compute_dtype, targets, whole)
     model.adapter = attached
     return attached
-
-
-def load_peft() -> Any:
-    """The module ``peft``; an ``InputError`` where it is not installed."""
-    try:
-        with quiet_import():
-            peft = importlib.import_module("peft")
-            importlib.import_module("peft.tuners.lora")  # imports bitsandbytes where it is installed
-            return peft
-    except ImportError as error:
-        raise InputError(f"adapters need PEFT ({error})", mend=INSTALL) from None
 
 
 def _inject(peft: Any, model: Any, section: AdapterSection, targets: tuple[str, ...]) -> None:

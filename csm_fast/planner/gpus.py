@@ -16,8 +16,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from csm_fast.planner.fit import GIB, parse_bytes
 from csm_fast.system.errors import InputError
+from csm_fast.system.memory import GIB, parse_bytes
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast.report.metrics import read_metrics
+from csm_fast.system.files import disk_error, write_text
 from csm_fast.train import checkpoint as ckpt
 
 log = logging.getLogger("csm_fast")
@@ -40,11 +41,11 @@ def summarize(trainer: Any) -> dict[str, Any]:
         "plot": str(run_dir / "loss.png"),
     }
     try:
-        ckpt.write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         if len(rows) > 1:
             plot(rows, entropy, trainer.uniform, run_dir / "loss.png")
     except OSError as error:
-        raise ckpt.disk_error(error, run_dir, "the summary could not be written") from None
+        raise disk_error(error, run_dir, "the summary could not be written") from None
     for line in lines(summary, last, entropy):
         log.info("%s", line)
     if not summary["complete"]:

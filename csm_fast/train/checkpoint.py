@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from csm_fast.packing.pack import Pack
-from csm_fast.system.arrays import replace_directory
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import _fsync, disk_error, replace_directory
+from csm_fast.system.tensors import write_tensors
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.weights.files import write_tensors
 from csm_fast.weights.load import save_model
 
 log = logging.getLogger("csm_fast")
@@ -40,13 +40,6 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def directory_name(step: int) -> str:
     """Directory of the checkpoint of an optimizer step."""
     return f"step-{step:06d}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def save_checkpoint(
@@ -139,28 +132,6 @@ def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
     save_adapter(model, directory)
     if probe is not None and probe.target_rows.numel():
         save_probe(model, probe, directory)
-
-
-def disk_error(error: BaseException, where: Path, what: str) -> InputError:
-    """The one line for a disk that is full, read-only or gone."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"the disk is full: {what}", file=where, mend="free space and run the same command again")
-    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return InputError(f"not writable: {what}", file=where, mend="choose another --output-dir")
-    if code in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR):
-        return InputError(f"{what} ({error})", file=where, mend="choose another --output-dir")
-    return InputError(f"{what} ({error})", file=where, mend="check the disk and run the same command again")
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def link(run_dir: Path, name: str, target: str) -> None:

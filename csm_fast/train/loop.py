@@ -14,7 +14,6 @@ import torch
 
 from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
-from csm_fast.data.code_cache import Lock
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator, unigram_entropy
 from csm_fast.model.compile import compile_layers
@@ -27,6 +26,8 @@ from csm_fast.report.summary import summarize
 from csm_fast.system.console import StepProgress, StopSignals
 from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError, is_out_of_memory
+from csm_fast.system.files import disk_error, write_text
+from csm_fast.system.lock import Lock
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.announce import announce, out_of_memory
 from csm_fast.train.optim.build import cast_weights, peak_learning_rate
@@ -95,7 +96,7 @@ class Trainer:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ckpt.disk_error(error, self.run_dir, "the run directory could not be made") from None
+            raise disk_error(error, self.run_dir, "the run directory could not be made") from None
         found = ckpt.checkpoints(self.run_dir)
         if found and not config.run.resume:
             raise InputError(
@@ -351,7 +352,7 @@ class Trainer:
             self._link_best()
             ckpt.prune(self.run_dir, self.config.run.keep, best_step and ckpt.directory_name(best_step))
         except OSError as error:
-            raise ckpt.disk_error(error, self.run_dir, "older checkpoints could not be removed") from None
+            raise disk_error(error, self.run_dir, "older checkpoints could not be removed") from None
         self.window.pause(time.monotonic() - started)
 
     def _link_best(self) -> None:
@@ -373,7 +374,7 @@ class Trainer:
             with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(metrics_line(row))
         except OSError as error:
-            raise ckpt.disk_error(error, self.run_dir, "metrics.jsonl could not be written") from None
+            raise disk_error(error, self.run_dir, "metrics.jsonl could not be written") from None
 
     def _open_run(self) -> None:
         """Settle the run directory: what a crash left is removed, metrics after the checkpoint come again."""
@@ -383,10 +384,10 @@ class Trainer:
             if settings.exists() and not settings.read_bytes().startswith(RESOLVED.encode()):
                 settings = self.run_dir / "config.resolved.yaml"  # the other one is the user's own, with its comments
             if self.state["step"] < self.total_steps or not settings.exists():  # or it would tell of a run that is none
-                ckpt.write_text(settings, dump_yaml(self.config))
+                write_text(settings, dump_yaml(self.config))
             path = self.run_dir / "metrics.jsonl"
             rows = [r for r in read_metrics(path) if self.resumed and r["step"] <= self.state["step"]]
-            ckpt.write_text(path, "".join(map(metrics_line, rows)))
+            write_text(path, "".join(map(metrics_line, rows)))
             if self.resumed:
                 best = self.state["best_step"]
                 if best and not ckpt.complete(self.run_dir / ckpt.directory_name(best)):
@@ -397,4 +398,4 @@ class Trainer:
                 ckpt.link(self.run_dir, "last", self.resumed.name)
                 self._link_best()
         except OSError as error:
-            raise ckpt.disk_error(error, self.run_dir, "the run could not be started") from None
+            raise disk_error(error, self.run_dir, "the run could not be started") from None

@@ -19,11 +19,10 @@ from csm_fast.data.token_store import TokenStore, check_compatible, open_split
 from csm_fast.model.csm import CSM, vocabulary
 from csm_fast.model.loss import coefficients
 from csm_fast.planner import fit as memory
-from csm_fast.system.arrays import old_directory
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import old_directory, read_json
 from csm_fast.train.checkpoint import read_record
 from csm_fast.weights.config_json import config_from_json
-from csm_fast.weights.files import read_json
 from csm_fast.weights.load import load_model
 
 

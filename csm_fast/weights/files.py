@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_json
+from csm_fast.system.tensors import _DTYPES
 
 HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
 
@@ -144,41 +142,7 @@ def _download(name: str) -> Path:
 # -------------------------------------------------------------------------------------------------------- tensors
 
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
-
-
-@dataclasses.dataclass
-class Entry:
-    """One tensor of a checkpoint, not yet read."""
-
-    name: str
-    shape: Iterable[int]
-    dtype: str  # safetensors' name of it
-    read: Callable[[], Tensor]
-
-
-def read_entries(file: Path) -> list[Entry]:
-    from safetensors import SafetensorError, safe_open
-
-    damaged = "is not a whole safetensors file"
-
-    def read(name: str) -> Tensor:
-        # Opened anew for each tensor: the pages of a mapping stay resident, and count as ours, until it is closed.
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{damaged} ({error})", file=file, mend="copy or download it again") from None
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            return [Entry(name, s.get_shape(), s.get_dtype(), partial(read, name)) for name, s in slices.items()]
-    except FileNotFoundError:
-        raise InputError("no such file", file=file, mend="copy or download all parts of the model") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{damaged} ({error})", file=file, mend="copy or download it again") from None
 
 
 def shards(file: Path) -> list[str]:
@@ -190,32 +154,3 @@ def shards(file: Path) -> list[str]:
     if any(not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors") for n in names):
         raise InputError("is not an index of .safetensors files", file=file, mend="copy or download it again")
     return names
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON ({error})", file=file, mend="copy or download it again") from None
-    if not isinstance(values, dict):
-        raise InputError("is not a JSON object", file=file, mend="copy or download it again")
-    return values
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """safetensors, tensor by tensor: the library converts and gathers all of them first, a second model in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        kind = dtype or tensor.dtype
-        begin, end = end, end + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": _DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            values = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-            file.write(values.view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())

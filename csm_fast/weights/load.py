@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from csm_fast.config.train import NAMED_SHAPES, CSMConfig
 from csm_fast.model.csm import CSM
-from csm_fast.system.arrays import write_bytes, writing_to
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.tensors import Entry, read_entries, write_tensors
 from csm_fast.weights.config_json import (
     config_from_json,
     model_config,
@@ -27,7 +28,7 @@ from csm_fast.weights.config_json import (
     sesame_config,
     transformers_config,
 )
-from csm_fast.weights.files import Entry, is_adapter, locate, read_entries, read_json, shards, write_tensors
+from csm_fast.weights.files import is_adapter, locate, shards
 
 __all__ = [
     "load_model",

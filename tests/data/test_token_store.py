@@ -19,6 +19,7 @@ from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens, check_compatible, open_split
 from csm_fast.system import arrays as shard_file
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import old_directory
 
 K = 4
 CODEC = {"name": "fake", "fingerprint": "c" * 64, "num_codebooks": K, "codebook_size": 2048}
@@ -129,7 +130,7 @@ def test_replacing_without_the_exchange_call(store_path, monkeypatch):
     monkeypatch.setattr(shard_file, "_exchange", lambda a, b: False)
     write_store(store_path, make_conversations(5, seed=9))
     assert TokenStore.open(store_path).num_conversations == 5
-    os.rename(store_path, shard_file.old_directory(store_path))  # as that kill leaves it
+    os.rename(store_path, old_directory(store_path))  # as that kill leaves it
     assert open_split(store_path.parent, "train").num_conversations == 5
     write_store(store_path, make_conversations(6, seed=9))
     assert TokenStore.open(store_path).num_conversations == 6

@@ -18,6 +18,7 @@ from csm_fast import TransformerConfig
 from csm_fast.evaluate import validation as evaluate
 from csm_fast.model import nf4 as quantize
 from csm_fast.system.errors import InputError
+from csm_fast.system.optional import quiet_import
 
 # Widths that bitsandbytes' packed layout takes: multiples of its blocks of 64.
 WIDE = dataclasses.replace(
@@ -164,7 +165,7 @@ def test_importing_the_package_imports_neither():
 
 
 def test_other_records_of_the_logger_pass(caplog):
-    with quantize.quiet_import(), caplog.at_level(logging.WARNING):
+    with quiet_import(), caplog.at_level(logging.WARNING):
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("something else")
     assert "something else" in caplog.text
 

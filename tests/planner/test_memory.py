@@ -25,9 +25,10 @@ from csm_fast.planner.ledger import ACTIVATIONS, COPIES
 from csm_fast.planner.step import Load, Walk
 from csm_fast.planner.tensors import LAYER_LINEARS, SYNONYMS, is_adapted, weights
 from csm_fast.system.errors import InputError
+from csm_fast.system.memory import GIB, _group_limits, available_bytes, parse_bytes
 from csm_fast.train.optim.build import cast_weights
 
-GIB = memory.GIB
+GIB = GIB
 ONE = CSMConfig.csm_1b()
 # Small tables, so that what a step adds is most of its peak.
 SHORT = CSMConfig(
@@ -191,25 +192,25 @@ def test_what_saves_memory_saves_memory():
     [("12GB", 12e9), ("12GiB", 12 * GIB), ("12000MB", 12e9), ("11.5 gib", 11.5 * GIB), ("24G", 24 * GIB)],
 )
 def test_amounts_of_memory(text, size):
-    assert memory.parse_bytes(text) == size == memory.available_bytes("cpu", text)
+    assert parse_bytes(text) == size == available_bytes("cpu", text)
 
 
 @pytest.mark.parametrize("text", ["", "12", "much", "0GB", "-3GB", "12 apples"])
 def test_no_amount_of_memory(text):
     with pytest.raises(InputError, match="no amount of memory"):
-        memory.available_bytes("cpu", text)
+        available_bytes("cpu", text)
 
 
 def test_the_machine_has_memory_and_a_group_may_have_less(tmp_path):
-    assert GIB / 4 < memory.available_bytes("cpu") < 2**50
+    assert GIB / 4 < available_bytes("cpu") < 2**50
     own = tmp_path / "own"
     own.write_text("4:memory:/a/b\n3:cpu:/a\n0::/c/d\n")
-    found = list(memory._group_limits(tmp_path, own))
+    found = list(_group_limits(tmp_path, own))
     assert tmp_path / "memory/a/b/memory.limit_in_bytes" in found
     assert tmp_path / "memory/memory.limit_in_bytes" in found
     assert tmp_path / "c/d/memory.max" in found and tmp_path / "c/memory.max" in found
     assert not any("cpu" in str(path.relative_to(tmp_path)) for path in found)
-    assert list(memory._group_limits(tmp_path, tmp_path / "none")) == []
+    assert list(_group_limits(tmp_path, tmp_path / "none")) == []
 
 
 def config(limit: float, **values) -> TrainConfig:

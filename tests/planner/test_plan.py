@@ -18,6 +18,7 @@ from csm_fast.config.train import CSMConfig, TrainConfig
 from csm_fast.planner import fit as memory
 from csm_fast.planner import gpus
 from csm_fast.system.errors import InputError
+from csm_fast.system.memory import GIB
 from csm_fast.weights.config_json import sesame_config, transformers_config
 
 
@@ -126,7 +127,7 @@ def test_the_command_at_the_end_does_what_the_plan_says(capsys):
         config = cli._config(TrainConfig, "csm-fast-train", "", words[1:])
         name = re.search(r"\((.*)\)", lines[-2])[1]  # type: ignore[index]
         found = memory.estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda")
-        assert found.needed / memory.GIB == pytest.approx(float(table(lines, "weight")[name][-1]), abs=0.006)
+        assert found.needed / GIB == pytest.approx(float(table(lines, "weight")[name][-1]), abs=0.006)
         assert found.needed <= gpus.find_gpu(argv[1]).bytes
         assert config.model.precision == ("fp16" if "t4" in argv else "auto")
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.tracked import Tracked
-from csm_fast.model.nf4 import load_bitsandbytes
+from csm_fast.system.optional import load_bitsandbytes
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.train.optim.build import in_backward
 from csm_fast.train.optim.rounding import TILE, Draws, drawing, round_stochastically

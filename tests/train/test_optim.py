@@ -17,10 +17,10 @@ from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.system.errors import InputError
+from csm_fast.system.tensors import write_tensors
 from csm_fast.train.checkpoint import load_optimizer, optimizer_tensors
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.train.optim.build import TableGradients, cast_weights, clip, in_backward, make_optimizer
-from csm_fast.weights.files import write_tensors
 
 BF16, F32 = torch.bfloat16, torch.float32
 KINDS = {  # what a run can choose, as (optimizer, weights)

@@ -20,8 +20,8 @@ from paths import ROOT
 from train_cases import CODEC, TEXT, K, config, environment, flags, prepare, start
 
 from csm_fast import InputError
-from csm_fast.data.code_cache import Lock
 from csm_fast.report.metrics import read_metrics
+from csm_fast.system.lock import Lock
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.loop import train
 

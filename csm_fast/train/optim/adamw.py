@@ -316,7 +316,7 @@ def _bitsandbytes_functional() -> Any:
     Raises:
         InputError: not installed, or it does not load on this machine.
     """
-    from csm_fast.model.nf4 import INSTALL, quiet_import
+    from csm_fast.system.optional import INSTALL, quiet_import
 
     try:
         with quiet_import():
