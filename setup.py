@@ -10,7 +10,9 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGES = {"csm_fast": "csm_fast", "csm_kernels": "kernels/csm_kernels"}
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "csm_fast" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "csm_fast/system/version.py").read_text(encoding="utf-8")).group(
+    1
+)
 
 
 def find_all(top: str, folder: str) -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from csm_fast import __version__
 from csm_fast.system.errors import InputError, OutOfMemory, is_out_of_memory
+from csm_fast.system.version import __version__
 
 COMMANDS = {
     "pretokenize": "recordings with transcripts -> a token store",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from csm_fast import __version__, ops
+from csm_fast import ops
 from csm_fast.commands.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
 from csm_fast.commands.profile_report import (
     Rates,
@@ -40,6 +40,7 @@ from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import read_ahead
 from csm_fast.system.device import processor
 from csm_fast.system.errors import InputError, is_out_of_memory
+from csm_fast.system.version import __version__
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.announce import out_of_memory
 from csm_fast.train.loop import Trainer

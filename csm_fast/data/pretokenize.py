@@ -27,10 +27,10 @@ from csm_fast.data.decode_pool import DecodePool, Reply, Request, stamp
 from csm_fast.data.statistics import LISTED, render, split_report
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens, recover_store
+from csm_fast.system.console import ClipProgress
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_bytes, writing_to
 from csm_fast.system.lock import Lock
-from csm_fast.system.progress import ClipProgress
 
 if TYPE_CHECKING:
     from csm_fast.data.codec.base import Codec

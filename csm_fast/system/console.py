@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 from typing import Any
@@ -62,28 +60,57 @@ class StepProgress:
             print(line, file=sys.stderr, flush=True)
 
 
-class StopSignals:
-    """The first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second stops it at once."""
+INTERVAL = 10.0  # seconds between lines where there is no terminal
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-        self.previous: dict[int, Any] = {}
 
-    def __enter__(self):
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
-        except ValueError:  # not the main thread: the embedding program handles signals
-            pass
-        return self
+class ClipProgress:
+    """Clips done, seconds of audio per second, and the time left, on standard error.
 
-    def _handle(self, number, frame):
-        if self.trainer.stopping:
-            raise KeyboardInterrupt
-        self.trainer.stopping = signal.Signals(number).name
-        # Not print: the signal may arrive inside one, and a buffered stream cannot be entered twice.
-        os.write(2, b"\nFinishing this step, then saving. Once more stops at once.\n")
+    Args:
+        total: clips to do.
+        verb: what is done to them, e.g. "encoding".
+    """
 
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    def __init__(self, total: int, verb: str):
+        self._total, self._verb = total, verb
+        self._done, self._audio, self._start = 0, 0.0, time.monotonic()
+        self._last = self._start
+        self._bar = None
+        if total and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} clips{postfix}, {remaining} left"
+            # No smoothing: clips differ so much in length that the latest few say nothing about the rest.
+            self._bar = tqdm(total=total, desc=verb, bar_format=layout, dynamic_ncols=True, smoothing=0)
+
+    def update(self, clips: int, audio_seconds: float) -> None:
+        """`clips` more are done, with so much audio."""
+        self._done += clips
+        self._audio += audio_seconds
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._rate(now):,.1f} audio s/s", refresh=False)
+            self._bar.update(clips)
+        elif now - self._last >= INTERVAL:
+            self._last = now
+            self._line(now)
+
+    def close(self) -> None:
+        """The last state; call it once, also after an error."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._total:
+            self._line(time.monotonic())
+
+    def _rate(self, now: float) -> float:
+        return self._audio / max(now - self._start, 1e-9)
+
+    def _line(self, now: float) -> None:
+        left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
+        time_left = f"{int(left) // 60}:{int(left) % 60:02d} left" if self._done else "time left not known yet"
+        print(
+            f"{self._verb}: {self._done:,} of {self._total:,} clips, {self._audio:,.1f} s of audio, "
+            f"{self._rate(now):,.1f} audio s/s, {time_left}",
+            file=sys.stderr,
+            flush=True,
+        )

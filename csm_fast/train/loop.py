@@ -23,7 +23,7 @@ from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
 from csm_fast.report.metrics import METRICS, Window, metrics_line, read_metrics, validation_line
 from csm_fast.report.summary import summarize
-from csm_fast.system.console import StepProgress, StopSignals
+from csm_fast.system.console import StepProgress
 from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.system.files import disk_error, write_text
@@ -45,6 +45,7 @@ from csm_fast.train.setup import (
     shape_beforehand,
     starting_model,
 )
+from csm_fast.train.signals import StopSignals
 from csm_fast.train.step import LossFunction, Update
 from csm_fast.weights.load import load_model
 

@@ -345,7 +345,7 @@ def test_the_report(data, capsys):
 
 
 def test_progress_without_a_terminal_is_plain_lines(data, capsys, monkeypatch):
-    monkeypatch.setattr("csm_fast.system.progress.INTERVAL", 0.0)
+    monkeypatch.setattr("csm_fast.system.console.INTERVAL", 0.0)
     run(data)
     err = capsys.readouterr().err
     assert "encoding: 3 of 12 clips" in err and "audio s/s" in err and "left" in err
