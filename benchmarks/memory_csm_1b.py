@@ -51,7 +51,8 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     import numpy as np
 
     from csm_fast.config.parse import build
-    from csm_fast.config.train import CSMConfig, TrainConfig
+    from csm_fast.config.shape import CSMConfig
+    from csm_fast.config.train import TrainConfig
     from csm_fast.data.store_writer import TokenStoreWriter
     from csm_fast.data.token_store import TurnTokens
     from csm_fast.planner.fit import estimate

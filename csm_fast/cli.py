@@ -131,7 +131,8 @@ def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
 
 
 def _pretokenize(argv: list[str]) -> None:
-    from csm_fast.data.pretokenize import PretokenizeConfig, pretokenize
+    from csm_fast.config.commands import PretokenizeConfig
+    from csm_fast.data.pretokenize import pretokenize
 
     pretokenize(_config(PretokenizeConfig, "csm-fast pretokenize", COMMANDS["pretokenize"], argv))
 

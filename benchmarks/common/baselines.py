@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from csm_fast.config.train import CSMConfig
+from csm_fast.config.shape import CSMConfig
 from csm_fast.weights.load import sesame_to_transformers, transformers_config, transformers_to_sesame
 
 # ------------------------------------------------------------------------------------------- a plain, padded Llama

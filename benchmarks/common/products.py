@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from csm_fast import CSMConfig
-from csm_fast.config.train import TransformerConfig
+from csm_fast.config.shape import TransformerConfig
 from csm_fast.packing.pack import Pack
 
 

@@ -38,7 +38,7 @@ from benchmarks.common.record import append, environment
 from benchmarks.kernels.cases import CASES, DECODER_OPS
 from benchmarks.kernels.plot import draw, print_tables
 from benchmarks.kernels.points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
-from csm_fast.config.train import CSMConfig
+from csm_fast.config.shape import CSMConfig
 from csm_fast.system.device import resolve_device
 
 # ||got - reference|| / ||reference|| of the output and of each gradient; a few roundings of the dtype.

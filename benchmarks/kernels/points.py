@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.config.train import CSMConfig
+from csm_fast.config.shape import CSMConfig
 
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)

@@ -17,7 +17,8 @@ from typing import Any
 
 from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, leaves, read_mapping
-from csm_fast.config.train import NAMED_SHAPES, CSMConfig, TrainConfig
+from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
+from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
 from csm_fast.planner.fit import Estimate
 from csm_fast.planner.gpus import GPU, find_gpu, known_gpu

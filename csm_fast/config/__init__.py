@@ -3,6 +3,7 @@
 Imports ``system`` only, and no torch.
 """
 
-from csm_fast.config.train import CSMConfig, TrainConfig, TransformerConfig
+from csm_fast.config.shape import CSMConfig, TransformerConfig
+from csm_fast.config.train import TrainConfig
 
 __all__ = ["CSMConfig", "TrainConfig", "TransformerConfig"]

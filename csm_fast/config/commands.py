@@ -15,6 +15,7 @@ from csm_fast.config.train import (
     OptimizerSection,
     RunSection,
     TrainConfig,
+    check_path,
     option,
 )
 from csm_fast.system.errors import InputError
@@ -140,3 +141,48 @@ class ProfileConfig(TrainConfig):
             raise InputError(f"--steps {self.steps}", mend="give at least 1")
         if self.warmup < 0:
             raise InputError(f"--warmup {self.warmup}", mend="give at least 0")
+
+
+@dataclass
+class PretokenizeConfig:
+    """What `csm-fast pretokenize` reads, with what, and where to."""
+
+    train_data: str = field(metadata={"help": "metadata of the training set: .json, .jsonl, .csv or .parquet"})
+    val_data: str | None = option(None, "metadata of the validation set")
+    val_fraction: float | None = option(
+        None,
+        "take about this share of the training set as validation set, e.g. 0.05: each recording has that chance, "
+        "whatever else is there, so that more data moves none (--seed takes others)",
+    )
+    output: str = option("tokens", "directory that will hold train/, val/ and report.json", alias=("output-dir", "o"))
+    codec: Literal["auto", "transformers", "moshi", "offline"] = option(
+        "auto", "Mimi through transformers or moshi, or the offline stand-in, whose audio is not intelligible"
+    )
+    codec_source: str | None = option(None, "hub id or local path of the codec's weights")
+    num_codebooks: int = option(32, "codebooks kept of each frame")
+    tokenizer: str | None = option(None, "text tokenizer: a file, a directory or a hub id", alias=("text_tokenizer",))
+    speaker_map: str | None = option(None, "JSON or YAML file of {speaker name: integer}")
+    default_speaker: int | None = option(None, "speaker of turns that name none (999 in flat rows, 0 in conversations)")
+    omit_speaker_id: bool = option(False, "leave the [speaker] tag out of the text")
+    device: str = option("auto", "where the codec runs: auto, cpu, cuda, cuda:1, ...")
+    workers: int | None = option(None, "processes that decode and resample (default: up to 4; 0: none)")
+    batch_seconds: float = option(
+        120.0, "audio encoded at once on a GPU, in seconds with padding; on a CPU each core has its own clips"
+    )
+    skip_bad: bool = option(False, "leave conversations with an unusable clip out, and list them, instead of stopping")
+    min_seconds: float = option(0.0, "leave conversations with a clip shorter than this out, in seconds")
+    max_seconds: float | None = option(None, "leave conversations with a clip longer than this out, in seconds")
+    seed: int = option(0, "which clips --val-fraction takes")
+
+    def __post_init__(self):
+        if self.val_data is not None and self.val_fraction is not None:
+            raise InputError("--val-data and --val-fraction are both given", mend="give one of them")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"--workers {self.workers}", mend="give at least 0")
+        if not self.batch_seconds > 0:
+            raise InputError(f"--batch-seconds {self.batch_seconds}", mend="give more than 0 seconds")
+        if not 0 <= self.min_seconds < math.inf:
+            raise InputError(f"--min-seconds {self.min_seconds}", mend="give 0 or more")
+        check_path("output", self.output)
+        if self.max_seconds is not None and not self.max_seconds > self.min_seconds:
+            raise InputError(f"--max-seconds {self.max_seconds}", mend="give more than --min-seconds")

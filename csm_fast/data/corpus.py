@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
+    from csm_fast.config.commands import PretokenizeConfig
     from csm_fast.data.metadata import Conversation, Turn
-    from csm_fast.data.pretokenize import PretokenizeConfig
     from csm_fast.data.text import TextTokenizer
 
 MAX_ROWS = 2048  # positions of csm-1b's backbone; one turn must fit, longer conversations are split between turns

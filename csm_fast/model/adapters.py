@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_fast.config.train import AdapterSection, CSMConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import AdapterSection
 from csm_fast.model.csm import wide_dtype
 from csm_fast.model.nf4 import STACKS, dense_weight, quantize_stacks
 from csm_fast.system.errors import InputError

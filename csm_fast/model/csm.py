@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from csm_fast import ops
-from csm_fast.config.train import CSMConfig, TransformerConfig
+from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model import layer_cpu
 from csm_fast.model.rope import RopeSpec, Segments, apply_rope, packed_attention, rope_table
 

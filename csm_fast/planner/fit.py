@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from csm_fast.config.train import CSMConfig, TrainConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import TrainConfig
 from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import COMPONENTS
 from csm_fast.planner.step import Load, Walk

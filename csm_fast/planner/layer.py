@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from csm_fast.config.train import TransformerConfig
+from csm_fast.config.shape import TransformerConfig
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from csm_fast.planner.tensors import LAYER_LINEARS, Weight
 

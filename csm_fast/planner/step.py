@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from csm_fast.config.train import CSMConfig, TransformerConfig
+from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.planner.layer import KEPT_COPIES, Layers, Setup, Stack
 from csm_fast.planner.ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
 from csm_fast.planner.tensors import Weight

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from csm_fast.config.train import AdapterSection, CSMConfig, OptimizerSection, TransformerConfig
+from csm_fast.config.shape import CSMConfig, TransformerConfig
+from csm_fast.config.train import AdapterSection, OptimizerSection
 
 # bitsandbytes' NF4 with double quantisation: 4 bits a weight; per block of 64 one absmax in 8 bits, and per 256 of
 # those one in float32; 16 float32 codes and an offset per tensor, the codes of the absmax (256 float32) too.

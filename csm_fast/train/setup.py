@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from csm_fast.config.parse import read_mapping
-from csm_fast.config.train import NAMED_SHAPES, AdapterSection, CSMConfig, OptimizerSection, TrainConfig
+from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
+from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.data.token_store import TokenStore, check_compatible, open_split
 from csm_fast.model.csm import CSM, vocabulary
 from csm_fast.model.loss import coefficients

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.config.train import AdapterSection, CSMConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters
 from csm_fast.model.adapters import ADAPTER, resolve_targets
 from csm_fast.model.csm import CSM

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.config.train import AdapterSection, CSMConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import AdapterSection
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from csm_fast.config.train import CSMConfig, TransformerConfig
+from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model.csm import CSM, rope_spec, stack_limit, vocabulary
 from csm_fast.system.errors import InputError
 

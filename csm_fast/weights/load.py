@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csm_fast.config.train import NAMED_SHAPES, CSMConfig
+from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.model.csm import CSM
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json, write_bytes, writing_to

@@ -16,7 +16,7 @@ from benchmarks.kernels import plot as kernel_plot
 from benchmarks.kernels.attention_cases import attention_work
 from benchmarks.kernels.cases import CASES, DECODER_OPS, embed_work, heads_work
 from benchmarks.kernels.points import BOTH, FORWARD, MODES, Point, System, Work, layout
-from csm_fast.config.train import CSMConfig, TransformerConfig
+from csm_fast.config.shape import CSMConfig, TransformerConfig
 
 MICRO = CSMConfig(
     backbone=TransformerConfig(1, 4, 2, 32, 48, max_seq_len=64),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from csm_fast.data.pretokenize import PretokenizeConfig, pretokenize
+from csm_fast.config.commands import PretokenizeConfig
+from csm_fast.data.pretokenize import pretokenize
 from csm_fast.system.errors import InputError
 
 RATE = 24_000

@@ -40,7 +40,8 @@ from train_cases import (
 
 from csm_fast import CSM, InputError, cli, load_model, save_model
 from csm_fast.config.parse import build, dump_yaml, read_mapping, read_yaml
-from csm_fast.config.train import CSMConfig, TrainConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import TrainConfig
 from csm_fast.data.audio import read_audio
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.store_writer import TokenStoreWriter

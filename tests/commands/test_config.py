@@ -8,7 +8,8 @@ from paths import ROOT
 
 from csm_fast import InputError, cli
 from csm_fast.config.parse import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
-from csm_fast.config.train import CSMConfig, TrainConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import TrainConfig
 from csm_fast.system.device import resolve_device
 from csm_fast.train.optim.build import learning_rate, warmup_steps
 

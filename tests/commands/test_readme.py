@@ -11,10 +11,16 @@ import soundfile
 from paths import ROOT
 
 from csm_fast import cli
-from csm_fast.config.commands import GenerateConfig, MergeConfig, PlanConfig, ProfileConfig, VerifyAdapterConfig
+from csm_fast.config.commands import (
+    GenerateConfig,
+    MergeConfig,
+    PlanConfig,
+    PretokenizeConfig,
+    ProfileConfig,
+    VerifyAdapterConfig,
+)
 from csm_fast.config.parse import Parser, add_flags, from_flags
 from csm_fast.config.train import TrainConfig
-from csm_fast.data.pretokenize import PretokenizeConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)

@@ -15,8 +15,8 @@ import soundfile
 from paths import ROOT
 from pretokenize_fakes import RATE, FakeCodec, FakeTokenizer, load, make_data, refused, run, save, stores, write_wav
 
+from csm_fast.config.commands import PretokenizeConfig
 from csm_fast.data import code_cache
-from csm_fast.data.pretokenize import PretokenizeConfig
 from csm_fast.data.token_store import open_split
 from csm_fast.system.lock import Lock
 

@@ -12,7 +12,8 @@ from paths import GOLDEN
 from train_cases import conversations_of, write_store
 
 from csm_fast import InputError
-from csm_fast.config.train import DataSection, LossSection, TransformerConfig
+from csm_fast.config.shape import TransformerConfig
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.model.csm import Attention
 from csm_fast.model.rope import Segments, apply_rope, packed_attention, rope_table

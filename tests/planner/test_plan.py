@@ -14,7 +14,8 @@ from csm_fast import cli
 from csm_fast.commands import plan
 from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, read_yaml
-from csm_fast.config.train import CSMConfig, TrainConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
 from csm_fast.planner import gpus
 from csm_fast.system.errors import InputError

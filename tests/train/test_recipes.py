@@ -8,7 +8,8 @@ from train_cases import prepare
 
 from csm_fast.cli import main
 from csm_fast.config.parse import build, read_yaml
-from csm_fast.config.train import CSMConfig, TrainConfig
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import TrainConfig
 from csm_fast.planner.fit import estimate
 from csm_fast.train.loop import train
 
