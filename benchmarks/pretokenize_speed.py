@@ -105,7 +105,7 @@ def one_by_one(clock: Clock, system: str, rows: Sequence[dict[str, Any]], source
         if system == "moshi":
             model = moshi_mimi(source)
         else:
-            from csm_fast.data.codec.base import load_codec
+            from csm_fast.data.codec.load import load_codec
 
             model = load_codec(system, source=source).model
             extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000)

@@ -31,7 +31,7 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from csm_fast.config.shape import CSMConfig, TransformerConfig
     from csm_fast.config.train import TrainConfig
-    from csm_fast.data.codec.base import load_codec
+    from csm_fast.data.codec.load import load_codec
     from csm_fast.data.text import load_text_tokenizer
     from csm_fast.data.token_store import TokenStore
     from csm_fast.generate.generator import Generator

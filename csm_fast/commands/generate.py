@@ -9,7 +9,7 @@ import torch
 
 from csm_fast.config.commands import GenerateConfig
 from csm_fast.data.audio import read_audio, write_wav
-from csm_fast.data.codec.base import load_codec
+from csm_fast.data.codec.load import load_codec
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.text import load_text_tokenizer
 from csm_fast.generate.generator import Generator, Speech, Turn

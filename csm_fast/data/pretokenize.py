@@ -73,7 +73,7 @@ class _Run:
 
             tokenizer = load_text_tokenizer(config.tokenizer)
         if codec is None:
-            from csm_fast.data.codec.base import load_codec
+            from csm_fast.data.codec.load import load_codec
 
             codec = load_codec(
                 config.codec,

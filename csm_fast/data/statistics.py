@@ -194,3 +194,21 @@ def _codebooks(codebooks: Sequence[Mapping[str, Any]], size: int) -> list[str]:
         lines.append("  codes    " + "".join(f"{c['codes']:>8,}" for c in block))
         lines.append("  entropy  " + "".join(f"{c['entropy']:>8.2f}" for c in block))
     return lines
+
+
+def unigram_entropy(store: Any, frames: int = 1_000_000) -> list[float]:
+    """Entropy in nats of each codebook's distribution over the store's targets (end-of-speech rows included).
+
+    What a model that ignores its input could reach at best. At most about ``frames`` frames are counted, from
+    conversations spread evenly over the store.
+    """
+    num_codebooks, size = store.num_codebooks, store.codebook_size
+    counts = np.zeros((num_codebooks, size), dtype=np.int64)
+    stride = max(1, math.ceil(store.num_frames / frames))
+    for i in range(0, store.num_conversations, stride):
+        for turn in store.conversation(i):
+            offsets = turn.codes.astype(np.int64) + np.arange(num_codebooks) * size
+            counts += np.bincount(offsets.ravel(), minlength=num_codebooks * size).reshape(num_codebooks, size)
+            counts[:, 0] += 1
+    p = counts / counts.sum(1, keepdims=True)
+    return (-(p * np.log(np.where(p > 0, p, 1))).sum(1)).tolist()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,21 +118,3 @@ class Validator:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def unigram_entropy(store: Any, frames: int = 1_000_000) -> list[float]:
-    """Entropy in nats of each codebook's distribution over the store's targets (end-of-speech rows included).
-
-    What a model that ignores its input could reach at best. At most about ``frames`` frames are counted, from
-    conversations spread evenly over the store.
-    """
-    num_codebooks, size = store.num_codebooks, store.codebook_size
-    counts = np.zeros((num_codebooks, size), dtype=np.int64)
-    stride = max(1, math.ceil(store.num_frames / frames))
-    for i in range(0, store.num_conversations, stride):
-        for turn in store.conversation(i):
-            offsets = turn.codes.astype(np.int64) + np.arange(num_codebooks) * size
-            counts += np.bincount(offsets.ravel(), minlength=num_codebooks * size).reshape(num_codebooks, size)
-            counts[:, 0] += 1
-    p = counts / counts.sum(1, keepdims=True)
-    return (-(p * np.log(np.where(p > 0, p, 1))).sum(1)).tolist()

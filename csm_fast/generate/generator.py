@@ -215,7 +215,7 @@ class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
     def __init__(self, model: Any, config: Any, directory: Path, store: Any):
-        from csm_fast.data.codec.base import load_codec
+        from csm_fast.data.codec.load import load_codec
         from csm_fast.data.text import load_text_tokenizer
 
         self.config, self.directory = config.run, directory

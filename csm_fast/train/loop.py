@@ -14,8 +14,9 @@ import torch
 
 from csm_fast.config.parse import RESOLVED, dump_yaml
 from csm_fast.config.train import TrainConfig
+from csm_fast.data.statistics import unigram_entropy
 from csm_fast.data.token_store import open_split
-from csm_fast.evaluate.validation import Validator, unigram_entropy
+from csm_fast.evaluate.validation import Validator
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM, stack_limit, vocabulary
 from csm_fast.model.loss import coefficients, packed_loss

@@ -15,8 +15,10 @@ from csm_fast.data.codec import backends as codec_backends
 from csm_fast.data.codec import base as codec_module
 from csm_fast.data.codec import mimi_weights as codec_weights
 from csm_fast.data.codec import offline as offline_codec
-from csm_fast.data.codec.base import Codec, load_codec
-from csm_fast.data.codec.offline import OfflineShape, fit, offline_file, synthetic_speech, table_hash
+from csm_fast.data.codec.base import Codec
+from csm_fast.data.codec.load import load_codec
+from csm_fast.data.codec.mimi_weights import table_hash
+from csm_fast.data.codec.offline import OfflineShape, fit, offline_file, synthetic_speech
 from csm_fast.system.errors import InputError
 
 SMALL = OfflineShape(

@@ -272,7 +272,7 @@ def test_how_often_one_validates_and_samples_leaves_no_trace_in_the_weights(tmp_
         def encode(self, text, speaker):
             return [ord(c) % TEXT for c in text]
 
-    monkeypatch.setattr("csm_fast.data.codec.base.load_codec", lambda *a, **k: Codec())
+    monkeypatch.setattr("csm_fast.data.codec.load.load_codec", lambda *a, **k: Codec())
     monkeypatch.setattr("csm_fast.data.text.load_text_tokenizer", lambda *a: Tokenizer())
     sampling = {"gen_every": 2, "gen_sentences": "one two", "gen_seconds": 0.4}
     runs = {}

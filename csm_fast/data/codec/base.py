@@ -6,29 +6,17 @@ import contextlib
 import functools
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csm_fast.data.codec.mimi_shape import described
-from csm_fast.data.codec.mimi_weights import (
-    MIMI_HUB,
-    architecture,
-    codebooks,
-    find_weights,
-    hub_file,
-    needs,
-    read_weights,
-    to_module,
-)
+from csm_fast.data.codec.mimi_weights import codebooks, to_module
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-KINDS = ("auto", "transformers", "moshi", "offline")
 SAMPLE_RATE = 24000
 SAMPLES_PER_FRAME = 1920
 OFFLINE_NAME = "offline codec (Mimi's architecture narrowed, seeded random weights; its audio is not intelligible)"
@@ -65,7 +53,7 @@ class Codec:
         self, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], *, name: str, num_codebooks: int
     ):
         """Of flat weights and MimiConfig arguments; raises InputError where they are not a Mimi's that CSM can use."""
-        from csm_fast.data.codec.offline import table_hash
+        from csm_fast.data.codec.mimi_weights import table_hash
 
         tables = codebooks(state)
         if not 2 <= num_codebooks <= len(tables):
@@ -246,66 +234,6 @@ class Codec:
         codes[empty, -1] = 1
         self.marked_frames += int(empty.sum())
         return codes
-
-
-def load_codec(
-    kind: str = "auto",
-    *,
-    source: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
-    num_codebooks: int = 32,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Codec:
-    """Loads a codec.
-
-    Args:
-        kind: "transformers" or "moshi": Mimi's own weights, run by that library. "offline": the codec that needs no
-            download (`csm_fast.data.codec.offline`). "auto": Mimi through transformers where the hub's cache or the
-            hub has it, otherwise the offline codec, with a warning.
-        source: a safetensors file, a directory holding one, or a hub repository. Either library runs weights saved by
-            the other; their names tell. Default: kyutai/mimi. For "offline", a fitted file.
-        device: where it runs.
-        num_codebooks: how many levels to code with; CSM uses 32.
-        cache_dir: where the offline codec is kept; default: `offline_codec.default_cache_dir`.
-
-    Raises:
-        InputError: unknown kind, missing library, nothing at ``source``, damaged or foreign weights.
-    """
-    if kind not in KINDS:
-        raise InputError(f"unknown codec {kind!r}", mend=f"use one of {', '.join(KINDS)}")
-    if kind == "auto" and source is None:
-        try:
-            hub_file(*MIMI_HUB)
-            kind = "transformers"
-        except InputError as error:
-            logger.warning("No Mimi here (%s): using the %s", error.what, OFFLINE_NAME)
-            kind = "offline"
-    elif kind == "auto":
-        kind = "transformers"
-    name = OFFLINE_NAME
-    if kind == "offline":
-        from csm_fast.data.codec.offline import offline_file, read_offline
-
-        path = Path(source).expanduser() if source is not None else _fitted(offline_file, cache_dir)
-        state, config = read_offline(path), None
-    else:
-        name, path, config = find_weights(source)
-        state, metadata = read_weights(path)
-        if metadata.get("csm_fast") == "offline codec":
-            name, kind = OFFLINE_NAME, "offline" if kind == "transformers" else kind
-    from csm_fast.data.codec.backends import MoshiCodec, OfflineCodec, TransformersCodec
-
-    made = {"offline": OfflineCodec, "moshi": MoshiCodec, "transformers": TransformersCodec}[kind]
-    codec = made(state, architecture(state, config), name=name, num_codebooks=num_codebooks).to(device)
-    codec.check()
-    return codec
-
-
-def _fitted(offline_file: Any, cache_dir: str | os.PathLike[str] | None) -> Path:
-    try:
-        return offline_file(cache_dir)
-    except ImportError as error:
-        raise needs("transformers", error) from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ head's channels, transformers rotates its two halves.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -308,3 +309,13 @@ def _reachable(url: str) -> bool:
     thread.start()
     thread.join(_HUB_SECONDS + 1)
     return bool(answered)
+
+
+def table_hash(tables: list[torch.Tensor]) -> str:
+    """sha256 over codebook tables [V, D], level by level, as little-endian float32."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for table in tables:
+        digest.update(np.ascontiguousarray(table.detach().cpu().float().numpy(), dtype="<f4").tobytes())
+    return digest.hexdigest()

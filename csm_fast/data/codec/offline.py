@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csm_fast.data.codec.mimi_weights import codebooks, flat_name, mapped, read_weights
+from csm_fast.data.codec.mimi_weights import codebooks, flat_name, mapped, read_weights, table_hash
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,16 +132,6 @@ def read_offline(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if metadata.get("codebooks") != table_hash(codebooks(state)):
         raise InputError("the offline codec's codebooks are damaged", file=path, mend="delete it for a new fit")
     return state
-
-
-def table_hash(tables: list[torch.Tensor]) -> str:
-    """sha256 over codebook tables [V, D], level by level, as little-endian float32."""
-    import numpy as np
-
-    digest = hashlib.sha256()
-    for table in tables:
-        digest.update(np.ascontiguousarray(table.detach().cpu().float().numpy(), dtype="<f4").tobytes())
-    return digest.hexdigest()
 
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
