@@ -12,8 +12,8 @@ from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.csm import run_decoder, vocabulary
 from csm_fast.model.loss import coefficients, predictor_states
+from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.loader import Packer
-from csm_fast.packing.pack import MAX_POSITIONS
 
 VALIDATION = 3  # purpose of the frames' draw
 CONVERSATIONS = 64  # planned together: a fixed number, so that the draw does not depend on the pack size

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from csm_fast.model.rope import Segments
-from csm_fast.packing.pack import MAX_POSITIONS, Pack, lowest
+from csm_fast.packing.fit import MAX_POSITIONS
+from csm_fast.packing.pack import Pack, lowest
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is
 

@@ -264,7 +264,7 @@ def choose_checkpointing(
 
 def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
     """Rows as the device will see them, padded to the next size of its ladder."""
-    from csm_fast.packing.pack import padded_rows
+    from csm_fast.packing.fit import padded_rows
 
     most = config.data.pack_rows
     return padded_rows(min(rows or most, most), most, str(device).split(":")[0])

@@ -18,8 +18,8 @@ from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing import loader
+from csm_fast.packing.fit import best_fit
 from csm_fast.packing.loader import Packer, prefetch
-from csm_fast.packing.pack import best_fit
 from csm_fast.system.arrays import map_arrays
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux' /proc")
