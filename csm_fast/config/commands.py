@@ -15,7 +15,6 @@ from csm_fast.config.train import (
     OptimizerSection,
     RunSection,
     TrainConfig,
-    check_path,
     option,
 )
 from csm_fast.system.errors import InputError

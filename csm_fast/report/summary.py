@@ -9,7 +9,6 @@ from typing import Any
 
 from csm_fast.report.metrics import read_metrics
 from csm_fast.system.files import disk_error, write_text
-from csm_fast.train import checkpoint as ckpt
 
 log = logging.getLogger("csm_fast")
 
