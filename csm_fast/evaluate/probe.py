@@ -16,8 +16,7 @@ from torch import Tensor
 
 from csm_fast.model import adapters
 from csm_fast.model.loss import packed_loss
-from csm_fast.model.rope import Segments
-from csm_fast.packing.pack import Pack
+from csm_fast.packing.pack import Pack, Segments
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.system.tensors import read_entries, write_tensors

@@ -12,10 +12,10 @@ from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.csm import run_decoder, vocabulary
 from csm_fast.model.loss import coefficients, predictor_states
+from csm_fast.packing.draws import VALIDATION
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.loader import Packer
 
-VALIDATION = 3  # purpose of the frames' draw
 CONVERSATIONS = 64  # planned together: a fixed number, so that the draw does not depend on the pack size
 FRAME_CHUNK = 512  # frames in the depth decoder at once
 LOGIT_ROWS = 4096  # rows of codebook-0 logits at once (32 MiB in float32)

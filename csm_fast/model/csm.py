@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from csm_fast import ops
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model import layer_cpu
-from csm_fast.model.rope import RopeSpec, Segments, apply_rope, packed_attention, rope_table
+from csm_fast.model.rope import RopeSpec, apply_rope, packed_attention, rope_table
+from csm_fast.packing.pack import Segments
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

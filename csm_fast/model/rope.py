@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from csm_fast import ops
-
-
-class Segments(NamedTuple):
-    """Where the conversations of a pack lie: the attention pattern of the whole forward pass.
-
-    Attributes:
-        lengths: rows of each segment, on the host; they sum to T.
-        cu_seqlens: [S + 1] int32 on the device, cumulative lengths from 0 to T.
-        max_seqlen: upper bound on ``lengths``.
-    """
-
-    lengths: tuple[int, ...]
-    cu_seqlens: Tensor
-    max_seqlen: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Segments that lie one after the other."""
-        lengths = tuple(int(n) for n in lengths)
-        if not lengths or min(lengths) < 1:
-            raise ValueError("a pack needs at least one segment, none of them empty")
-        return cls(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))
+from csm_fast.packing.pack import Segments
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csm_fast.model.rope import Segments
+from csm_fast.packing.draws import lowest
 from csm_fast.packing.fit import MAX_POSITIONS
-from csm_fast.packing.pack import Pack, lowest
+from csm_fast.packing.pack import Pack, Segments
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is
 

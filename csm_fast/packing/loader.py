@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.packing.draws import FRAMES, ORDER, draw, numbered_draws
 from csm_fast.packing.fit import MAX_POSITIONS, Document, best_fit, best_fit_order, padded_rows, split_documents
 from csm_fast.packing.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
-from csm_fast.packing.pack import FRAMES, ORDER, draw, numbered_draws
 from csm_fast.system.errors import InputError
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast.config.train import OptimizerSection
+from csm_fast.packing.draws import DROPOUT, draw
 from csm_fast.packing.layout import StepBatch
-from csm_fast.packing.pack import draw
 from csm_fast.system.device import compute_dtype
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.optim.build import (
@@ -26,7 +26,6 @@ from csm_fast.train.optim.build import (
     warn_without_gradient,
 )
 
-DROPOUT = 4  # purpose of a draw
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.baselines import causal, depth_logits, embed_all, padded_stack
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.packing.pack import FRAMES, numbered_draws
+from csm_fast.packing.draws import FRAMES, numbered_draws
 
 MICRO = CSMConfig(
     TransformerConfig(2, 4, 2, 64, 96),

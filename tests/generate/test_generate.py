@@ -7,8 +7,8 @@ import torch
 from csm_fast import CSM, CSMConfig, InputError, TransformerConfig
 from csm_fast.generate.generator import Generator, Stepper, Turn, prompt_rows, sample
 from csm_fast.model.csm import run_backbone, run_decoder
-from csm_fast.model.rope import Segments
 from csm_fast.ops import frame_embed
+from csm_fast.packing.pack import Segments
 
 CONFIG = CSMConfig(
     TransformerConfig(3, 4, 2, 64, 96),

@@ -13,7 +13,8 @@ from csm_fast import ops
 from csm_fast.model import csm as model
 from csm_fast.model import layer_cpu
 from csm_fast.model.csm import DepthAttend, PackedAttend, run_layer, wide_dtype
-from csm_fast.model.rope import Segments, rope_table
+from csm_fast.model.rope import rope_table
+from csm_fast.packing.pack import Segments
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
 

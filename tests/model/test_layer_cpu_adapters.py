@@ -15,7 +15,7 @@ from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters, layer_cpu
 from csm_fast.model.csm import PackedAttend
 from csm_fast.model.nf4 import dense_weight
-from csm_fast.model.rope import Segments
+from csm_fast.packing.pack import Segments
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_form"),

@@ -14,9 +14,9 @@ from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing import loader
+from csm_fast.packing.draws import FRAMES, GAMMA, lowest, numbered_draws, splitmix
 from csm_fast.packing.fit import MAX_POSITIONS, padded_rows
 from csm_fast.packing.loader import Packer, read_ahead
-from csm_fast.packing.pack import FRAMES, GAMMA, lowest, numbered_draws, splitmix
 
 CASES = {
     "packs": {"batch_rows": 128, "pack_rows": 128},
