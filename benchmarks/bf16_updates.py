@@ -31,8 +31,8 @@ from csm_fast import CSM
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
-from csm_fast.model.csm import vocabulary
 from csm_fast.model.loss import coefficients, packed_loss
+from csm_fast.model.stacks import vocabulary
 from csm_fast.packing.loader import Packer
 from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.build import cast_weights

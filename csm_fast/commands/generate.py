@@ -13,7 +13,7 @@ from csm_fast.data.codec.load import load_codec
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.text import load_text_tokenizer
 from csm_fast.generate.generator import Generator, Speech, Turn
-from csm_fast.model.csm import vocabulary
+from csm_fast.model.stacks import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
 from csm_fast.train.checkpoint import read_record

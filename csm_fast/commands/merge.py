@@ -20,9 +20,8 @@ from torch import nn
 
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.evaluate.probe import PROBE, Probe, read_probe
-from csm_fast.model.adapters import adapted_weight
 from csm_fast.model.csm import CSM
-from csm_fast.model.nf4 import dense_weight, is_quantized
+from csm_fast.model.linear import adapted_weight, dense_weight, is_quantized
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
 from csm_fast.train.checkpoint import STATE, read_record, write_record

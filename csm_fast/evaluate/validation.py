@@ -10,8 +10,8 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.model.csm import run_decoder, vocabulary
 from csm_fast.model.loss import coefficients, predictor_states
+from csm_fast.model.stacks import run_decoder, vocabulary
 from csm_fast.packing.draws import VALIDATION
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.loader import Packer

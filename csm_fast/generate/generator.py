@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_fast import ops
-from csm_fast.model.csm import run_stack, stack_limit, vocabulary
 from csm_fast.model.rope import apply_rope
+from csm_fast.model.stacks import run_stack, stack_limit, vocabulary
 from csm_fast.system.errors import InputError
 
 Choose = Callable[[int, Tensor], Tensor]

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import AdapterSection
-from csm_fast.model.csm import wide_dtype
-from csm_fast.model.nf4 import STACKS, dense_weight, quantize_stacks
+from csm_fast.model.nf4 import STACKS, quantize_stacks
+from csm_fast.model.stacks import model_config, wide_dtype
 from csm_fast.system.errors import InputError
 from csm_fast.system.optional import load_peft
-from csm_fast.weights.config_json import model_config
 
 ATTN = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
 SYNONYMS = {"o_proj": "output_proj", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -282,27 +281,6 @@ def _trained_whole(section: AdapterSection, targets: tuple[str, ...]) -> tuple[s
             mend="leave out --train-heads, or codebook0_head among --target-modules",
         )
     return (HEADS if section.train_heads else ()) + (TABLES if section.train_embeddings == "all" else ())
-
-
-def adapted_weight(layer: Any) -> Tensor:
-    """The weight [out, in] of a linear layer with or without a PEFT adapter, differentiably: W, or W + s B A; with
-    DoRA its rows scaled to their magnitudes (the norm is a constant, as in the paper's section 4.3).
-
-    In the wider of both dtypes, also under autocast. Dropout is no part of it.
-    """
-    if not hasattr(layer, "lora_A"):
-        return layer.weight
-    weight = dense_weight(layer.base_layer)
-    if layer.disable_adapters or layer.merged:
-        return weight
-    with torch.autocast(weight.device.type, enabled=False):
-        for name in (n for n in layer.active_adapters if n in layer.lora_A):
-            delta = layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
-            weight = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
-            if name in layer.lora_magnitude_vector:
-                norm = torch.linalg.norm(weight.detach(), dim=1)
-                weight = (layer.lora_magnitude_vector[name].weight / norm).unsqueeze(1) * weight
-    return weight
 
 
 @contextmanager

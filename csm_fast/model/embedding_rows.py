@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csm_fast.model.csm import vocabulary, wide_dtype
+from csm_fast.model.stacks import vocabulary, wide_dtype
 
 TABLES = ("text_embeddings", "audio_embeddings")
 

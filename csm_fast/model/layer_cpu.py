@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
-from csm_fast.model.nf4 import dense_weight, is_quantized
+from csm_fast.model.linear import dense_weight, is_quantized
 
 
 def serves(layer: Any, x: Tensor, attend: Any) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.config.train import LossSection
-from csm_fast.model.adapters import adapted_weight
-from csm_fast.model.csm import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
+from csm_fast.model.linear import adapted_weight
+from csm_fast.model.stacks import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
 from csm_fast.packing.pack import Pack, pack_padded
 
 

@@ -118,15 +118,3 @@ def quantize_stacks(model: Any, dtype: torch.dtype, device: torch.device | None 
             parent, _, leaf = name.rpartition(".")
             setattr(stack.get_submodule(parent), leaf, quantize_linear(module, dtype, device))
             del module
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether ``layer`` holds 4-bit weights."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
-
-
-def dense_weight(layer: Any) -> Tensor:
-    """The weight [out, in] of a linear layer: itself, or what its 4 bits stand for, in the dtype of its products."""
-    if not is_quantized(layer):
-        return layer.weight
-    return load_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -10,21 +10,6 @@ import torch
 from torch import Tensor
 
 from csm_fast import ops
-from csm_fast.packing.pack import Segments
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Causal self-attention inside each segment, grouped-query.
-
-    Args:
-        q: [T, H, d].  k, v: [T, Hkv, d], with H a multiple of Hkv.
-        segments: the pack's layout; sums to T.
-
-    Returns:
-        [T, H, d], scaled by 1/sqrt(d).
-    """
-    return ops.packed_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
-
 
 # ------------------------------------------------------------------------------------------------------- rotation
 

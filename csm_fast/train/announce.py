@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast.config.train import TrainConfig
-from csm_fast.model.csm import vocabulary
+from csm_fast.model.csm import parameter_shapes
+from csm_fast.model.stacks import vocabulary
 from csm_fast.planner import fit as memory
 from csm_fast.system.console import counted
 from csm_fast.system.errors import OutOfMemory
 from csm_fast.train import checkpoint as ckpt
-from csm_fast.weights.config_json import parameter_shapes
 
 log = logging.getLogger("csm_fast")
 

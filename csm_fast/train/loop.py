@@ -18,8 +18,9 @@ from csm_fast.data.statistics import unigram_entropy
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.model.compile import compile_layers
-from csm_fast.model.csm import CSM, stack_limit, vocabulary
+from csm_fast.model.csm import CSM
 from csm_fast.model.loss import coefficients, packed_loss
+from csm_fast.model.stacks import stack_limit, vocabulary
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
 from csm_fast.report.metrics import METRICS, Window, metrics_line, read_metrics, validation_line

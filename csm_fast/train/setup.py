@@ -17,8 +17,9 @@ from csm_fast.config.parse import read_mapping
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.data.token_store import TokenStore, check_compatible, open_split
-from csm_fast.model.csm import CSM, vocabulary
+from csm_fast.model.csm import CSM
 from csm_fast.model.loss import coefficients
+from csm_fast.model.stacks import vocabulary
 from csm_fast.planner import fit as memory
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import old_directory, read_json

@@ -27,6 +27,7 @@ from csm_fast.model import adapters
 from csm_fast.model.adapters import ADAPTER, resolve_targets
 from csm_fast.model.csm import CSM
 from csm_fast.model.embedding_rows import EmbeddingRows
+from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.weights.adapter_formats import (
@@ -37,7 +38,7 @@ from csm_fast.weights.adapter_formats import (
     write_peft,
     write_transformers,
 )
-from csm_fast.weights.config_json import config_from_json, model_config, sesame_config
+from csm_fast.weights.config_json import config_from_json, sesame_config
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 from csm_fast.weights.load import load_model
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import AdapterSection
+from csm_fast.model.csm import parameter_shapes
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors
 from csm_fast.system.version import __version__
-from csm_fast.weights.config_json import parameter_shapes
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 from csm_fast.weights.load import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
 

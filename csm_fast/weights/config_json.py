@@ -6,42 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from csm_fast.config.shape import CSMConfig, TransformerConfig
-from csm_fast.model.csm import CSM, rope_spec, stack_limit, vocabulary
 from csm_fast.system.errors import InputError
-
-
-def model_config(model: nn.Module) -> CSMConfig:
-    """The shape of a ``CSM``, or of any module with Sesame's tree (read from its modules and weights)."""
-    config = getattr(model, "config", None)
-    if isinstance(config, CSMConfig):
-        return config
-    tree: Any = model
-    num_codebooks, vocab = vocabulary(tree)
-    return CSMConfig(
-        _stack_config(tree.backbone),
-        _stack_config(tree.decoder),
-        tree.text_embeddings.weight.shape[0],
-        vocab,
-        num_codebooks,
-    )
-
-
-def _stack_config(stack: Any) -> TransformerConfig:
-    attn, spec = stack.layers[0].attn, rope_spec(stack.layers[0].attn)
-    return TransformerConfig(
-        len(stack.layers),
-        attn.num_heads,
-        attn.num_kv_heads,
-        attn.q_proj.weight.shape[1],
-        stack.layers[0].mlp.w1.weight.shape[0],
-        stack_limit(stack),
-        stack.norm.eps,
-        *dataclasses.astuple(spec)[1:],
-    )
 
 
 def sesame_config(config: CSMConfig) -> dict[str, Any]:
@@ -178,8 +144,3 @@ def from_transformers_config(values: dict[str, Any]) -> CSMConfig:
         raise
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise InputError(f"not a usable CsmConfig ({type(error).__name__}: {error})") from None
-
-
-def parameter_shapes(config: CSMConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in CSM(config).named_parameters()}

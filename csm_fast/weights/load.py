@@ -17,17 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
-from csm_fast.model.csm import CSM
+from csm_fast.model.csm import CSM, parameter_shapes
+from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors
-from csm_fast.weights.config_json import (
-    config_from_json,
-    model_config,
-    parameter_shapes,
-    sesame_config,
-    transformers_config,
-)
+from csm_fast.weights.config_json import config_from_json, sesame_config, transformers_config
 from csm_fast.weights.files import is_adapter, locate, shards
 
 __all__ = [

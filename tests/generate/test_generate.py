@@ -6,7 +6,7 @@ import torch
 
 from csm_fast import CSM, CSMConfig, InputError, TransformerConfig
 from csm_fast.generate.generator import Generator, Stepper, Turn, prompt_rows, sample
-from csm_fast.model.csm import run_backbone, run_decoder
+from csm_fast.model.stacks import run_backbone, run_decoder
 from csm_fast.ops import frame_embed
 from csm_fast.packing.pack import Segments
 

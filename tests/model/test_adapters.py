@@ -12,7 +12,7 @@ from csm_fast.generate.generator import Generator, Turn
 from csm_fast.model import adapters, layer_cpu, loss
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
-from csm_fast.model.nf4 import is_quantized
+from csm_fast.model.linear import is_quantized
 from csm_fast.system.errors import InputError
 
 

@@ -34,8 +34,8 @@ from torch import Tensor
 from benchmarks.common.baselines import blog_forward, causal
 from benchmarks.common.tracked import Allocation, Tracked
 from csm_fast import CSM, CSMConfig, ops
-from csm_fast.model.csm import run_decoder
 from csm_fast.model.loss import packed_loss, predictor_states
+from csm_fast.model.stacks import run_decoder
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import compute_dtype, resolve_precision
 

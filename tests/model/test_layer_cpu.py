@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from csm_fast import ops
 from csm_fast.model import csm as model
 from csm_fast.model import layer_cpu
-from csm_fast.model.csm import DepthAttend, PackedAttend, run_layer, wide_dtype
 from csm_fast.model.rope import rope_table
+from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone, run_layer, wide_dtype
 from csm_fast.packing.pack import Segments
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
@@ -188,8 +188,8 @@ def test_rows_that_nobody_wants_stop_at_the_last_layers_attention():
     _, x, *_ = packed(torch.float64)
     segments, positions = Segments.of(LENGTHS), torch.cat([torch.arange(n) for n in LENGTHS])
     rows = torch.tensor([5, 8, 40, 89])
-    whole = model.run_backbone(csm, x, positions, segments)[rows]
-    some = model.run_backbone(csm, x, positions, segments, rows)
+    whole = run_backbone(csm, x, positions, segments)[rows]
+    some = run_backbone(csm, x, positions, segments, rows)
     torch.testing.assert_close(some, whole, rtol=1e-12, atol=1e-12)
     parameters = [x, *csm.backbone.parameters()]
     for got, want in zip(

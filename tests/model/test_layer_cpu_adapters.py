@@ -13,8 +13,8 @@ from model_cases import random_model, relative
 
 from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters, layer_cpu
-from csm_fast.model.csm import PackedAttend
-from csm_fast.model.nf4 import dense_weight
+from csm_fast.model.linear import dense_weight
+from csm_fast.model.stacks import PackedAttend
 from csm_fast.packing.pack import Segments
 
 pytestmark = [

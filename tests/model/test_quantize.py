@@ -17,6 +17,7 @@ from train_cases import environment
 from csm_fast import TransformerConfig
 from csm_fast.evaluate import validation as evaluate
 from csm_fast.model import nf4 as quantize
+from csm_fast.model.linear import dense_weight, is_quantized
 from csm_fast.system.errors import InputError
 from csm_fast.system.optional import quiet_import
 
@@ -32,7 +33,7 @@ def test_a_quantised_layer_is_a_layer_of_the_dequantised_weight(dtype):
     linear = nn.Linear(96, 160, bias=False)
     quantised = quantize.quantize_linear(linear, dtype)
     plain = nn.Linear(96, 160, bias=False)
-    plain.weight = nn.Parameter(quantize.dense_weight(quantised).clone())
+    plain.weight = nn.Parameter(dense_weight(quantised).clone())
     assert plain.weight.dtype == dtype and plain.weight.shape == (160, 96)
     assert 0.05 < relative(plain.weight.detach().float(), linear.weight.detach()) < 0.12  # four bits are that coarse
     x = torch.randn(3, 7, 96, dtype=dtype)
@@ -88,7 +89,7 @@ def test_weights_take_four_bits():
     quantize.quantize_stacks(model, torch.bfloat16)
     bits = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
     assert bits * 2 == before
-    assert not quantize.is_quantized(model.codebook0_head) and not quantize.is_quantized(model.projection)
+    assert not is_quantized(model.codebook0_head) and not is_quantized(model.projection)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +119,7 @@ def test_gradients_are_those_of_bf16_layers_with_the_dequantised_weights():
     want = gradients(model)
     for layer in [m for m in model.modules() if hasattr(m, "lora_A")]:
         plain = nn.Linear(layer.base_layer.in_features, layer.base_layer.out_features, bias=False)
-        plain.weight = nn.Parameter(quantize.dense_weight(layer.base_layer).clone(), requires_grad=False)
+        plain.weight = nn.Parameter(dense_weight(layer.base_layer).clone(), requires_grad=False)
         layer.base_layer = plain
     got = gradients(model)
     assert all(relative(got[name], want[name]) < 2e-2 for name in want)

@@ -16,7 +16,8 @@ from csm_fast.config.shape import TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.model.csm import Attention
-from csm_fast.model.rope import apply_rope, packed_attention, rope_table
+from csm_fast.model.rope import apply_rope, rope_table
+from csm_fast.model.stacks import packed_attention
 from csm_fast.ops import plan_segments
 from csm_fast.packing.fit import best_fit, padded_rows, split_documents
 from csm_fast.packing.loader import Packer, prefetch

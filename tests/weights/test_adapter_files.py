@@ -16,6 +16,7 @@ from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters, loss
 from csm_fast.model import nf4 as quantize
 from csm_fast.model.embedding_rows import EmbeddingRows
+from csm_fast.model.linear import is_quantized
 from csm_fast.system.errors import InputError
 from csm_fast.weights import adapter_files
 from csm_fast.weights.load import interleave_rows
@@ -342,4 +343,4 @@ def test_rows_have_no_form_in_transformers(tmp_path):
 def test_a_quantised_base_is_known_by_its_original_weights():
     model = attached("qlora", torch.bfloat16)
     assert model.adapter.base_hash == adapters.weights_hash(random_model())
-    assert quantize.is_quantized(model.backbone.layers[0].attn.q_proj.base_layer)
+    assert is_quantized(model.backbone.layers[0].attn.q_proj.base_layer)
