@@ -10,7 +10,6 @@ from model_cases import MICRO, random_model
 from torch import Tensor, nn
 
 from csm_fast import ops
-from csm_fast.model import csm as model
 from csm_fast.model import layer_cpu
 from csm_fast.model.rope import rope_table
 from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone, run_layer, wide_dtype

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from benchmarks.common.baselines import transformers_loss, transformers_model
 from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters, loss
-from csm_fast.model import nf4 as quantize
 from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.linear import is_quantized
 from csm_fast.system.errors import InputError
