@@ -36,7 +36,7 @@ def save(workdir: Path, args: argparse.Namespace) -> dict:
     import torch
 
     from csm_fast import CSM, CSMConfig, save_model
-    from csm_fast.train.checkpoint import write_record
+    from csm_fast.weights.save import write_record
 
     with torch.device("meta"):
         model = CSM(CSMConfig.csm_1b()).to(torch.bfloat16)

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from csm_fast.model.loss import forward
     from csm_fast.system.errors import InputError
     from csm_fast.weights.adapter_files import linear_to_lora_layers, load_adapters
-    from csm_fast.weights.load import load_model, save_model
+    from csm_fast.weights.load import load_model
+    from csm_fast.weights.save import save_model
 
 
 def __getattr__(name: str) -> Any:

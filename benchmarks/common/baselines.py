@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm_fast.config.shape import CSMConfig
-from csm_fast.weights.load import sesame_to_transformers, transformers_config, transformers_to_sesame
+from csm_fast.weights.load import transformers_config
+from csm_fast.weights.names import sesame_to_transformers, transformers_to_sesame
 
 # ------------------------------------------------------------------------------------------- a plain, padded Llama
 

@@ -16,8 +16,8 @@ from csm_fast.generate.generator import Generator, Speech, Turn
 from csm_fast.model.stacks import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
-from csm_fast.train.checkpoint import read_record
 from csm_fast.weights.load import load_model
+from csm_fast.weights.save import read_record
 
 log = logging.getLogger("csm_fast")
 

@@ -11,23 +11,21 @@ A saved adapter carries a probe: a few hundred rows of real data, and the loss t
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.evaluate.probe import PROBE, Probe, read_probe
 from csm_fast.model.csm import CSM
-from csm_fast.model.linear import adapted_weight, dense_weight, is_quantized
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
-from csm_fast.train.checkpoint import STATE, read_record, write_record
-from csm_fast.weights.adapter_files import adapter_size, load_adapters, load_base
+from csm_fast.train.checkpoint import STATE
+from csm_fast.weights.adapter_files import adapter_size, load_adapters
 from csm_fast.weights.adapter_formats import ADAPTER_CONFIG, SavedAdapter
-from csm_fast.weights.load import save_model
+from csm_fast.weights.load import load_base
+from csm_fast.weights.merge import add_adapters, replace_whole
+from csm_fast.weights.save import read_record, save_model, write_record
 
 log = logging.getLogger("csm_fast")
 
@@ -35,70 +33,6 @@ ALLOWED_4BIT, FLOOR_4BIT = 3.0, 0.03
 
 
 # ---------------------------------------------------------------------------------------------------------- merging
-
-
-@torch.no_grad()
-def replace_whole(model: CSM, saved: SavedAdapter) -> None:
-    """Put the parameters, and the rows of tables, that were trained besides the adapters in the place of the base's."""
-    for name, values in saved.whole.items():
-        table, _, kind = name.rpartition(".")
-        if kind == "rows":
-            parameter = model.get_parameter(table)
-            parameter.index_copy_(0, saved.whole[f"{table}.index"].to(parameter.device), values.to(parameter))
-        elif kind != "index":
-            model.get_parameter(name).copy_(values)
-
-
-@torch.no_grad()
-def add_adapters(model: CSM, saved: SavedAdapter) -> None:
-    """Add an adapter's layers to their base in place, in the base's dtype: W + s B A, with DoRA its rows scaled to
-    their magnitudes."""
-    for name, parts in saved.modules.items():
-        weight = model.get_parameter(f"{name}.weight")
-        a, b = (parts[part].to(weight) for part in ("lora_A", "lora_B"))
-        weight.addmm_(b, a, alpha=saved.scale)
-        if "magnitude" in parts:
-            weight.mul_((parts["magnitude"].to(weight) / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
-
-
-def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> CSM:
-    """The float32 model that an adapter and its base make together.
-
-    ``base``: hub id or path; by default the one that the adapter names.
-
-    Raises:
-        InputError: the base is not there or is another one, or the adapter does not fit it.
-    """
-    model, saved = load_base(directory, base)
-    replace_whole(model, saved)
-    add_adapters(model, saved)
-    return model
-
-
-@torch.no_grad()
-def merge_into(model: Any) -> None:
-    """Turn a model with adapters into a plain one, in place: every weight float32 and with its adapter added.
-
-    4-bit weights become what their bits stand for, so the model's function stays (``load_merged`` takes the original
-    weights instead).
-    """
-    for name, layer in list(model.named_modules()):
-        if not (hasattr(layer, "lora_A") or is_quantized(layer)) or ".base_layer" in name:
-            continue
-        weight = adapted_weight(layer) if hasattr(layer, "lora_A") else dense_weight(layer)
-        with torch.device("meta"):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        plain.weight = nn.Parameter(weight.detach().float())
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
-    if getattr(model, "embedding_rows", None) is not None:
-        for table, masters, index in model.embedding_rows.pairs():
-            table.data = table.data.float().index_copy(0, index, masters.float())
-        del model.embedding_rows
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    del model.adapter
 
 
 def merge(config: MergeConfig) -> None:

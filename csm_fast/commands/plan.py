@@ -8,15 +8,13 @@ bandwidth. Attention's own products are left out: they are few at the lengths of
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from csm_fast.config.commands import PlanConfig
-from csm_fast.config.parse import build, leaves, read_mapping
+from csm_fast.config.parse import build, leaves
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
@@ -25,6 +23,7 @@ from csm_fast.planner.gpus import GPU, find_gpu, known_gpu
 from csm_fast.planner.tensors import Weight, weights
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB, available_bytes
+from csm_fast.weights.shape import model_shape
 
 PACK_ROWS = 4096  # the trainer's default
 # Shares of a card's peak rates that a step is taken to reach.
@@ -115,31 +114,6 @@ def target(config: PlanConfig) -> tuple[GPU, str]:
     if config.run.memory_limit is not None:
         gpu = dataclasses.replace(gpu, gib=available_bytes(device, config.run.memory_limit) / GIB)
     return gpu, device
-
-
-def model_shape(name: str) -> CSMConfig:
-    """The shape that ``--model`` means; of a directory only its config.json is read."""
-    if name == "sesame/csm-1b":
-        return CSMConfig.csm_1b()
-    path = Path(name).expanduser()
-    if name in NAMED_SHAPES and not path.exists():
-        return NAMED_SHAPES[name]()
-    if name.endswith((".yaml", ".yml")):
-        return CSMConfig.from_dict(read_mapping(name), file=name)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(
-            f"--model {name}: no such shape, directory or file",
-            mend="use " + ", ".join(NAMED_SHAPES) + ", a model's directory with config.json, or a YAML file",
-        )
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON ({error})", file=file) from None
-    from csm_fast.weights.config_json import config_from_json
-
-    shape = config_from_json(values, file) if isinstance(values, dict) else None
-    return shape or CSMConfig.from_dict(values if isinstance(values, dict) else {}, file=str(file))
 
 
 def read_store(data: str) -> Store:

@@ -27,7 +27,7 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.files import _fsync, disk_error, replace_directory
 from csm_fast.system.tensors import write_tensors
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.weights.load import save_model
+from csm_fast.weights.save import save_model, write_record
 
 log = logging.getLogger("csm_fast")
 
@@ -308,22 +308,3 @@ def clean(run_dir: Path) -> None:
     for pattern in (".step-*.tmp", ".step-*.old"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Add the codec and tokenizer to a saved model's ``config.json``, under ``csm_fast_data``."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["csm_fast_data"] = record
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(name_or_path: str) -> dict[str, Any]:
-    """The codec and tokenizer a local model was trained with; empty where nothing is known."""
-    path = Path(name_or_path).expanduser()
-    path = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")).get("csm_fast_data", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -44,12 +44,12 @@ from csm_fast.train.setup import (
     open_optional_split,
     plan_memory,
     position_identity,
-    shape_beforehand,
     starting_model,
 )
 from csm_fast.train.signals import StopSignals
 from csm_fast.train.step import LossFunction, Update
 from csm_fast.weights.load import load_model
+from csm_fast.weights.shape import shape_beforehand
 
 log = logging.getLogger("csm_fast")
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from csm_fast.config.parse import read_mapping
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
 from csm_fast.data.token_store import TokenStore, check_compatible, open_split
@@ -22,10 +21,10 @@ from csm_fast.model.loss import coefficients
 from csm_fast.model.stacks import vocabulary
 from csm_fast.planner import fit as memory
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import old_directory, read_json
-from csm_fast.train.checkpoint import read_record
-from csm_fast.weights.config_json import config_from_json
+from csm_fast.system.files import old_directory
 from csm_fast.weights.load import load_model
+from csm_fast.weights.save import read_record
+from csm_fast.weights.shape import scratch_shape
 
 
 def check_precision(precision: str, section: OptimizerSection) -> None:
@@ -72,32 +71,6 @@ def starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> C
             )
         return load_model(name, dtype=held)
     return CSM(scratch_shape(name)).init_weights(config.data.seed)
-
-
-def scratch_shape(name: str) -> CSMConfig:
-    """The shape that ``--from-scratch --model name`` means."""
-    if name in NAMED_SHAPES:
-        return NAMED_SHAPES[name]()
-    if name == "sesame/csm-1b":
-        return CSMConfig.csm_1b()
-    if name.endswith((".yaml", ".yml", ".json")):
-        return CSMConfig.from_dict(read_mapping(name), file=name)
-    raise InputError(
-        f"--from-scratch needs a shape, {name} is none",
-        mend="use --model " + ", ".join(NAMED_SHAPES) + " or a YAML file of a CSMConfig",
-    )
-
-
-def shape_beforehand(config: TrainConfig, resumed: Path | None) -> CSMConfig | None:
-    """The shape of the model that a run will load, without loading it; None where only the weights tell."""
-    name = config.model.model
-    if resumed is None and config.model.from_scratch:
-        return scratch_shape(name)
-    if resumed is None and name == "sesame/csm-1b":
-        return CSMConfig.csm_1b()
-    path = resumed or Path(name).expanduser()
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    return config_from_json(read_json(file), file) if file.is_file() else None
 
 
 def plan_memory(config: TrainConfig, shape: CSMConfig, store: TokenStore, device: torch.device, precision: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters
 from csm_fast.model.adapters import ADAPTER, resolve_targets
-from csm_fast.model.csm import CSM
 from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import read_json, write_bytes, writing_to
-from csm_fast.weights.adapter_formats import (
-    TRAINED,
-    SavedAdapter,
-    read_adapter,
-    write_csm_mlx,
-    write_peft,
-    write_transformers,
-)
-from csm_fast.weights.config_json import config_from_json, sesame_config
+from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.weights.adapter_formats import TRAINED, SavedAdapter, read_adapter, write_peft
+from csm_fast.weights.config_json import sesame_config
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
-from csm_fast.weights.load import load_model
 
 
 def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -238,68 +227,3 @@ def linear_to_lora_layers(model: Any, config: dict[str, Any], use_dora: bool = F
 
 
 # ------------------------------------------------------------------------------------------------ bases, other tools
-
-
-def adapter_shape(directory: str | os.PathLike[str]) -> CSMConfig | None:
-    """The base's shape, where the adapter's directory says it."""
-    file = Path(directory).expanduser() / "config.json"
-    return config_from_json(read_json(file), file) if file.is_file() else None
-
-
-def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tuple[CSM, SavedAdapter]:
-    """The float32 base of an adapter, its hash checked, and the adapter.
-
-    Args:
-        base: hub id or path; by default the one that the adapter names. Random weights of a named seed are made again.
-
-    Raises:
-        InputError: the adapter names no base, it cannot be loaded, or it is another one.
-    """
-    path = Path(directory).expanduser()
-    if not (path / ADAPTER_CONFIG).is_file():
-        raise InputError(
-            "holds no adapter", file=path, mend=f"give a directory with {PEFT_WEIGHTS} and {ADAPTER_CONFIG}"
-        )
-    config = read_json(path / ADAPTER_CONFIG)
-    name = base or str(config.get("base_model_name_or_path") or "")
-    if not name:
-        raise InputError("does not name its base", file=path / ADAPTER_CONFIG, mend="give it with --base")
-    seed = re.fullmatch(r".*, random, seed (\d+)", name)
-    if seed and (shape := adapter_shape(path)):
-        model = CSM(shape).init_weights(int(seed[1]))
-    else:
-        try:
-            model = load_model(name)
-        except InputError as error:
-            if base:
-                raise
-            raise InputError(f"its base cannot be loaded: {error}", file=path, mend="give it with --base") from None
-    saved = read_adapter(path, model.config)
-    if saved.base_hash is not None:
-        dtype = adapters.hash_dtype(saved.compute_dtype or torch.float32)
-        check_base(saved, adapters.weights_hash(model, dtype), name)
-    saved.base = name
-    return model, saved
-
-
-def _shape_for(directory: str | os.PathLike[str], shape: CSMConfig | None) -> CSMConfig:
-    found = shape or adapter_shape(directory)
-    if found is None:
-        raise InputError("does not say the shape of its base", file=Path(directory), mend="give shape=model.config")
-    return found
-
-
-def to_transformers(
-    directory: str | os.PathLike[str], out: str | os.PathLike[str], shape: CSMConfig | None = None
-) -> None:
-    """Write an adapter as one that PEFT loads onto a transformers ``CsmForConditionalGeneration`` of the same base.
-
-    ``shape``: of the base, where the directory has no config.json (other tools' adapters).
-    """
-    shape = _shape_for(directory, shape)
-    write_transformers(read_adapter(directory, shape), shape, Path(out))
-
-
-def to_csm_mlx(directory: str | os.PathLike[str], out: str | os.PathLike[str], shape: CSMConfig | None = None) -> None:
-    """Write an adapter as csm-mlx' ``adapters.safetensors`` and ``adapter_config.json``."""
-    write_csm_mlx(read_adapter(directory, _shape_for(directory, shape)), Path(out))

@@ -31,7 +31,7 @@ from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors
 from csm_fast.system.version import __version__
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
-from csm_fast.weights.load import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
+from csm_fast.weights.names import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
 
 TRAINED = "trained.safetensors"
 WHOLE = ("codebook0_head.weight", "audio_head", "text_embeddings.weight", "audio_embeddings.weight")

@@ -5,11 +5,9 @@ One tensor is converted at a time, so loading needs little more memory than the 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
+from csm_fast.model import adapters
 from csm_fast.model.csm import CSM, parameter_shapes
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import read_json, write_bytes, writing_to
-from csm_fast.system.tensors import Entry, read_entries, write_tensors
+from csm_fast.system.files import read_json
+from csm_fast.system.tensors import Entry, read_entries
+from csm_fast.weights.adapter_files import check_base
+from csm_fast.weights.adapter_formats import SavedAdapter, read_adapter
 from csm_fast.weights.config_json import config_from_json, sesame_config, transformers_config
-from csm_fast.weights.files import is_adapter, locate, shards
+from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, locate, shards
+from csm_fast.weights.merge import add_adapters, replace_whole
+from csm_fast.weights.names import interleave_rows, naming, rotated_heads, sesame_name
+from csm_fast.weights.save import save_model
 
 __all__ = [
     "load_model",
@@ -34,121 +38,6 @@ __all__ = [
     "transformers_config",
     "transformers_to_sesame",
 ]
-
-LAYER = {  # transformers and csm-mlx -> Sesame, within a layer
-    "self_attn.q_proj.weight": "attn.q_proj.weight",
-    "self_attn.k_proj.weight": "attn.k_proj.weight",
-    "self_attn.v_proj.weight": "attn.v_proj.weight",
-    "self_attn.o_proj.weight": "attn.output_proj.weight",
-    "mlp.gate_proj.weight": "mlp.w1.weight",
-    "mlp.down_proj.weight": "mlp.w2.weight",
-    "mlp.up_proj.weight": "mlp.w3.weight",
-    "input_layernorm.weight": "sa_norm.scale",
-    "post_attention_layernorm.weight": "mlp_norm.scale",
-}
-_TRANSFORMERS = {
-    "embed_text_tokens.weight": "text_embeddings.weight",
-    "backbone_model.embed_tokens.embed_audio_tokens.weight": "audio_embeddings.weight",
-    "depth_decoder.model.embed_tokens.weight": "audio_embeddings.weight",
-    "depth_decoder.model.inputs_embeds_projector.weight": "projection.weight",
-    "lm_head.weight": "codebook0_head.weight",
-    "depth_decoder.codebooks_head.weight": "audio_head",
-    "backbone_model.norm.weight": "backbone.norm.scale",
-    "depth_decoder.model.norm.weight": "decoder.norm.scale",
-}
-_TRANSFORMERS_DRAFT = {  # the names of the pull request that brought CSM to transformers
-    "backbone_model.embed_tokens.embed_text_tokens.weight": "text_embeddings.weight",
-    "depth_decoder.model.embed_tokens.embed_audio_tokens.weight": "audio_embeddings.weight",
-}
-_CSM_MLX = {"backbone.norm.weight": "backbone.norm.scale", "decoder.norm.weight": "decoder.norm.scale"}
-_STACKS = {"backbone_model": "backbone", "depth_decoder.model": "decoder", "backbone": "backbone", "decoder": "decoder"}
-# Not parameters: the codec beside the model, and buffers that generation or old releases leave behind.
-_IGNORED = re.compile(
-    r"codec_model\.|(backbone|decoder)_causal_mask$|.*\.audio_tokens_offsets$|.*\.rotary_emb\.\w*inv_freq$"
-)
-
-
-def naming(names: Iterable[str]) -> str:
-    """Whose parameter names these are: "transformers", "csm-mlx" or "sesame"."""
-    names = list(names)
-    if any(n.startswith(("backbone_model.", "depth_decoder.")) for n in names):
-        return "transformers"
-    return "csm-mlx" if any(".self_attn." in n for n in names) else "sesame"
-
-
-def sesame_name(name: str, style: str) -> str | None:
-    """A parameter's name in Sesame's tree; None for what is deliberately ignored. Unknown names come back as is."""
-    if _IGNORED.match(name):
-        return None
-    if style == "sesame":
-        return name
-    if match := re.fullmatch(r"(.+)\.layers\.(\d+)\.(.+)", name):
-        stack, index, leaf = match.groups()
-        if stack in _STACKS and leaf in LAYER:
-            return f"{_STACKS[stack]}.layers.{index}.{LAYER[leaf]}"
-        return name
-    return (_CSM_MLX if style == "csm-mlx" else _TRANSFORMERS | _TRANSFORMERS_DRAFT).get(name, name)
-
-
-def rotated_heads(name: str, config: CSMConfig) -> int | None:
-    """Heads of a query or key projection (Sesame's name), whose rows depend on the rotary convention; else None."""
-    stack = config.backbone if name.startswith("backbone.") else config.decoder
-    if name.endswith(".attn.q_proj.weight"):
-        return stack.num_heads
-    return stack.num_kv_heads if name.endswith(".attn.k_proj.weight") else None
-
-
-def interleave_rows(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from transformers' order (all even dimensions, then all odd) to Sesame's (pairs)."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
-
-
-def split_rows(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of ``interleave_rows``."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
-
-
-def transformers_to_sesame(state: Mapping[str, Tensor], config: CSMConfig) -> dict[str, Tensor]:
-    """Weights of transformers' ``CsmForConditionalGeneration`` under Sesame's names and rotary convention.
-
-    The codec's weights and buffers are left out. Every parameter of ``config`` must be there, nothing else may be.
-
-    Raises:
-        InputError: missing or unexpected names, wrong shapes, or untied audio embeddings.
-    """
-    plan = _Plan([Entry(name, t.shape, "F32", partial(_same, t)) for name, t in state.items()], "transformers weights")
-    plan.account(config)
-    return {name: plan.read(name, config) for name in plan.sources}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> dict[str, Tensor]:
-    """Sesame's weights under transformers' names and rotary convention.
-
-    The audio embedding appears under both of its tied names (the same tensor object): a file that lacks the
-    backbone's one is silently randomised by some releases of transformers 5.
-    """
-    top: dict[str, list[str]] = {}
-    for theirs, ours in _TRANSFORMERS.items():
-        top.setdefault(ours, []).append(theirs)
-    layer = {ours: theirs for theirs, ours in LAYER.items()}
-    prefix = {"backbone": "backbone_model", "decoder": "depth_decoder.model"}
-    result = {}
-    for name, tensor in state.items():
-        if _IGNORED.match(name):
-            continue
-        if match := re.fullmatch(r"(backbone|decoder)\.layers\.(\d+)\.(.+)", name):
-            stack, index, leaf = match.groups()
-            if heads := rotated_heads(name, config):
-                tensor = split_rows(tensor, heads)
-            result[f"{prefix[stack]}.layers.{index}.{layer[leaf]}"] = tensor
-        else:
-            for theirs in top[name]:
-                result[theirs] = tensor
-    return result
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -225,7 +114,7 @@ def load_model(
             shape, and a hub that does not answer. Nothing is half loaded.
     """
     if is_adapter(name_or_path):
-        from csm_fast.commands.merge import load_merged
+        from csm_fast.weights.load import load_merged
 
         model = load_merged(name_or_path)
         for name, parameter in model.named_parameters():
@@ -267,30 +156,57 @@ def _read_config(file: Path, plan: _Plan) -> CSMConfig:
 # --------------------------------------------------------------------------------------------------------- saving
 
 
-def save_model(model: nn.Module, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Write ``model.safetensors`` (Sesame's names) and ``config.json`` into ``directory``, made if need be.
+def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> CSM:
+    """The float32 model that an adapter and its base make together.
 
-    Sesame's own ``Model.from_pretrained(directory)`` reads them, and so does ``load_model``. Tensors go to disk one
-    by one. Both files are fsynced and replace older ones only when they are complete.
-
-    Args:
-        model: ``CSM`` or any module with Sesame's tree; buffers are not saved.
-        dtype: of the file; None keeps each parameter's own.
+    ``base``: hub id or path; by default the one that the adapter names.
 
     Raises:
-        InputError: no space, or no permission to write.
-        ValueError: the module's parameters are not those of Sesame's tree.
+        InputError: the base is not there or is another one, or the adapter does not fit it.
     """
-    config, directory = model_config(model), Path(directory)
-    parameters = {n.replace("_orig_mod.", ""): p.detach() for n, p in model.named_parameters()}
-    if odd := sorted(parameters.keys() ^ parameter_shapes(config).keys()):
-        raise ValueError(f"not the parameters of a CSM: {', '.join(odd[:3])} ({len(odd)} in all)")
-    with writing_to(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / "model.safetensors.tmp"
+    model, saved = load_base(directory, base)
+    replace_whole(model, saved)
+    add_adapters(model, saved)
+    return model
+
+
+def adapter_shape(directory: str | os.PathLike[str]) -> CSMConfig | None:
+    """The base's shape, where the adapter's directory says it."""
+    file = Path(directory).expanduser() / "config.json"
+    return config_from_json(read_json(file), file) if file.is_file() else None
+
+
+def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tuple[CSM, SavedAdapter]:
+    """The float32 base of an adapter, its hash checked, and the adapter.
+
+    Args:
+        base: hub id or path; by default the one that the adapter names. Random weights of a named seed are made again.
+
+    Raises:
+        InputError: the adapter names no base, it cannot be loaded, or it is another one.
+    """
+    path = Path(directory).expanduser()
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise InputError(
+            "holds no adapter", file=path, mend=f"give a directory with {PEFT_WEIGHTS} and {ADAPTER_CONFIG}"
+        )
+    config = read_json(path / ADAPTER_CONFIG)
+    name = base or str(config.get("base_model_name_or_path") or "")
+    if not name:
+        raise InputError("does not name its base", file=path / ADAPTER_CONFIG, mend="give it with --base")
+    seed = re.fullmatch(r".*, random, seed (\d+)", name)
+    if seed and (shape := adapter_shape(path)):
+        model = CSM(shape).init_weights(int(seed[1]))
+    else:
         try:
-            write_tensors(temporary, parameters, dtype)
-            os.replace(temporary, directory / "model.safetensors")
-        finally:
-            temporary.unlink(missing_ok=True)
-        write_bytes(directory / "config.json", (json.dumps(sesame_config(config), indent=2) + "\n").encode())
+            model = load_model(name)
+        except InputError as error:
+            if base:
+                raise
+            raise InputError(f"its base cannot be loaded: {error}", file=path, mend="give it with --base") from None
+    saved = read_adapter(path, model.config)
+    if saved.base_hash is not None:
+        dtype = adapters.hash_dtype(saved.compute_dtype or torch.float32)
+        check_base(saved, adapters.weights_hash(model, dtype), name)
+    saved.base = name
+    return model, saved

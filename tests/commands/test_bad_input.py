@@ -47,6 +47,7 @@ from csm_fast.data.metadata import load_metadata
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import open_split
 from csm_fast.train import checkpoint as ckpt
+from csm_fast.weights.save import write_record
 
 
 @pytest.fixture(autouse=True)
@@ -720,9 +721,9 @@ def test_generate(tmp_path, model, refused, monkeypatch):
     monkeypatch.setattr("csm_fast.commands.generate.load_text_tokenizer", lambda *args: FakeTokenizer())
     refused(generate(), "the model knows 50 text ids", "letters has 300 ids", "--tokenizer")
     # A model that knows what it was trained with.
-    ckpt.write_record(model, {"codec": {**CODEC, "fingerprint": "e" * 64}, "text_tokenizer": TOKENIZER})
+    write_record(model, {"codec": {**CODEC, "fingerprint": "e" * 64}, "text_tokenizer": TOKENIZER})
     refused(generate(), "the model was trained with test codec, this is test codec", "--codec-source")
-    ckpt.write_record(model, {"codec": CODEC, "text_tokenizer": TOKENIZER})
+    write_record(model, {"codec": CODEC, "text_tokenizer": TOKENIZER})
     refused(generate(), "the model was trained with another text tokenizer than letters", "--tokenizer")
 
 

@@ -21,6 +21,7 @@ from csm_fast.planner import gpus
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB
 from csm_fast.weights.config_json import sesame_config, transformers_config
+from csm_fast.weights.shape import model_shape
 
 
 def printed(capsys, *argv: str) -> list[str]:
@@ -190,20 +191,20 @@ def test_without_a_card_it_is_this_machine(capsys):
 
 def test_shapes_and_files_of_models(tmp_path):
     small = CSMConfig.small()
-    assert plan.model_shape("small") == small
-    assert plan.model_shape("sesame/csm-1b") == plan.model_shape("csm-1b") == CSMConfig.csm_1b()
+    assert model_shape("small") == small
+    assert model_shape("sesame/csm-1b") == model_shape("csm-1b") == CSMConfig.csm_1b()
     (tmp_path / "config.json").write_text(json.dumps(sesame_config(small)))
-    assert plan.model_shape(str(tmp_path)) == plan.model_shape(str(tmp_path / "config.json")) == small
+    assert model_shape(str(tmp_path)) == model_shape(str(tmp_path / "config.json")) == small
     theirs = tmp_path / "theirs.json"
     theirs.write_text(json.dumps({"model_type": "csm", **transformers_config(small)}))
-    assert plan.model_shape(str(theirs)).backbone.embed_dim == small.backbone.embed_dim
-    assert plan.model_shape(str(write_model(tmp_path / "model.yaml"))).num_codebooks == 6
+    assert model_shape(str(theirs)).backbone.embed_dim == small.backbone.embed_dim
+    assert model_shape(str(write_model(tmp_path / "model.yaml"))).num_codebooks == 6
     for wrong in ("nobody/nothing", str(tmp_path / "none.json")):
         with pytest.raises(InputError, match="no such shape"):
-            plan.model_shape(wrong)
+            model_shape(wrong)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match="JSON"):
-        plan.model_shape(str(tmp_path / "broken.json"))
+        model_shape(str(tmp_path / "broken.json"))
 
 
 def test_operations_of_a_full_step_are_those_of_the_design():

@@ -18,7 +18,8 @@ from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.linear import is_quantized
 from csm_fast.system.errors import InputError
 from csm_fast.weights import adapter_files
-from csm_fast.weights.load import interleave_rows
+from csm_fast.weights.export import to_csm_mlx, to_transformers
+from csm_fast.weights.names import interleave_rows
 
 
 def trained(model):
@@ -209,7 +210,7 @@ def test_rows_are_saved_alone_and_come_back(tmp_path):
 def test_csm_mlx_files_there_and_back(kind, tmp_path):
     model = attached(**KINDS[kind])
     adapter_files.save_adapter(model, tmp_path / "ours")
-    adapter_files.to_csm_mlx(tmp_path / "ours", tmp_path / "mlx")
+    to_csm_mlx(tmp_path / "ours", tmp_path / "mlx")
     fresh = random_model()
     adapter_files.load_adapters(fresh, tmp_path / "mlx")
     assert torch.equal(loss_of(fresh), loss_of(model))
@@ -220,7 +221,7 @@ def test_csm_mlx_files_mean_what_csm_mlx_means(tmp_path):
     """y + scale (x a) b, over names of csm-mlx, from a file that holds the frozen base as well."""
     model = attached(target_modules=["q_proj", "w2", "projection"], lora_alpha=6.0)
     adapter_files.save_adapter(model, tmp_path / "ours")
-    adapter_files.to_csm_mlx(tmp_path / "ours", tmp_path / "mlx")
+    to_csm_mlx(tmp_path / "ours", tmp_path / "mlx")
     config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
     keys = ["mlp.down_proj", "projection", "self_attn.q_proj"]
@@ -243,7 +244,7 @@ def test_csm_mlx_files_mean_what_csm_mlx_means(tmp_path):
 def test_heads_have_no_form_in_csm_mlx(tmp_path):
     adapter_files.save_adapter(attached(train_heads=True), tmp_path / "ours")
     with pytest.raises(InputError, match="csm-fast merge"):
-        adapter_files.to_csm_mlx(tmp_path / "ours", tmp_path / "mlx")
+        to_csm_mlx(tmp_path / "ours", tmp_path / "mlx")
 
 
 @pytest.mark.parametrize("scale", [{"scale": 2.0}, {"alpha": 16.0}])
@@ -277,12 +278,12 @@ def test_peft_loads_it_onto_transformers_csm(kind, tmp_path):
     """The loss of our model with the adapter merged, in transformers' form, is that of PEFT's on the base."""
     import peft
 
-    from csm_fast.commands.merge import merge_into
+    from csm_fast.weights.merge import merge_into
 
     plain = random_model()
     model = stir_besides(attached(**KINDS[kind]))
     adapter_files.save_adapter(model, tmp_path / "ours")
-    adapter_files.to_transformers(tmp_path / "ours", tmp_path / "theirs")
+    to_transformers(tmp_path / "ours", tmp_path / "theirs")
     base = transformers_model(MICRO, plain.state_dict())
     before = peer_loss(base)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "theirs"))
@@ -322,7 +323,7 @@ def test_we_load_what_peft_made_on_transformers_csm(dora, tmp_path):
     model = random_model()
     attached_now = adapter_files.load_adapters(model, tmp_path)
     assert len(attached_now.targets) == 28 + 2
-    from csm_fast.commands.merge import merge_into
+    from csm_fast.weights.merge import merge_into
 
     layer = model.backbone.layers[0].attn.q_proj
     b = load_file(file)["base_model.model.backbone_model.layers.0.self_attn.q_proj.lora_B.weight"]
@@ -336,7 +337,7 @@ def test_we_load_what_peft_made_on_transformers_csm(dora, tmp_path):
 def test_rows_have_no_form_in_transformers(tmp_path):
     adapter_files.save_adapter(with_rows(), tmp_path / "ours")
     with pytest.raises(InputError, match="csm-fast merge"):
-        adapter_files.to_transformers(tmp_path / "ours", tmp_path / "theirs")
+        to_transformers(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_a_quantised_base_is_known_by_its_original_weights():

@@ -13,7 +13,8 @@ from weight_cases import OTHER, hf_json, same, shard, write
 
 import csm_fast
 from csm_fast import CSM, InputError, load_model, save_model
-from csm_fast.weights.load import sesame_config, sesame_to_transformers, transformers_to_sesame
+from csm_fast.weights.load import sesame_config
+from csm_fast.weights.names import sesame_to_transformers, transformers_to_sesame
 
 
 def drop(state):

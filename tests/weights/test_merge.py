@@ -19,8 +19,10 @@ from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.packing.loader import Packer
 from csm_fast.system.errors import InputError
-from csm_fast.train.checkpoint import read_record, write_record
 from csm_fast.weights.adapter_files import save_adapter
+from csm_fast.weights.load import load_merged
+from csm_fast.weights.merge import merge_into
+from csm_fast.weights.save import read_record, write_record
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,7 @@ def test_merging_in_place_keeps_the_function(kind):
     """Also of a 4-bit base, whose weights become what their bits stand for."""
     model = stir_besides(attached(**KINDS[kind]))
     want = loss_of(model).detach()
-    merge.merge_into(model)
+    merge_into(model)
     assert not hasattr(model, "adapter")
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in CSM(MICRO).named_parameters()}
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
@@ -230,7 +232,7 @@ def test_a_wrong_or_missing_base(base, tmp_path):
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(InputError, match="does not name its base; give it with --base"):
-        merge.load_merged(tmp_path / "adapter")
+        load_merged(tmp_path / "adapter")
 
 
 def test_without_a_probe_there_is_nothing_to_verify_but_merging_works(base, tmp_path, told):
