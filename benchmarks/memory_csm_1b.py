@@ -55,7 +55,7 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     from csm_fast.config.train import TrainConfig
     from csm_fast.data.store_writer import TokenStoreWriter
     from csm_fast.data.token_store import TurnTokens
-    from csm_fast.planner.fit import estimate
+    from csm_fast.planner.estimate import estimate
     from csm_fast.report.metrics import read_metrics
     from csm_fast.train.loop import train as run
 

@@ -39,6 +39,7 @@ from csm_fast.model.loss import packed_loss
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.planner import fit as memory
+from csm_fast.planner.estimate import estimate
 from csm_fast.train.optim.build import cast_weights
 from csm_fast.train.step import Update
 
@@ -133,7 +134,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     batch = StepBatch([pack] * packs, 0, 0)
     update(batch, 0)
     gc.collect()
-    said = memory.estimate(
+    said = estimate(
         shape,
         config,
         rows=len(pack.tokens),

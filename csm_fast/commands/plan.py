@@ -18,16 +18,14 @@ from csm_fast.config.parse import build, leaves
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
-from csm_fast.planner.fit import Estimate
+from csm_fast.planner.estimate import AUDIO_SHARE, RESERVE, Estimate, estimate
 from csm_fast.planner.gpus import GPU, find_gpu, known_gpu
-from csm_fast.planner.tensors import Weight, weights
+from csm_fast.planner.speed import BANDWIDTH_SHARE, COMPUTE_SHARE, rows_per_second
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB, available_bytes
 from csm_fast.weights.shape import model_shape
 
 PACK_ROWS = 4096  # the trainer's default
-# Shares of a card's peak rates that a step is taken to reach.
-COMPUTE_SHARE, BANDWIDTH_SHARE = 0.45, 0.8
 # The ways to train, the one that changes least about the training first; the last is the smallest.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
@@ -181,7 +179,7 @@ def planned(
     precision = config.model.precision
     if precision == "auto" and gpu.fp16_only:
         precision = settings["precision"] = "fp16"
-    share = store.audio_share if store else memory.AUDIO_SHARE
+    share = store.audio_share if store else AUDIO_SHARE
     load: dict[str, Any] = {"device": device, "audio_share": share}
     if precision == "auto" and device == "cpu":
         from csm_fast.system.device import resolve_device, resolve_precision
@@ -194,61 +192,17 @@ def planned(
     for choice in choices:
         settings = {**settings, "activation_checkpointing": choice, "pack_rows": rows}
         run = training_config(config, **settings)
-        found = memory.estimate(shape, run, rows=rows, **load)
+        found = estimate(shape, run, rows=rows, **load)
         if found.needed <= gpu.bytes:
             break
     largest = memory.largest_rows(shape, run, gpu.bytes, **load)
     if found.needed > gpu.bytes and config.data.pack_rows is None and largest >= memory.FEWEST_ROWS:
         rows = largest
         run = training_config(config, **{**settings, "pack_rows": rows})
-        found = memory.estimate(shape, run, rows=rows, **load)
+        found = estimate(shape, run, rows=rows, **load)
     fits = found.needed <= gpu.bytes
     speed = rows_per_second(shape, run, gpu, rows, share, found.trained) if fits and device == "cuda" else None
     return Row(name, run, rows, found, fits, largest, speed)
-
-
-def flops(shape: CSMConfig, config: TrainConfig, rows: int, audio_share: float) -> float:
-    """Floating-point operations of a pack: 2 per weight and row for each of the forward pass, the gradient of the
-    input, that of the weight where it is trained, and the forward pass again where it is recomputed; of adapters all
-    three. The depth decoder runs over K positions of each frame that it sees."""
-    targets = rows * audio_share
-    frames = targets * config.loss.amortization_fraction
-    again = {"off": (), "selective": ("mlp",), "full": ("mlp", "attn")}[config.model.activation_checkpointing]
-
-    def of(weight: Weight) -> float:
-        if weight.kind in ("norm", "table"):
-            return 0.0
-        passes = 2 + weight.trained + any(f".{block}." in weight.name for block in again)
-        return 2.0 * weight.numel * passes + 6.0 * weight.adapter
-
-    uses = {
-        "backbone": rows,
-        "decoder": frames * shape.num_codebooks,
-        "projection": frames * shape.num_codebooks,
-        "codebook0_head": targets,
-        "audio_head": frames,  # each of its heads once a frame
-    }
-    every = weights(shape, config.adapter, config.optimizer, config.model.freeze, 2)
-    return sum(of(w) * uses.get(w.part, 0) for w in every)
-
-
-def rows_per_second(
-    shape: CSMConfig, config: TrainConfig, gpu: GPU, rows: int, audio_share: float, trained: int
-) -> float | None:
-    """The stated model's; one pack per optimizer step. None where the card's rates are unknown, or in float32, whose
-    rate is another."""
-    if not gpu.tflops or config.model.precision == "fp32":
-        return None
-    width = 4 if config.optimizer.weights == "fp32" else 2
-    moments = 8 if config.optimizer.optimizer == "adamw" else 2
-    moved = trained * (3 * width + 2 * moments)  # weight and moments both ways, and the gradient
-    quantised = sum(
-        w.numel for w in weights(shape, config.adapter, config.optimizer, config.model.freeze, 2) if w.quantised
-    )
-    times = 3 if config.model.activation_checkpointing == "full" else 2
-    moved += int(times * quantised * (0.5 + 2 + 2))  # read in 4 bits, written in 16, read by the product
-    compute = flops(shape, config, rows, audio_share) / (COMPUTE_SHARE * gpu.tflops * 1e12)
-    return rows / (compute + moved / (BANDWIDTH_SHARE * gpu.gb_per_s * 1e9))
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -256,8 +210,8 @@ def rows_per_second(
 
 def report(rows: list[Row], config: PlanConfig, gpu: GPU, device: str, store: Store | None) -> Iterator[str]:
     """The lines of the plan, at most 80 columns but for the last, the command."""
-    share = store.audio_share if store else memory.AUDIO_SHARE
-    base, part = memory.RESERVE[device]
+    share = store.audio_share if store else AUDIO_SHARE
+    base, part = RESERVE[device]
     yield f"{config.model.model} on {gpu.name}: {gpu.gib:.1f} GiB"
     known = "of the data" if store else "assumed; --data tells"
     seen = _fraction(config.loss.amortization_fraction)

@@ -20,6 +20,7 @@ from csm_fast.model import adapters
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
 from csm_fast.planner import fit as memory
+from csm_fast.planner.estimate import Estimate, estimate
 from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES
 from csm_fast.planner.step import Load, Walk
@@ -155,9 +156,9 @@ def test_the_walk_gives_back_what_it_takes():
 # --------------------------------------------------------------------------------------------------------- the targets
 
 
-def planned(method: str, **more) -> memory.Estimate:
+def planned(method: str, **more) -> Estimate:
     values = {"activation_checkpointing": "full", "method": method, **more}
-    return memory.estimate(ONE, build(TrainConfig, values), rows=4096, device="cuda")
+    return estimate(ONE, build(TrainConfig, values), rows=4096, device="cuda")
 
 
 def test_predicted_peaks_at_csm_1b_with_4096_rows():
@@ -172,7 +173,7 @@ def test_predicted_peaks_at_csm_1b_with_4096_rows():
 
 def test_what_saves_memory_saves_memory():
     def peak(**values):
-        return memory.estimate(ONE, build(TrainConfig, values), rows=4096).peak
+        return estimate(ONE, build(TrainConfig, values), rows=4096).peak
 
     off, selective, full = (peak(method="lora", activation_checkpointing=choice) for choice in memory.CHECKPOINTING)
     assert off > selective > full
@@ -280,8 +281,8 @@ def test_the_largest_pack_is_the_largest():
     run, available = build(TrainConfig, {"method": "qlora"}), 8 * GIB
     rows = memory.largest_rows(ONE, run, available, device="cuda")
     assert rows % 64 == 0 and rows > 0
-    assert memory.estimate(ONE, run, rows=rows).needed <= available
-    assert memory.estimate(ONE, run, rows=rows + 64).needed > available
+    assert estimate(ONE, run, rows=rows).needed <= available
+    assert estimate(ONE, run, rows=rows + 64).needed > available
     assert memory.largest_rows(ONE, run, GIB, device="cuda") == 0
 
 
@@ -295,6 +296,6 @@ def test_an_estimate_needs_no_pytorch():
 
 
 def test_no_supervised_frames_are_no_error():
-    found = memory.estimate(ONE, TrainConfig(), rows=64, targets=0, decoder_frames=0)
+    found = estimate(ONE, TrainConfig(), rows=64, targets=0, decoder_frames=0)
     assert found.peak >= found.before
     assert dataclasses.asdict(found)["moment"]

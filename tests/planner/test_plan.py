@@ -18,6 +18,8 @@ from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
 from csm_fast.planner import gpus
+from csm_fast.planner.estimate import estimate
+from csm_fast.planner.speed import flops, rows_per_second
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB
 from csm_fast.weights.config_json import sesame_config, transformers_config
@@ -128,7 +130,7 @@ def test_the_command_at_the_end_does_what_the_plan_says(capsys):
         assert words[0] == "csm-fast-train"
         config = cli._config(TrainConfig, "csm-fast-train", "", words[1:])
         name = re.search(r"\((.*)\)", lines[-2])[1]  # type: ignore[index]
-        found = memory.estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda")
+        found = estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda")
         assert found.needed / GIB == pytest.approx(float(table(lines, "weight")[name][-1]), abs=0.006)
         assert found.needed <= gpus.find_gpu(argv[1]).bytes
         assert config.model.precision == ("fp16" if "t4" in argv else "auto")
@@ -212,26 +214,26 @@ def test_operations_of_a_full_step_are_those_of_the_design():
     one = CSMConfig.csm_1b()
     run = build(TrainConfig, {})
     rows = 1000
-    none = plan.flops(one, build(TrainConfig, {"amortization_fraction": 1e-9}), rows, 1.0)
+    none = flops(one, build(TrainConfig, {"amortization_fraction": 1e-9}), rows, 1.0)
     assert none / rows == pytest.approx(5.84e9 + 25e6, rel=0.005)
-    assert plan.flops(one, run, rows, 1.0) / rows == pytest.approx(7.2e9, rel=0.01)
-    lora = plan.flops(one, build(TrainConfig, {"method": "lora"}), rows, 1.0)
-    assert lora / plan.flops(one, run, rows, 1.0) == pytest.approx(2 / 3, rel=0.03)
-    again = plan.flops(one, build(TrainConfig, {"activation_checkpointing": "full"}), rows, 1.0)
-    assert again / plan.flops(one, run, rows, 1.0) == pytest.approx(4 / 3, rel=0.01)
+    assert flops(one, run, rows, 1.0) / rows == pytest.approx(7.2e9, rel=0.01)
+    lora = flops(one, build(TrainConfig, {"method": "lora"}), rows, 1.0)
+    assert lora / flops(one, run, rows, 1.0) == pytest.approx(2 / 3, rel=0.03)
+    again = flops(one, build(TrainConfig, {"activation_checkpointing": "full"}), rows, 1.0)
+    assert again / flops(one, run, rows, 1.0) == pytest.approx(4 / 3, rel=0.01)
 
 
 def test_a_faster_card_is_predicted_to_be_faster():
     one, run = CSMConfig.csm_1b(), build(TrainConfig, {"method": "lora"})
-    slow, fast = (plan.rows_per_second(one, run, gpus.GPUS[name], 4096, 0.8, 10**7) for name in ("rtx-3060", "h100"))
+    slow, fast = (rows_per_second(one, run, gpus.GPUS[name], 4096, 0.8, 10**7) for name in ("rtx-3060", "h100"))
     assert slow and fast and fast > 10 * slow
-    assert plan.rows_per_second(one, run, gpus.find_gpu("12GB"), 4096, 0.8, 10**7) is None
+    assert rows_per_second(one, run, gpus.find_gpu("12GB"), 4096, 0.8, 10**7) is None
 
 
 @pytest.mark.parametrize("size", ["8gb", "12gb", "16gb", "24gb"])
 def test_a_recipe_fits_the_card_it_is_named_after(size):
     config = build(TrainConfig, read_yaml(str(ROOT / f"configs/gpu-{size}.yaml"), TrainConfig))
-    found = memory.estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda", packs=2)
+    found = estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda", packs=2)
     assert found.needed <= gpus.find_gpu(size).bytes
     rows = plan.planned(
         "recipe",

@@ -10,7 +10,7 @@ from csm_fast.cli import main
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
-from csm_fast.planner.fit import estimate
+from csm_fast.planner.estimate import estimate
 from csm_fast.train.loop import train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
