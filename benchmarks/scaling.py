@@ -41,7 +41,7 @@ from csm_fast.model.adapters import attach
 from csm_fast.model.compile import compile_layers
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
-from csm_fast.train.optim.build import TableGradients
+from csm_fast.train.optim.table_gradients import TableGradients
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.
 MIXES: dict[str, list[tuple[int, int]]] = {

@@ -30,7 +30,8 @@ from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
-from csm_fast.train.optim.build import TableGradients, clip, gradient_norm, make_optimizer
+from csm_fast.train.optim.build import clip, gradient_norm, make_optimizer
+from csm_fast.train.optim.table_gradients import TableGradients
 
 SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
 HEADS = 5.0  # widens the heads

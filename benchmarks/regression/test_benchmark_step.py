@@ -12,7 +12,8 @@ from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack
-from csm_fast.train.optim.build import TableGradients, cast_weights, make_optimizer
+from csm_fast.train.optim.build import cast_weights, make_optimizer
+from csm_fast.train.optim.table_gradients import TableGradients
 
 RECORDINGS = 100
 

@@ -23,7 +23,7 @@ from csm_fast.model.loss import coefficients, packed_loss
 from csm_fast.model.stacks import stack_limit, vocabulary
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
-from csm_fast.report.metrics import METRICS, Window, metrics_line, read_metrics, validation_line
+from csm_fast.report.metrics import METRICS, metrics_line, read_metrics, validation_line
 from csm_fast.report.summary import summarize
 from csm_fast.system.console import StepProgress
 from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
@@ -32,7 +32,8 @@ from csm_fast.system.files import disk_error, write_text
 from csm_fast.system.lock import Lock
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.announce import announce, out_of_memory
-from csm_fast.train.optim.build import cast_weights, peak_learning_rate
+from csm_fast.train.optim.build import cast_weights
+from csm_fast.train.optim.schedule import peak_learning_rate
 from csm_fast.train.run_marker import RunMarker
 from csm_fast.train.setup import (
     attach_adapters,
@@ -48,6 +49,7 @@ from csm_fast.train.setup import (
 )
 from csm_fast.train.signals import StopSignals
 from csm_fast.train.step import LossFunction, Update
+from csm_fast.train.window import Window
 from csm_fast.weights.load import load_model
 from csm_fast.weights.shape import shape_beforehand
 
@@ -152,7 +154,7 @@ class Trainer:
             self.update.load(self.resumed, self.state)
         self.sampler: Any = None
         if config.run.gen_every:
-            from csm_fast.generate.generator import Sampler
+            from csm_fast.train.samples import Sampler
 
             self.sampler = Sampler(self.model, config, self.run_dir / "samples", self.store)
         # 5. What accumulates on the device until it is logged.

@@ -16,15 +16,9 @@ from csm_fast.packing.draws import DROPOUT, draw
 from csm_fast.packing.layout import StepBatch
 from csm_fast.system.device import compute_dtype
 from csm_fast.train import checkpoint as ckpt
-from csm_fast.train.optim.build import (
-    TableGradients,
-    clip,
-    gradient_norm,
-    in_backward,
-    learning_rate,
-    make_optimizer,
-    warn_without_gradient,
-)
+from csm_fast.train.optim.build import clip, gradient_norm, in_backward, make_optimizer, warn_without_gradient
+from csm_fast.train.optim.schedule import learning_rate
+from csm_fast.train.optim.table_gradients import TableGradients
 
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]

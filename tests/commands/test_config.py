@@ -11,7 +11,7 @@ from csm_fast.config.parse import Parser, add_flags, build, dump_yaml, from_flag
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.system.device import resolve_device
-from csm_fast.train.optim.build import learning_rate, warmup_steps
+from csm_fast.train.optim.schedule import learning_rate, warmup_steps
 
 
 def parse(*argv, config=None):

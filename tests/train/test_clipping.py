@@ -9,7 +9,8 @@ from kernel_cases import gradients, start
 
 from csm_fast import ops
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import TableGradients, clip, gradient_norm
+from csm_fast.train.optim.build import clip, gradient_norm
+from csm_fast.train.optim.table_gradients import TableGradients
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 

@@ -20,7 +20,8 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.tensors import write_tensors
 from csm_fast.train.checkpoint import load_optimizer, optimizer_tensors
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import TableGradients, cast_weights, clip, in_backward, make_optimizer
+from csm_fast.train.optim.build import cast_weights, clip, in_backward, make_optimizer
+from csm_fast.train.optim.table_gradients import TableGradients
 
 BF16, F32 = torch.bfloat16, torch.float32
 KINDS = {  # what a run can choose, as (optimizer, weights)

@@ -15,7 +15,8 @@ from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
-from csm_fast.train.optim.build import TableGradients, gradient_norm
+from csm_fast.train.optim.build import gradient_norm
+from csm_fast.train.optim.table_gradients import TableGradients
 
 TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 

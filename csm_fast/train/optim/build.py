@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,6 +14,8 @@ from csm_fast import ops
 from csm_fast.config.train import OptimizerSection
 from csm_fast.system.errors import InputError
 from csm_fast.train.optim.adamw import AdamW, can_page
+from csm_fast.train.optim.schedule import peak_learning_rate
+from csm_fast.train.optim.table_gradients import TableGradients
 
 log = logging.getLogger("csm_fast")
 
@@ -188,55 +189,6 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
         )
 
 
-class TableGradients:
-    """The gradients of the embedding tables, kept from step to step where the model trains on a CPU.
-
-    A table of 128,256 rows gets a few hundred of them per step; filling the rest with zeros can take longer than the
-    step. Elsewhere this does nothing: a GPU fills them in a fraction of a millisecond.
-
-        tables = TableGradients(model)
-        with tables:
-            ...                   # losses and backward passes
-        optimizer.step()          # the tables' .grad is there
-        optimizer.zero_grad()
-        tables.clear(whole)       # whole: the gradients held NaN, or something else wrote into them
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-        weights = model.text_embeddings.weight, model.audio_embeddings.weight
-        self.rows = tuple(ops.RowGradient(w) if w.requires_grad and w.device.type == "cpu" else None for w in weights)
-        self.kept = [(w, rows) for w, rows in zip(weights, self.rows, strict=True) if rows is not None]
-        self.others_wrote = False
-        self._versions: list[int] = []
-
-    def __enter__(self) -> None:
-        self.model.row_gradients = self.rows
-        for weight, rows in self.kept:
-            if weight.grad is rows.dense:  # of an earlier ``with``; what autograd adds is to be told apart
-                weight.grad = None
-
-    def __exit__(self, *_: object) -> None:
-        del self.model.row_gradients
-        for weight, rows in self.kept:
-            if weight.grad is not None:  # the table was used otherwise, too
-                rows.add(weight.grad)
-                self.others_wrote = True
-            weight.grad = rows.dense
-        self._versions = [rows.dense._version for _, rows in self.kept]
-
-    def touched(self) -> dict[Tensor, Tensor]:
-        """By table: int64 [n], the rows besides which its gradient is zero. Empty if anything else wrote to it, too."""
-        if [rows.dense._version for _, rows in self.kept] != self._versions:
-            self.others_wrote = True
-        return {} if self.others_wrote else {weight: rows.touched() for weight, rows in self.kept}
-
-    def clear(self, whole: bool) -> None:
-        for _, rows in self.kept:
-            rows.clear(whole or self.others_wrote)
-        self.others_wrote = False
-
-
 def warn_without_gradient(optimizer: torch.optim.Optimizer, updated: Iterable[Tensor] = ()) -> None:
     """Name what is trained but was not reached by the backward pass; ``updated`` had its gradient, and lost it."""
     reached = {id(parameter) for parameter in updated}
@@ -244,37 +196,3 @@ def warn_without_gradient(optimizer: torch.optim.Optimizer, updated: Iterable[Te
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if parameter.grad is None and id(parameter) not in reached:
                 log.warning("warning: %s is trainable but got no gradient in the first step", name)
-
-
-def peak_learning_rate(section: OptimizerSection, method: str = "full") -> float:
-    """The given one, or the method's default: adapters start at zero and take larger steps."""
-    if section.learning_rate is not None:
-        return section.learning_rate
-    return 3e-5 if method == "full" else 2e-4
-
-
-def warmup_steps(section: OptimizerSection, total_steps: int) -> int:
-    """Warmup in optimizer steps, from steps or a ratio (default 0.05), at most the whole run."""
-    if section.warmup_steps is not None:
-        return min(section.warmup_steps, total_steps)
-    ratio = 0.05 if section.warmup_ratio is None else section.warmup_ratio
-    return min(total_steps, math.ceil(ratio * total_steps))
-
-
-def learning_rate(section: OptimizerSection, step: int, total_steps: int) -> float:
-    """Learning rate of the update number ``step`` (from 0) of ``total_steps``.
-
-    Linear warmup reaches the peak at its last step (its first step is not 0); then linear to 0, a half cosine to 0,
-    exponential to a tenth, or constant.
-    """
-    warmup, peak = warmup_steps(section, total_steps), peak_learning_rate(section)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    factor = {
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "exponential": 0.1**progress,
-        "constant": 1.0,
-    }[section.lr_decay]
-    return peak * max(0.0, factor)
