@@ -38,7 +38,6 @@ from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.pack import Pack, pack_padded
-from csm_fast.planner import fit as memory
 from csm_fast.planner.estimate import estimate
 from csm_fast.train.optim.build import cast_weights
 from csm_fast.train.step import Update

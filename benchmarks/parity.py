@@ -37,7 +37,8 @@ from torch import Tensor, nn
 import csm_fast
 from benchmarks.common.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.weights.load import model_config, sesame_config
+from csm_fast.model.stacks import model_config
+from csm_fast.weights.config_json import sesame_config
 from csm_fast.weights.save import save_model
 
 LOSS, GRADIENT = 1e-6, 1e-5  # largest relative errors in float32

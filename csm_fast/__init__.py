@@ -12,8 +12,8 @@ from csm_fast.system.version import __version__
 
 _HOME = {
     "CSM": "model.csm",
-    "CSMConfig": "config.train",
-    "TransformerConfig": "config.train",
+    "CSMConfig": "config.shape",
+    "TransformerConfig": "config.shape",
     "TrainConfig": "config.train",
     "InputError": "system.errors",
     "TokenStore": "data.token_store",
@@ -21,8 +21,8 @@ _HOME = {
     "load_adapters": "weights.adapter_files",
     "linear_to_lora_layers": "weights.adapter_files",
     "load_model": "weights.load",
-    "save_model": "weights.load",
-    "load_codec": "data.codec.base",
+    "save_model": "weights.save",
+    "load_codec": "data.codec.load",
     "load_text_tokenizer": "data.text",
     "Generator": "generate.generator",
 }

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csm_fast.config.shape import CSMConfig
-from csm_fast.weights.load import transformers_config
+from csm_fast.weights.config_json import transformers_config
 from csm_fast.weights.names import sesame_to_transformers, transformers_to_sesame
 
 # ------------------------------------------------------------------------------------------- a plain, padded Llama

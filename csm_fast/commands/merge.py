@@ -22,7 +22,8 @@ from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
 from csm_fast.train.checkpoint import STATE
 from csm_fast.weights.adapter_files import adapter_size, load_adapters
-from csm_fast.weights.adapter_formats import ADAPTER_CONFIG, SavedAdapter
+from csm_fast.weights.adapter_formats import SavedAdapter
+from csm_fast.weights.files import ADAPTER_CONFIG
 from csm_fast.weights.load import load_base
 from csm_fast.weights.merge import add_adapters, replace_whole
 from csm_fast.weights.save import read_record, save_model, write_record

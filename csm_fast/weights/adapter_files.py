@@ -27,7 +27,7 @@ from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_bytes, writing_to
-from csm_fast.weights.adapter_formats import TRAINED, SavedAdapter, read_adapter, write_peft
+from csm_fast.weights.adapter_formats import TRAINED, SavedAdapter, check_base, read_adapter, write_peft
 from csm_fast.weights.config_json import sesame_config
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 
@@ -147,17 +147,6 @@ def _load_rows(model: Any, saved: SavedAdapter) -> None:
         if name.endswith(".rows"):
             tensor.copy_(saved.whole[name])
     rows.push()
-
-
-def check_base(saved: SavedAdapter, base_hash: str, base: str) -> None:
-    """Refuse an adapter of another base; one that does not name its base is taken."""
-    if saved.base_hash is not None and saved.base_hash != base_hash:
-        raise InputError(
-            f"belongs to the base {saved.base or 'without a name'} (weights {saved.base_hash[:16]}), not to "
-            f"{base or 'the given model'} (weights {base_hash[:16]})",
-            file=saved.where,
-            mend="give the base it was trained on",
-        )
 
 
 def load_adapters(

@@ -363,3 +363,14 @@ def write_csm_mlx(saved: SavedAdapter, directory: Path) -> None:
     given = {"rank": section.lora_rank, "scale": saved.scale, "dropout": section.lora_dropout, "keys": sorted(keys)}
     kind = "dora" if section.method == "dora" else "lora"
     _write(directory, MLX_WEIGHTS, tensors, {"fine_tune_type": kind, "lora_parameters": given})
+
+
+def check_base(saved: SavedAdapter, base_hash: str, base: str) -> None:
+    """Refuse an adapter of another base; one that does not name its base is taken."""
+    if saved.base_hash is not None and saved.base_hash != base_hash:
+        raise InputError(
+            f"belongs to the base {saved.base or 'without a name'} (weights {saved.base_hash[:16]}), not to "
+            f"{base or 'the given model'} (weights {base_hash[:16]})",
+            file=saved.where,
+            mend="give the base it was trained on",
+        )

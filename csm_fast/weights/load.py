@@ -12,82 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.model import adapters
 from csm_fast.model.csm import CSM, parameter_shapes
-from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json
-from csm_fast.system.tensors import Entry, read_entries
-from csm_fast.weights.adapter_files import check_base
-from csm_fast.weights.adapter_formats import SavedAdapter, read_adapter
-from csm_fast.weights.config_json import config_from_json, sesame_config, transformers_config
+from csm_fast.system.tensors import read_entries
+from csm_fast.weights.adapter_formats import SavedAdapter, check_base, read_adapter
+from csm_fast.weights.config_json import config_from_json
 from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, locate, shards
 from csm_fast.weights.merge import add_adapters, replace_whole
-from csm_fast.weights.names import interleave_rows, naming, rotated_heads, sesame_name
-from csm_fast.weights.save import save_model
-
-__all__ = [
-    "load_model",
-    "model_config",
-    "save_model",
-    "sesame_config",
-    "sesame_to_transformers",
-    "transformers_config",
-    "transformers_to_sesame",
-]
-
+from csm_fast.weights.names import _Plan
 
 # -------------------------------------------------------------------------------------------------------- loading
-
-
-class _Plan:
-    """Which tensors of a checkpoint make up which parameters."""
-
-    def __init__(self, entries: list[Entry], where: str | os.PathLike[str]):
-        self.where = where
-        self.style = naming(entry.name for entry in entries)
-        self.sources: dict[str, list[Entry]] = {}
-        for entry in entries:
-            name = sesame_name(entry.name, self.style)
-            if name is not None:
-                self.sources.setdefault(name, []).append(entry)
-
-    def account(self, config: CSMConfig) -> None:
-        """Compare names, shapes and dtypes with what ``config`` needs; one InputError for all differences."""
-        expected = parameter_shapes(config)
-        wrong = [f"{e.name} is unexpected" for n, entries in self.sources.items() if n not in expected for e in entries]
-        for name, shape in expected.items():
-            if name not in self.sources:
-                wrong.append(f"{name} is missing")
-            for entry in self.sources.get(name, ()):
-                if tuple(entry.shape) != shape:
-                    wrong.append(f"{entry.name} is {list(entry.shape)} instead of {list(shape)}")
-                elif entry.dtype not in ("F64", "F32", "F16", "BF16"):
-                    wrong.append(f"{entry.name} is {entry.dtype}, not a float")
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise InputError(
-                f"{len(wrong)} of the tensors do not fit this CSM: {', '.join(wrong[:3])}{more}",
-                file=self.where,
-                mend="give a complete CSM checkpoint with its own config.json",
-            )
-
-    def read(self, name: str, config: CSMConfig) -> Tensor:
-        """A parameter in Sesame's convention. May alias what the entry's ``read`` returned."""
-        first, *others = self.sources[name]
-        tensor = first.read()
-        if any(not torch.equal(tensor, other.read()) for other in others):
-            raise InputError(
-                f"{first.name} and {others[0].name} differ, but CSM has one audio embedding",
-                file=self.where,
-                mend="some releases of transformers 5 left the backbone's copy random when loading; export the model "
-                "again with a release that ties them",
-            )
-        heads = rotated_heads(name, config) if self.style == "transformers" else None
-        return interleave_rows(tensor, heads) if heads else tensor
 
 
 def load_model(
@@ -114,8 +53,6 @@ def load_model(
             shape, and a hub that does not answer. Nothing is half loaded.
     """
     if is_adapter(name_or_path):
-        from csm_fast.weights.load import load_merged
-
         model = load_merged(name_or_path)
         for name, parameter in model.named_parameters():
             kind = dtype(name) if callable(dtype) else dtype or torch.float32

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from csm_fast.config.shape import CSMConfig
+from csm_fast.model.csm import parameter_shapes
+from csm_fast.system.errors import InputError
 from csm_fast.system.tensors import Entry
-from csm_fast.weights.load import _Plan
 
 LAYER = {  # transformers and csm-mlx -> Sesame, within a layer
     "self_attn.q_proj.weight": "attn.q_proj.weight",
@@ -136,3 +139,50 @@ def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> di
             for theirs in top[name]:
                 result[theirs] = tensor
     return result
+
+
+class _Plan:
+    """Which tensors of a checkpoint make up which parameters."""
+
+    def __init__(self, entries: list[Entry], where: str | os.PathLike[str]):
+        self.where = where
+        self.style = naming(entry.name for entry in entries)
+        self.sources: dict[str, list[Entry]] = {}
+        for entry in entries:
+            name = sesame_name(entry.name, self.style)
+            if name is not None:
+                self.sources.setdefault(name, []).append(entry)
+
+    def account(self, config: CSMConfig) -> None:
+        """Compare names, shapes and dtypes with what ``config`` needs; one InputError for all differences."""
+        expected = parameter_shapes(config)
+        wrong = [f"{e.name} is unexpected" for n, entries in self.sources.items() if n not in expected for e in entries]
+        for name, shape in expected.items():
+            if name not in self.sources:
+                wrong.append(f"{name} is missing")
+            for entry in self.sources.get(name, ()):
+                if tuple(entry.shape) != shape:
+                    wrong.append(f"{entry.name} is {list(entry.shape)} instead of {list(shape)}")
+                elif entry.dtype not in ("F64", "F32", "F16", "BF16"):
+                    wrong.append(f"{entry.name} is {entry.dtype}, not a float")
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise InputError(
+                f"{len(wrong)} of the tensors do not fit this CSM: {', '.join(wrong[:3])}{more}",
+                file=self.where,
+                mend="give a complete CSM checkpoint with its own config.json",
+            )
+
+    def read(self, name: str, config: CSMConfig) -> Tensor:
+        """A parameter in Sesame's convention. May alias what the entry's ``read`` returned."""
+        first, *others = self.sources[name]
+        tensor = first.read()
+        if any(not torch.equal(tensor, other.read()) for other in others):
+            raise InputError(
+                f"{first.name} and {others[0].name} differ, but CSM has one audio embedding",
+                file=self.where,
+                mend="some releases of transformers 5 left the backbone's copy random when loading; export the model "
+                "again with a release that ties them",
+            )
+        heads = rotated_heads(name, config) if self.style == "transformers" else None
+        return interleave_rows(tensor, heads) if heads else tensor

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from csm_fast import CSMConfig, TransformerConfig
-from csm_fast.weights.load import transformers_config
+from csm_fast.weights.config_json import transformers_config
 
 OTHER = CSMConfig(
     TransformerConfig(3, 8, 4, 64, 80, 512, 1e-4, 1e4, 8.0, 1.0, 6.0, 4096),

@@ -24,7 +24,7 @@ from torch import nn
 import csm_fast
 from benchmarks.common.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.weights.load import model_config
+from csm_fast.model.stacks import model_config
 
 RAGGED = {
     "one conversation": [[(5, 40, 0)]],

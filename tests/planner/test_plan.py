@@ -16,7 +16,6 @@ from csm_fast.config.commands import PlanConfig
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
-from csm_fast.planner import fit as memory
 from csm_fast.planner import gpus
 from csm_fast.planner.estimate import estimate
 from csm_fast.planner.speed import flops, rows_per_second

@@ -12,8 +12,8 @@ from weight_cases import OTHER, hf_json, same, shard, write
 
 from benchmarks.common.baselines import transformers_model
 from csm_fast import CSM, CSMConfig, load_model, save_model
-from csm_fast.weights.config_json import from_transformers_config
-from csm_fast.weights.load import model_config, sesame_config, transformers_config
+from csm_fast.model.stacks import model_config
+from csm_fast.weights.config_json import from_transformers_config, sesame_config, transformers_config
 from csm_fast.weights.names import naming, sesame_to_transformers, transformers_to_sesame
 
 # ----------------------------------------------------------------------------------------------------- round trips

@@ -13,7 +13,7 @@ from weight_cases import OTHER, hf_json, same, shard, write
 
 import csm_fast
 from csm_fast import CSM, InputError, load_model, save_model
-from csm_fast.weights.load import sesame_config
+from csm_fast.weights.config_json import sesame_config
 from csm_fast.weights.names import sesame_to_transformers, transformers_to_sesame
 
 
