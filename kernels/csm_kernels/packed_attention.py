@@ -54,7 +54,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmentPlan:
     """Where the segments of a pack of T rows lie.
 
     Attributes:
@@ -95,25 +95,25 @@ class Plan:
         return Order(self.bounds, self.longest, heads, kv_heads, lambda: self.fold(heads, kv_heads))
 
 
-def plan(cu_seqlens: Sequence[int] | Tensor) -> Plan:
+def plan_segments(cu_seqlens: Sequence[int] | Tensor) -> SegmentPlan:
     """The plan of segments that end where ``cu_seqlens`` says, on the CPU. Empty segments are left out.
 
     Raises:
         ValueError: cumulative lengths that do not begin at 0, or decrease, or hold no row.
     """
     # A copy of a few hundred bytes; from another device it waits for it.
-    return _plan(torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu").numpy().tobytes())
+    return _plan_from_bytes(torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu").numpy().tobytes())
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(cu_seqlens: bytes) -> Plan:
+def _plan_from_bytes(cu_seqlens: bytes) -> SegmentPlan:
     cu = np.frombuffer(cu_seqlens or bytes(4), dtype=np.int32).astype(np.int64)
     size = np.diff(cu)
     if cu[0] != 0 or cu[-1] < 1 or size.min() < 0:
         raise ValueError("cu_seqlens must rise from 0 to the number of rows, of which there must be one")
     # A plan first made under inference_mode must still serve training afterwards.
     with torch.inference_mode(False), torch.no_grad():
-        return Plan(int(cu[-1]), torch.from_numpy(cu), int(size.max()))
+        return SegmentPlan(int(cu[-1]), torch.from_numpy(cu), int(size.max()))
 
 
 def _groups(cu: np.ndarray) -> Groups:
@@ -185,8 +185,8 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _plan_for(q: Tensor, cu_seqlens: Tensor) -> Plan:
-    found = plan(cu_seqlens)
+def _plan_for(q: Tensor, cu_seqlens: Tensor) -> SegmentPlan:
+    found = plan_segments(cu_seqlens)
     if found.rows != q.shape[0]:
         raise ValueError(f"cu_seqlens ends at {found.rows}, but there are {q.shape[0]} rows")
     return found
@@ -236,7 +236,7 @@ def _on_cpu(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
     order = plan.order(q.shape[1], k.shape[1])
     kept, out = cpu_attention.forward(q.flatten(1), k.flatten(1), v.flatten(1), None, None, order, q.shape[-1])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -245,7 +245,7 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor,
 
 
 def _attend_on_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, sums: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, out: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, width = plan.order(q.shape[1], k.shape[1]), q.shape[-1]
     logs = sums.t().contiguous() if sums.any() else None  # without sums the forward pass went over folded rows

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from csm_kernels import packed_attention as module
 from csm_kernels.cpu import folded_attention
-from csm_kernels.packed_attention import packed_attention, plan
+from csm_kernels.packed_attention import packed_attention, plan_segments
 from kernel_cases import assert_within_budget, poisoned
 
 LAYOUTS = {
@@ -205,13 +205,13 @@ def test_opcheck(lengths, dtype):
 def test_a_plan_is_made_once_and_serves_training_after_inference():
     lengths = (5, 3, 17, 16, 1)
     inputs, grad = case(lengths)
-    module._plan.cache_clear()
+    module._plan_from_bytes.cache_clear()
     with torch.inference_mode():
         packed_attention(*inputs, cumulative(lengths), 17)
     packed_attention(*inputs, cumulative(lengths), 17).backward(grad)
-    assert module._plan.cache_info().misses == 1 and module._plan.cache_info().hits == 2
-    made = plan([0, *accumulate(lengths)])
-    assert made is plan(cumulative(lengths))
+    assert module._plan_from_bytes.cache_info().misses == 1 and module._plan_from_bytes.cache_info().hits == 2
+    made = plan_segments([0, *accumulate(lengths)])
+    assert made is plan_segments(cumulative(lengths))
     groups = made.groups
     assert groups is made.groups and sorted(groups.index[groups.restore].tolist()) == list(range(sum(lengths)))
     assert sum(segments for segments, _ in groups.shapes) == len(lengths)
@@ -222,7 +222,7 @@ def test_a_plan_is_made_once_and_serves_training_after_inference():
 @pytest.mark.parametrize("cu", [[1, 4], [0], [0, 0], [0, 3, 2, 4], []])
 def test_what_is_no_layout_is_refused(cu):
     with pytest.raises(ValueError, match="rise from 0"):
-        plan(cu)
+        plan_segments(cu)
 
 
 def test_a_layout_of_another_pack_is_refused():

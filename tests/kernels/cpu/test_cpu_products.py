@@ -13,7 +13,7 @@ from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu import heads as cpu_heads
 from csm_kernels.cpu import linear as cpu_linear
 from csm_kernels.cpu.attention import Order
-from csm_kernels.packed_attention import plan
+from csm_kernels.packed_attention import plan_segments
 from kernel_cases import poisoned
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -133,7 +133,7 @@ def attention_case(lengths: list[int], heads: int, kv_heads: int, width: int, fr
     q, k, v, grad = (random(total, h * width, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads, heads)))
     angles = random(min(lengths) if frames else total, 1, width // 2, dtype=FP32, seed=9) * 3
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    return (q, k, v, grad, angles.cos(), angles.sin()), plan(cu.int()).order(heads, kv_heads)
+    return (q, k, v, grad, angles.cos(), angles.sin()), plan_segments(cu.int()).order(heads, kv_heads)
 
 
 def run_attention(case, order: Order, width: int, rotated: bool = True, rows: Tensor | None = None):
