@@ -24,8 +24,9 @@ from csm_kernels.cpu.linear import serves as multiplies
 from csm_kernels.cpu.llama_layer import LayerSetup, llama_layer
 from csm_kernels.cpu.native import reason as cpu_passes
 from csm_kernels.frame_embed import RowGradient
-from csm_kernels.packed_attention import packed_attention, plan_segments, varlen_backend
+from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.pointwise import rms_norm, rotate_pairs
+from csm_kernels.segments import plan_segments
 from torch import Tensor
 
 __all__ = [

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from csm_kernels import packed_attention as module
 from csm_kernels.cpu import folded_attention
-from csm_kernels.packed_attention import packed_attention, plan_segments
+from csm_kernels.packed_attention import packed_attention
+from csm_kernels.segments import _plan_from_bytes, plan_segments
 from kernel_cases import assert_within_budget, poisoned
 
 LAYOUTS = {
@@ -205,11 +206,11 @@ def test_opcheck(lengths, dtype):
 def test_a_plan_is_made_once_and_serves_training_after_inference():
     lengths = (5, 3, 17, 16, 1)
     inputs, grad = case(lengths)
-    module._plan_from_bytes.cache_clear()
+    _plan_from_bytes.cache_clear()
     with torch.inference_mode():
         packed_attention(*inputs, cumulative(lengths), 17)
     packed_attention(*inputs, cumulative(lengths), 17).backward(grad)
-    assert module._plan_from_bytes.cache_info().misses == 1 and module._plan_from_bytes.cache_info().hits == 2
+    assert _plan_from_bytes.cache_info().misses == 1 and _plan_from_bytes.cache_info().hits == 2
     made = plan_segments([0, *accumulate(lengths)])
     assert made is plan_segments(cumulative(lengths))
     groups = made.groups

@@ -13,7 +13,7 @@ from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu import heads as cpu_heads
 from csm_kernels.cpu import linear as cpu_linear
 from csm_kernels.cpu.attention import Order
-from csm_kernels.packed_attention import plan_segments
+from csm_kernels.segments import plan_segments
 from kernel_cases import poisoned
 from torch import Tensor
 from torch._subclasses import FakeTensorMode

@@ -42,7 +42,7 @@ def test_the_form_for_other_processors(other, tmp_path):
     if other not in others():
         pytest.skip("is this processor's own form")
     there = {**os.environ, "CXX": f"g++ {others()[other]}", "XDG_CACHE_HOME": str(tmp_path)}
-    ask = "from csm_kernels import native; import torch; "
+    ask = "from csm_kernels.cpu import native; import torch; "
     ask += "print(native.library_function('product_scratch', torch.bfloat16)(64, 64, 256, False, 1))"
     forms = [
         subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True) for env in (None, there)
