@@ -8,15 +8,13 @@ The stores are synthetic (``synthetic_store``), alike in all but their size. Wit
 the figures would be the disk's. What this run wrote is deleted at its end unless ``--keep``; what is there already is
 used again.
 
-*What a row costs* the loader, over stores and pack sizes: ``row_time``. Repetitions are processes of their own, medians
-are shown.
-
-*Streaming.* Each case in a process of its own that is set up as ``csm-fast-train`` sets up its own, repetitions
-interleaved, medians. It opens the store, makes the ``Packer``, plans the first epoch, counts the steps of ten epochs
-(as the trainer does for its schedule), asks for the first step, checks the remaining shards' hashes (each shard is
-hashed on its first use; so later figures are without it), and then takes steps from ``read_ahead()`` without doing
-anything with them. Steps hold ``--pack-rows`` rows in one pack, or 8 conversations (the default). "cpu" is the
-processor time of the loader's thread.
+*Streaming.* Each case runs in a process of its own that is set up as ``csm-fast-train`` sets up its own; repetitions
+are interleaved and medians shown. The process opens the store, makes the ``Packer``, plans the first epoch, counts the
+steps of ten epochs (as the trainer does for its schedule), asks for the first step, checks the remaining shards' hashes
+(each shard is hashed on its first use, so later figures exclude it), and then takes steps from ``read_ahead()`` without
+using them. Steps hold ``--pack-rows`` rows in one pack, or 8 conversations (the default). "cpu" is the processor time
+of the loader's thread. Times are summed over turns of at least 65,536 rows; a turn that took twice the median or more
+is left out and counted, because another process had the core or a page came from the disk.
 
 "private" are the private pages beyond those after the imports, of /proc/self/smaps_rollup; they include the store's
 mapped pages, which the system takes back when it needs them. "anonymous" is without those. With ``--cold`` the page
@@ -45,9 +43,8 @@ from typing import Any
 import torch
 
 from benchmarks.record import append, environment
-from benchmarks.row_time import WARM_UP, Turns, disk_bytes, row_time, section, show_row_times
 from benchmarks.synthetic_store import BYTES_PER_HOUR, forget, write_store
-from csm_fast.config import LossSection
+from csm_fast.config import DataSection, LossSection
 from csm_fast.errors import InputError
 from csm_fast.layout import StepBatch
 from csm_fast.loader import Packer, read_ahead
@@ -55,11 +52,45 @@ from csm_fast.machine import keep_freed_memory, resolve_precision
 from csm_fast.token_store import TokenStore
 
 EPOCHS = 10
-PARTS = ["stream", "row-time", "wait"]
+TURN_ROWS, WARM_UP = 65_536, 20
+PARTS = ["stream", "wait"]
 STEP_ROWS = Path(__file__).parent / "results" / "compare.jsonl"
 
 
 # ------------------------------------------------------------------------------------------- one process, one store
+
+
+def disk_bytes() -> int:
+    """Bytes that this process has read from the disk so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def section(pack_rows: int, by: str) -> DataSection:
+    """Settings for steps of one full pack ("rows"), or of 8 conversations ("conversations")."""
+    return DataSection(pack_rows=pack_rows, batch_rows=pack_rows if by == "rows" else None)
+
+
+class Turns:
+    """Seconds of work and rows, in turns of at least ``TURN_ROWS`` rows."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[float, int]] = []
+        self.now = (0.0, 0)
+
+    def add(self, seconds: float, rows: int) -> None:
+        """Add work to the current turn, and end the turn if that fills it."""
+        self.now = (self.now[0] + seconds, self.now[1] + rows)
+        if self.now[1] >= TURN_ROWS:
+            self.ended.append(self.now)
+            self.now = (0.0, 0)
+
+    def us_per_row(self) -> tuple[float, int]:
+        """Microseconds per row, and how many turns were left out as disturbed."""
+        turns = self.ended or [self.now]
+        most = 2 * statistics.median(s / rows for s, rows in turns)
+        kept = [(s, rows) for s, rows in turns if s / rows < most]
+        return 1e6 * sum(s for s, _ in kept) / sum(rows for _, rows in kept), len(turns) - len(kept)
 
 
 def private_memory() -> tuple[int, int]:
@@ -203,9 +234,6 @@ def ask(kind: str, **case: Any) -> Any:
 def work(case: dict[str, Any]) -> None:
     keep_freed_memory()
     kind = case.pop("kind")
-    if kind == "row_time":
-        print(json.dumps(row_time(**case)))
-        return
     path = Path(case.pop("path"))
     if case["cold"]:
         forget(path)
@@ -295,14 +323,10 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
     cases = [("rows", h, rows) for rows in args.pack_rows for h in paths]
     cases += [("conversations", h, max(args.pack_rows)) for h in paths]
     answers: dict[tuple[str, float, int], list[dict[str, Any]]] = {case: [] for case in cases}
-    row_times: list[list[dict[str, Any]]] = []
     for _ in range(args.repeats):
         for by, hours, rows in cases if "stream" in args.parts else ():
             answer = ask("stream", path=str(paths[hours]), pack_rows=rows, by=by, **common)
             answers[by, hours, rows].append(answer)
-        if "row-time" in args.parts and not args.cold:
-            named = {f"{hours:g}": str(path) for hours, path in paths.items()}
-            row_times.append(ask("row_time", paths=named, pack_rows=args.pack_rows, seconds=args.seconds))
     print(
         f"{'cold' if args.cold else 'warm'} page cache, stores in {next(iter(paths.values())).parent} | memory in MiB"
     )
@@ -311,12 +335,6 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
         show_streams(found, rate, where)
         for (by, hours, rows), figures in found.items():
             record("stream", hours, by, rows, figures)
-    if row_times:
-        cells = [middle(list(some)) for some in zip(*row_times, strict=True)]
-        show_row_times(cells)
-        for cell, some in zip(cells, zip(*row_times, strict=True), strict=True):
-            cell["us_per_row_of_each"] = [one["us_per_row"] for one in some]
-            record("row_time", cell["hours"], "rows", cell["pack_rows"], cell)
     for hours, path in paths.items() if "wait" in args.parts else ():
         rows = min(args.pack_rows)
         figures = ask("wait", path=str(path), pack_rows=rows, by="rows", **common)

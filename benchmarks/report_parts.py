@@ -125,38 +125,12 @@ def data_path(rows: list[Row]) -> str:
         )
     place = streams[-1].get("stores", "the page cache")
     text = f"Stores in {place}; {provenance(streams[-1])}.\n\n{markdown(head, lines)}\n"
-    cells = latest(rows_of(rows, kind="row_time"), "hours", "pack_rows")
-    if cells:
-        text += f"\n{row_times(cells)}\n"
     waits = latest(rows_of(rows, kind="wait"), "hours")
     if waits:
         shares = ", ".join(f"{row['hours']:g} hours {row['waited_share']:.3%}" for row in waits)
         model = waits[-1]["model"]
         text += f"\nTime that training steps ({model}, packs of 2,048) waited for the loader: {shares}.\n"
     return text
-
-
-def row_times(cells: list[Row]) -> str:
-    """What a row costs the loader, and how far that is from flat over the hours and over the pack sizes."""
-    hours, sizes = (sorted({cell[name] for cell in cells}) for name in ("hours", "pack_rows"))
-
-    def flat(some: list[Row]) -> str:
-        values = [cell["us_per_row"] for cell in some]
-        return f"{max(values) / min(values) - 1:.1%}"
-
-    def figure(cell: Row) -> str:
-        each = cell["us_per_row_of_each"]
-        return f"{cell['us_per_row']:.3f} ({min(each):.3f}-{max(each):.3f})"
-
-    head = ["hours", *(f"packs of {size:,}, us/row" for size in sizes), "slowest over fastest"]
-    lines = [[f"{some:g}", *map(figure, of), flat(of)] for some in hours if (of := rows_of(cells, hours=some))]
-    lines.append(["slowest over fastest", *(flat(rows_of(cells, pack_rows=size)) for size in sizes), ""])
-    turns, left_out = (sum(cell[name] for cell in cells) for name in ("turns", "left_out"))
-    disk = max(cell["disk"] for cell in cells) / MIB
-    return (
-        f"{markdown(head, lines)}\n\nMedians of {cells[0]['repeats']} repetitions, each of {turns:,.0f} turns, "
-        f"{left_out:,.0f} of them left out as disturbed; {disk:.0f} MiB came from the disk."
-    )
 
 
 def profile(rows: list[Row]) -> str:
