@@ -103,7 +103,7 @@ def private_memory() -> tuple[int, int]:
 
 
 class Watch:
-    """Seconds and growth of memory and reading from one look to the next."""
+    """Seconds since the last measurement, and growth of memory since the start."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -143,7 +143,7 @@ def stream(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> d
     batches = read_ahead(timed(packer.blocks(0, 0), built))
     next(batches)
     watch.seconds("first_step")
-    for _ in store.code_blocks():  # views: only the hashes are read
+    for _ in store.code_blocks():  # blocks are views, so this only checks hashes
         pass
     watch.seconds("hash")
     watch.figures["open_disk"] = disk_bytes() - read
@@ -185,7 +185,7 @@ def timed(blocks: Iterable[list[StepBatch]], built: Turns) -> Iterator[list[Step
 
 
 def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dict[str, Any]:
-    """Train the tiny model for a few steps; how much of the time it waited for the next step."""
+    """Train the tiny model for a few steps; returns the share of the time in which it waited for the next step."""
     from benchmarks.memory_plan import quick_model, settings
     from csm_fast import CSMConfig
     from csm_fast.loss import packed_loss
@@ -203,7 +203,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     update = Update(model, config.optimizer, device, precision, loss, 1000, 0)
     waited: list[float] = []
     batches, rows = read_ahead(packer.blocks(0, 0)), 0
-    for number in range(2):  # shapes that come for the first time
+    for number in range(2):  # warm up: the first steps build kernels for new shapes
         update(next(batches), number)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(waited) < 5:
@@ -241,7 +241,7 @@ def work(case: dict[str, Any]) -> None:
 
 
 def middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure's median; what is no number is the same in all."""
+    """The median of each figure; values that are not numbers are the same in all answers."""
     return {
         name: statistics.median(a[name] for a in answers) if isinstance(value, (int, float)) else value
         for name, value in answers[0].items()
@@ -249,7 +249,7 @@ def middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def newest_step() -> tuple[float, str]:
-    """Rows per second of csm_fast's training step in benchmarks/results/compare.jsonl, and which row that is."""
+    """Rows per second of csm_fast's newest training step in benchmarks/results/compare.jsonl, and that row's name."""
     rows = [json.loads(line) for line in STEP_ROWS.read_text().splitlines()] if STEP_ROWS.is_file() else []
     ours = [row for row in rows if row["system"].startswith("csm_fast") and "median_s" in row]
     if not ours:
@@ -281,20 +281,22 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, nargs="+", default=[1.0, 10.0, 100.0, 1000.0])
     parser.add_argument("--pack-rows", type=int, nargs="+", default=[2048, 16384])
-    parser.add_argument("--dir", type=Path, help="of the stores; default: a temporary one, in memory")
-    parser.add_argument("--keep", action="store_true", help="leave the stores that were written")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of streaming, and of training, per case")
+    parser.add_argument("--dir", type=Path, help="directory of the stores; default: a temporary one, in memory")
+    parser.add_argument("--keep", action="store_true", help="do not delete the stores that were written")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of streaming, and of training, per case")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--cold", action="store_true", help="the page cache forgets the store first")
-    parser.add_argument("--step-rows-per-second", type=float, help="of a training step; default: the newest recorded")
+    parser.add_argument("--cold", action="store_true", help="drop the stores from the page cache first")
+    parser.add_argument(
+        "--step-rows-per-second", type=float, help="speed of a training step; default: the newest recorded"
+    )
     parser.add_argument("--results", type=Path, help="append the figures to this .jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def show_streams(found: dict[tuple[str, float, int], dict[str, Any]], rate: float, where: str) -> None:
-    """A line per case; the share that the loader's time would have of a training step is added to the figures."""
+    """Print a line per case, and add to the figures the share of a training step that the loader's time would take."""
     if rate:
         print(f"share: the loader's time per row of a training step at {rate:,.0f} rows/s ({where})")
     print(HEADER)
@@ -346,7 +348,7 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
 
 
 def in_memory(hours: float) -> str | None:
-    """A file system in memory, if it has room for stores of so many hours and as much again."""
+    """A file system in memory, if it and the memory have room for twice the stores of so many hours."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 2 * BYTES_PER_HOUR * hours:
         return None
@@ -356,7 +358,7 @@ def in_memory(hours: float) -> str | None:
 
 
 def place_of(path: Path) -> str:
-    """Where a store lies: "memory" or "disk"."""
+    """Whether a store lies in "memory" or on "disk"."""
     memory = Path("/dev/shm")
     return "memory" if memory.is_dir() and path.stat().st_dev == memory.stat().st_dev else "disk"
 
