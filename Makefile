@@ -42,7 +42,7 @@ $(VENV)/.ready: setup.py Makefile
 # The main job, each step a command that works on your own data too. DATA=metadata.json takes the place of the
 # recordings; CODEC=transformers uses kyutai/mimi where the hub can be reached.
 demo: setup
-	$(if $(DATA),,$(BIN)/python -m csm_fast.demo_data $(DEMO)/speech)
+	$(if $(DATA),,$(BIN)/python -m csm_fast.data.demo $(DEMO)/speech)
 	$(BIN)/csm-fast pretokenize --train-data $(or $(DATA),$(DEMO)/speech/metadata.json) --val-fraction 0.1 \
 		--codec $(CODEC) --output $(DEMO)/tokens
 	$(BIN)/csm-fast-train --config configs/demo.yaml --data $(DEMO)/tokens --output-dir $(DEMO)/run
@@ -64,7 +64,7 @@ check: setup
 # The 568 recordings of the same speaker that the demo takes most of. Sesame's own code where its clones are named.
 SESAME_CSM ?=
 SESAME_FINETUNE ?=
-COMPARE = $(BIN)/python -m benchmarks.compare --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
+COMPARE = $(BIN)/python -m benchmarks.compare.__main__ --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
 	$(if $(SESAME_CSM),--sesame-csm $(SESAME_CSM)) $(if $(SESAME_FINETUNE),--sesame-finetune $(SESAME_FINETUNE))
 BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
 # Without products of bf16 csm-1b takes the published forward minutes a pass.
@@ -72,13 +72,13 @@ HAS_BF16 := $(shell grep -q -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null 
 MIDDLE = $(if $(HAS_BF16),16,8)
 
 benchmarks: setup
-	$(BIN)/python -m csm_fast.demo_data $(DEMO)/corpus --sounds
+	$(BIN)/python -m csm_fast.data.demo $(DEMO)/corpus --sounds
 	$(BIN)/csm-fast pretokenize --train-data $(DEMO)/corpus/metadata.json --codec offline --output $(DEMO)/corpus-tokens
 	$(COMPARE) --repeats 3
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast $(if $(HAS_BF16),,csm_fast-fp32) transformers
 	$(COMPARE) --shape csm-1b --middle $(MIDDLE) --batches $(MIDDLE) --systems csm_fast $(if $(HAS_BF16),$(BLOG)) \
 		--no-optimizer
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report.__main__
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info

@@ -5,12 +5,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGES = {"csm_fast": "csm_fast", "csm_kernels": "kernels/csm_kernels"}
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "csm_fast" / "__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "csm_fast/system/version.py").read_text(encoding="utf-8")).group(
+    1
+)
+
+
+def find_all(top: str, folder: str) -> list[str]:
+    """A package and the packages in it, by dotted name."""
+    return [top, *(f"{top}.{name}" for name in find_packages(str(ROOT / folder)))]
 
 
 class EditableWheel(editable_wheel):
@@ -43,11 +50,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=list(PACKAGES),
+    packages=[name for top, folder in PACKAGES.items() for name in find_all(top, folder)],
     # No top-level package named `kernels`: it would shadow Hugging Face's.
     package_dir=PACKAGES,
     cmdclass={"editable_wheel": EditableWheel},
-    package_data={"csm_fast": ["py.typed"], "csm_kernels": ["*.cpp", "*.h"]},
+    package_data={"csm_fast": ["py.typed"], "csm_kernels.cpu": ["src/*.cpp", "src/*.h"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -24,19 +24,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare_data import Subset, Synthetic
-from benchmarks.compare_systems import SHAPES
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
+from benchmarks.compare.data import Subset, Synthetic
+from benchmarks.compare.worker import SHAPES
 from csm_fast import CSM
-from csm_fast.config import DataSection, LossSection, OptimizerSection
-from csm_fast.evaluate import Validator
-from csm_fast.loader import Packer
-from csm_fast.loss import coefficients, packed_loss
-from csm_fast.machine import keep_freed_memory
-from csm_fast.model import vocabulary
-from csm_fast.optim import cast_weights
-from csm_fast.token_store import open_split
-from csm_fast.update import Update
+from csm_fast.config.train import DataSection, LossSection, OptimizerSection
+from csm_fast.data.token_store import open_split
+from csm_fast.evaluate.validation import Validator
+from csm_fast.model.loss import coefficients, packed_loss
+from csm_fast.model.stacks import vocabulary
+from csm_fast.packing.loader import Packer
+from csm_fast.system.device import keep_freed_memory
+from csm_fast.train.optim.build import cast_weights
+from csm_fast.train.step import Update
 
 WAYS = {  # name -> optimizer, weights, colour and width of its line (most lines coincide)
     "float32 masters": ("adamw", "fp32", "0.75", 6.0),

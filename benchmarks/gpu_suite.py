@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare_table import is_free
-from benchmarks.kernel_plot import by_setting, latest, milliseconds, versus
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
+from benchmarks.compare.table import is_free
+from benchmarks.kernels.plot import by_setting, latest, milliseconds, versus
 
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 12.0  # to print the table and leave
@@ -121,9 +121,9 @@ def size(path: Path) -> int:
 
 
 def gpu_test_files() -> list[str]:
-    """Those of ``tests`` that have tests marked gpu, some by ``test_gpu_ops``'s ``DEVICES``; last what compiles whole
+    """Those of ``tests`` that have tests marked gpu, some by ``gpu_cases.DEVICES``; last what compiles whole
     layers, which takes longest."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda f: (f.name == "test_gpu_model.py", f.name))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda f: (f.name == "test_gpu_model.py", f.name))
     return [str(f.relative_to(ROOT)) for f in files if re.search(r"mark\.gpu|\bDEVICES\b", f.read_text("utf-8"))]
 
 
@@ -143,6 +143,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
         "--color=no",
         "-o",
         "addopts=",
+        "--import-mode=importlib",
         "-v",
     ]
     lines: list[str] = []
@@ -176,7 +177,7 @@ def compare_command(args: argparse.Namespace, results: Path, ways: bool = False)
         systems += ["csm_fast-lora", "csm_fast-qlora"]
     needs = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
     systems = [name for name in systems if name not in needs or importlib.util.find_spec(needs[name])]
-    command = [sys.executable, "-m", "benchmarks.compare", "--results", str(results)]
+    command = [sys.executable, "-m", "benchmarks.compare.__main__", "--results", str(results)]
     command += ["--precision", "fp32" if args.rehearse else "bf16", "--repeats"]  # what every CPU multiplies fast
     if args.rehearse:
         command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
@@ -194,7 +195,7 @@ def optimizers_command(args: argparse.Namespace, results: Path) -> list[str]:
 
 def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> list[str]:
     dtype = "fp32" if args.rehearse else "bf16"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--dtype", dtype, "--results", str(results)]
+    command = [sys.executable, "-m", "benchmarks.kernels.__main__", "--dtype", dtype, "--results", str(results)]
     command += ["--limit-seconds", f"{max(1.0, seconds):.0f}"]
     if args.rehearse:
         command += ["--device", "cpu", "--shape", "small", "--rows", "256", "--fractions", "1/16", "--repeats", "1"]
@@ -408,7 +409,7 @@ def main() -> int:
         append(results / "gpu_summary.jsonl", {"benchmark": "gpu_suite", **asdict(line), **about})
     print(
         f"\nrows: {results}/gpu_*.jsonl"
-        + ("" if args.rehearse else "; python -m benchmarks.report shows them on the pages")
+        + ("" if args.rehearse else "; python -m benchmarks.report.__main__ shows them on the pages")
     )
     print_table(f"{label}: {about['device']}, torch {about['torch']}, commit {about['commit'] or '?'}", lines)
     return 1 if failed else 0

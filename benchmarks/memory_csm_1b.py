@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
 
 METHODS: dict[str, dict[str, object]] = {
     "frozen": {"freeze": ["backbone", "text_embeddings", "audio_embeddings"]},
@@ -36,7 +36,7 @@ def save(workdir: Path, args: argparse.Namespace) -> dict:
     import torch
 
     from csm_fast import CSM, CSMConfig, save_model
-    from csm_fast.checkpoint import write_record
+    from csm_fast.weights.save import write_record
 
     with torch.device("meta"):
         model = CSM(CSMConfig.csm_1b()).to(torch.bfloat16)
@@ -50,13 +50,14 @@ def train(workdir: Path, args: argparse.Namespace) -> dict:
     """Two optimizer steps of ``args.rows`` rows through the trainer, checkpoint and all."""
     import numpy as np
 
-    from csm_fast.config import CSMConfig, TrainConfig
-    from csm_fast.config_io import build
-    from csm_fast.memory import estimate
-    from csm_fast.monitor import read_metrics
-    from csm_fast.store_writer import TokenStoreWriter
-    from csm_fast.token_store import TurnTokens
-    from csm_fast.train import train as run
+    from csm_fast.config.parse import build
+    from csm_fast.config.shape import CSMConfig
+    from csm_fast.config.train import TrainConfig
+    from csm_fast.data.store_writer import TokenStoreWriter
+    from csm_fast.data.token_store import TurnTokens
+    from csm_fast.planner.estimate import estimate
+    from csm_fast.report.metrics import read_metrics
+    from csm_fast.train.loop import train as run
 
     rng = np.random.default_rng(args.seed)
     text, frames = 12, args.rows // args.conversations - 13
@@ -112,7 +113,7 @@ def main() -> int:
     if args.stage:
         import torch
 
-        from csm_fast.machine import memory_gib
+        from csm_fast.system.device import memory_gib
 
         figures = (save if args.stage == "save" else train)(args.workdir, args)
         print(json.dumps({"stage": args.stage, **figures, "peak_resident_gib": memory_gib(torch.device("cpu"))}))

@@ -4,9 +4,9 @@
     python -m benchmarks.memory_plan --device cuda --results benchmarks/results/gpu_memory_plan.jsonl
 
 Each case builds a model as the trainer does, takes one optimizer step so that the optimizer's state is there, and
-follows a second one with ``benchmarks.tracked``: exact bytes of tensors, not resident memory. What was made before the
-step (weights, moments, kept gradients of the tables) is counted from its storages and added. The weights are random and
-the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audio.
+follows a second one with ``benchmarks.common.tracked``: exact bytes of tensors, not resident memory. What was made
+before the step (weights, moments, kept gradients of the tables) is counted from its storages and added. The weights
+are random and the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audio.
 
 ``peak`` is all of it; ``step`` what the step adds to what is there before. The second is the harder figure to
 predict, because most of a peak may be weights and moments, which are known.
@@ -29,17 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import append, environment
-from benchmarks.tracked import Tracked
-from csm_fast import CSM, CSMConfig, memory
-from csm_fast.compile import compile_layers
-from csm_fast.config import TrainConfig
-from csm_fast.config_io import build
-from csm_fast.layout import StepBatch
-from csm_fast.loss import packed_loss
-from csm_fast.optim import cast_weights
-from csm_fast.packing import Pack, pack_padded
-from csm_fast.update import Update
+from benchmarks.common.record import append, environment
+from benchmarks.common.tracked import Tracked
+from csm_fast import CSM, CSMConfig
+from csm_fast.config.parse import build
+from csm_fast.config.train import TrainConfig
+from csm_fast.model.compile import compile_layers
+from csm_fast.model.loss import packed_loss
+from csm_fast.packing.layout import StepBatch
+from csm_fast.packing.pack import Pack, pack_padded
+from csm_fast.planner.estimate import estimate
+from csm_fast.train.optim.build import cast_weights
+from csm_fast.train.step import Update
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -118,7 +119,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     if config.adapter.method == "full":
         cast_weights(model, config.optimizer)
     else:
-        from csm_fast.adapters import attach
+        from csm_fast.model.adapters import attach
 
         dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
         attach(model, config.adapter, compute_dtype=dtype, base_hash="not asked for", device=device)
@@ -132,7 +133,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     batch = StepBatch([pack] * packs, 0, 0)
     update(batch, 0)
     gc.collect()
-    said = memory.estimate(
+    said = estimate(
         shape,
         config,
         rows=len(pack.tokens),

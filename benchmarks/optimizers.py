@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from csm_kernels import native
+from csm_kernels.cpu import native
 from torch import Tensor, nn
 
-from benchmarks.compare_systems import SHAPES
-from benchmarks.compare_table import text
-from benchmarks.kernel_device import copy_rate, timed
-from benchmarks.record import append, environment
-from benchmarks.report_parts import optimizer_lines
+from benchmarks.common.device import copy_rate, timed
+from benchmarks.common.record import append, environment
+from benchmarks.compare.table import text
+from benchmarks.compare.worker import SHAPES
+from benchmarks.report.parts import optimizer_lines
 from csm_fast import CSM, ops
-from csm_fast.adamw import AdamW
-from csm_fast.machine import keep_freed_memory
-from csm_fast.optim import clip, gradient_norm, parameter_groups
+from csm_fast.system.device import keep_freed_memory
+from csm_fast.train.optim.adamw import AdamW
+from csm_fast.train.optim.build import clip, gradient_norm, parameter_groups
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LAUNCHED = 60_000_000  # cycles of a GPU in which the host launches a whole update, as during a step's backward pass
@@ -89,7 +89,7 @@ def optimizer_of(way: Way, model: nn.Module) -> torch.optim.Optimizer:
     if way.kind.startswith("torch"):
         return torch.optim.AdamW(groups, lr=1e-5, fused=True)
     if way.kind.startswith("bitsandbytes"):
-        from csm_fast.quantize import load_bitsandbytes
+        from csm_fast.system.optional import load_bitsandbytes
 
         for group in groups:
             group.pop("names")

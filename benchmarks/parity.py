@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import csm_fast
+from benchmarks.common.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.convert import model_config, save_model, sesame_config
-
-from .baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
+from csm_fast.model.stacks import model_config
+from csm_fast.weights.config_json import sesame_config
+from csm_fast.weights.save import save_model
 
 LOSS, GRADIENT = 1e-6, 1e-5  # largest relative errors in float32
 SEED = 7

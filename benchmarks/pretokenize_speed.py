@@ -1,6 +1,6 @@
 """Recordings to codes: csm_fast's pretokenize against moshi's and transformers' Mimi one by one, end to end.
 
-    python -m csm_fast.demo_data corpus --sounds
+    python -m csm_fast.data.demo corpus --sounds
     python -m benchmarks.pretokenize_speed --data corpus/metadata.json --results benchmarks/results/pretokenize.jsonl
 
 Everybody takes the same files and weights (the offline codec's unless ``--codec-source`` names others) and keeps all
@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import append, environment
+from benchmarks.common.record import append, environment
 
 SYSTEMS = ("moshi", "transformers", "csm_fast")
 PARTS = ("imports_s", "load_s", "decode_s", "encode_s", "write_s", "rest_s")
@@ -77,9 +77,9 @@ def marked(codes: np.ndarray) -> np.ndarray:
 
 def moshi_mimi(source: Path) -> Any:
     """moshi's Mimi with a file's weights, all codebooks; transformers, which its users do without, is not imported."""
-    from csm_fast.codec_backends import _moshi_model
-    from csm_fast.codec_weights import architecture, read_weights, to_module
-    from csm_fast.mimi_shape import described
+    from csm_fast.data.codec.backends import _moshi_model
+    from csm_fast.data.codec.mimi_shape import described
+    from csm_fast.data.codec.mimi_weights import architecture, read_weights, to_module
 
     state, _ = read_weights(source)
     sizes = described(architecture(state))
@@ -105,7 +105,7 @@ def one_by_one(clock: Clock, system: str, rows: Sequence[dict[str, Any]], source
         if system == "moshi":
             model = moshi_mimi(source)
         else:
-            from csm_fast.codec import load_codec
+            from csm_fast.data.codec.load import load_codec
 
             model = load_codec(system, source=source).model
             extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=24_000)
@@ -134,7 +134,9 @@ def ours(clock: Clock, metadata: Path, source: Path, output: Path) -> None:
     with clock("imports_s"):
         import torch  # noqa: F401
 
-        from csm_fast import cli, codec, pretokenize
+        from csm_fast import cli
+        from csm_fast.data import pretokenize
+        from csm_fast.data.codec import base as codec
     clock.follow(codec, "load_codec", "load_s")
     clock.follow(codec.Codec, "encode", "encode_s")
     clock.follow(pretokenize._Run, "_write", "write_s")
@@ -174,8 +176,8 @@ def compare_codes(args: argparse.Namespace) -> dict[str, Any]:
     """How the codes of csm_fast and of transformers differ from moshi's."""
     import torch
 
-    from csm_fast.audio import read_audio
-    from csm_fast.token_store import TokenStore
+    from csm_fast.data.audio import read_audio
+    from csm_fast.data.token_store import TokenStore
 
     rows = json.loads(args.data.read_text())
     kept = {name: torch.load(args.folder / name / "codes.pt") for name in ("moshi", "transformers")}
@@ -255,10 +257,10 @@ def differences(
 
 def chosen(path: Path, share: float) -> tuple[list[dict[str, Any]], float]:
     """Rows of a metadata file with absolute paths, evenly over their lengths, in its order; and their seconds."""
-    from csm_fast.audio import audio_info
+    from csm_fast.data.audio import audio_info
 
     if not path.is_file():
-        raise SystemExit(f"error: {path}: no such file; python -m csm_fast.demo_data corpus --sounds makes corpus")
+        raise SystemExit(f"error: {path}: no such file; python -m csm_fast.data.demo corpus --sounds makes corpus")
     rows = json.loads(path.read_text())
     for row in rows:
         row["path"] = str((path.parent / row["path"]).resolve())
@@ -321,7 +323,7 @@ def main() -> int:
         work(args)
         return 0
     if args.codec_source is None:
-        from csm_fast.offline_codec import offline_file
+        from csm_fast.data.codec.offline import offline_file
 
         args.codec_source = offline_file()
     with tempfile.TemporaryDirectory() as temporary:

@@ -29,18 +29,19 @@ from unittest import mock
 
 import torch
 
-from benchmarks.compare_systems import SHAPES
+from benchmarks.common.products import step_flops
+from benchmarks.common.record import append, environment
+from benchmarks.common.tracked import Allocation, Tracked
+from benchmarks.compare.worker import SHAPES
 from benchmarks.memory_plan import quick_model
-from benchmarks.products import step_flops
-from benchmarks.record import append, environment
-from benchmarks.tracked import Allocation, Tracked
-from csm_fast import CSMConfig, loss
-from csm_fast.adapters import attach
-from csm_fast.compile import compile_layers
-from csm_fast.config import AdapterSection
-from csm_fast.machine import keep_freed_memory
-from csm_fast.optim import TableGradients
-from csm_fast.packing import Pack, pack_padded
+from csm_fast import CSMConfig
+from csm_fast.config.train import AdapterSection
+from csm_fast.model import loss
+from csm_fast.model.adapters import attach
+from csm_fast.model.compile import compile_layers
+from csm_fast.packing.pack import Pack, pack_padded
+from csm_fast.system.device import keep_freed_memory
+from csm_fast.train.optim.table_gradients import TableGradients
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.
 MIXES: dict[str, list[tuple[int, int]]] = {

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .errors import InputError, OutOfMemory, is_out_of_memory
+from csm_fast.system.errors import InputError, OutOfMemory, is_out_of_memory
+from csm_fast.system.version import __version__
 
 COMMANDS = {
     "pretokenize": "recordings with transcripts -> a token store",
@@ -103,7 +103,7 @@ def _set_up_logging() -> None:
 
 
 def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
-    from .config_io import Parser, add_flags, from_flags
+    from csm_fast.config.parse import Parser, add_flags, from_flags
 
     parser = Parser(prog=prog, description=description, allow_abbrev=False, usage=f"{prog} [--config FILE] [options]")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")
@@ -131,17 +131,18 @@ def _config(cls: type, prog: str, description: str, argv: list[str]) -> Any:
 
 
 def _pretokenize(argv: list[str]) -> None:
-    from .pretokenize import PretokenizeConfig, pretokenize
+    from csm_fast.config.commands import PretokenizeConfig
+    from csm_fast.data.pretokenize import pretokenize
 
     pretokenize(_config(PretokenizeConfig, "csm-fast pretokenize", COMMANDS["pretokenize"], argv))
 
 
 def _train(argv: list[str]) -> int:
-    from .config import TrainConfig
+    from csm_fast.config.train import TrainConfig
 
     config = _config(TrainConfig, "csm-fast-train", COMMANDS["train"], argv)
     _set_up_training(config.run)
-    summary = importlib.import_module("csm_fast.train").train(config)
+    summary = importlib.import_module("csm_fast.train.loop").train(config)
     return 0 if summary["complete"] else INTERRUPTED
 
 
@@ -155,53 +156,53 @@ def _set_up_training(run: Any) -> None:
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if run.keep_freed_memory:
-        from .machine import keep_freed_memory, resolve_device
+        from csm_fast.system.device import keep_freed_memory, resolve_device
 
         if resolve_device(run.device).type == "cpu":
             keep_freed_memory()
 
 
 def _generate(argv: list[str]) -> None:
-    from .command_config import GenerateConfig
+    from csm_fast.config.commands import GenerateConfig
 
     config = _config(GenerateConfig, "csm-fast generate", COMMANDS["generate"], argv)
-    importlib.import_module("csm_fast.speak").speak(config)
+    importlib.import_module("csm_fast.commands.generate").speak(config)
 
 
 def _plan(argv: list[str]) -> int | None:
-    from .command_config import PlanConfig
+    from csm_fast.config.commands import PlanConfig
 
     config = _config(PlanConfig, "csm-fast plan", COMMANDS["plan"], argv)
-    return importlib.import_module("csm_fast.plan").plan(config)
+    return importlib.import_module("csm_fast.commands.plan").plan(config)
 
 
 def _profile(argv: list[str]) -> None:
-    from .command_config import ProfileConfig
+    from csm_fast.config.commands import ProfileConfig
 
     config = _config(ProfileConfig, "csm-fast profile", COMMANDS["profile"], argv)
     _set_up_training(config.run)
-    importlib.import_module("csm_fast.profile").run(config)
+    importlib.import_module("csm_fast.commands.profile").run(config)
 
 
 def _merge(argv: list[str]) -> int | None:
-    from .command_config import MergeConfig
+    from csm_fast.config.commands import MergeConfig
 
     config = _config(MergeConfig, "csm-fast merge", COMMANDS["merge"], argv)
-    return importlib.import_module("csm_fast.merge").merge(config)
+    return importlib.import_module("csm_fast.commands.merge").merge(config)
 
 
 def _verify_adapter(argv: list[str]) -> int | None:
-    from .command_config import VerifyAdapterConfig
+    from csm_fast.config.commands import VerifyAdapterConfig
 
     config = _config(VerifyAdapterConfig, "csm-fast verify-adapter", COMMANDS["verify-adapter"], argv)
-    return importlib.import_module("csm_fast.merge").verify(config)
+    return importlib.import_module("csm_fast.commands.merge").verify(config)
 
 
 def _doctor(argv: list[str]) -> None:
-    from .config_io import Parser
+    from csm_fast.config.parse import Parser
 
     Parser(prog="csm-fast doctor", description=COMMANDS["doctor"]).parse_args(argv)
-    doctor = importlib.import_module("csm_fast.doctor")
+    doctor = importlib.import_module("csm_fast.commands.doctor")
     print("\n".join(doctor.report(doctor.examine())))
 
 

@@ -2,7 +2,7 @@
 
 ``impl`` is "auto" (kernels on CUDA where Triton is installed, PyTorch elsewhere), "triton" or "torch". It can be given
 per call, or for a stretch of code with ``using``. On a CPU the passes between PyTorch's matrix products come from a
-library that ``csm_kernels.native`` builds, where there is a C++ compiler.
+library that ``csm_kernels.cpu.native`` builds, where there is a C++ compiler.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterator
 
 import torch
 from csm_kernels import adamw as _adamw
-from csm_kernels import cpu_adamw as _cpu_adamw
 from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
 from csm_kernels.adamw import Moments
 from csm_kernels.adamw import Settings as AdamWSettings
-from csm_kernels.cpu_attention import Order, uniform_order
-from csm_kernels.cpu_linear import linear
-from csm_kernels.cpu_linear import serves as multiplies
+from csm_kernels.cpu import adamw as _cpu_adamw
+from csm_kernels.cpu.attention import Order, uniform_order
+from csm_kernels.cpu.linear import linear
+from csm_kernels.cpu.linear import serves as multiplies
+from csm_kernels.cpu.llama_layer import LayerSetup, llama_layer
+from csm_kernels.cpu.native import reason as cpu_passes
 from csm_kernels.frame_embed import RowGradient
-from csm_kernels.llama_layer import LayerSetup, llama_layer
-from csm_kernels.native import reason as cpu_passes
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
 from csm_kernels.pointwise import rms_norm, rotate_pairs

@@ -25,7 +25,7 @@ def all_threads():
 @pytest.fixture(params=["library", "PyTorch"])
 def cpu_form(request):
     """What runs between the products on a CPU: the library built on first use, then PyTorch's operators."""
-    from csm_kernels import native
+    from csm_kernels.cpu import native
 
     if request.param == "PyTorch":
         with native.left_out():

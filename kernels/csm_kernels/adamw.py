@@ -1,6 +1,6 @@
 """AdamW in one pass over memory on a GPU: float32 or bf16 weights, moments in float32 or 8 bits, stochastic or
-compensated rounding. On a CPU ``cpu_adamw`` does the same; ``csm_fast.adamw`` has it in PyTorch's operators, and says
-what it means.
+compensated rounding. On a CPU ``cpu_adamw`` does the same; ``csm_fast.train.optim.adamw`` has it in PyTorch's
+operators, and says what it means.
 
 Those operators widen a chunk, update it and narrow it again: by count 74 bytes per weight in bf16 with float32 moments
 and 94 with moments in 8 bits. What has to be read and written is 22 and 10.
@@ -220,7 +220,8 @@ class Settings(NamedTuple):
     """Of one parameter's update.
 
     Attributes:
-        draws: what the draws of stochastic rounding depend on (``csm_fast.rounding.drawing``); None: to nearest.
+        draws: what the draws of stochastic rounding depend on (``csm_fast.train.optim.rounding.drawing``); None: to
+        nearest.
     """
 
     lr: float

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import short_attention
-from .pointwise import rotate_pairs
+from csm_kernels.cpu import short_attention
+from csm_kernels.pointwise import rotate_pairs
 
 try:
     import triton

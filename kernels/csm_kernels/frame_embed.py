@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import frame_embed_kernels as kernels
+from csm_kernels.gpu import frame_embed as kernels
 
 IMPLS = ("auto", "triton", "torch")
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_heads, cpu_linear, cpu_passes
+from csm_kernels.cpu import heads as cpu_heads
+from csm_kernels.cpu import linear as cpu_linear
+from csm_kernels.cpu import passes as cpu_passes
 
 try:
     import triton

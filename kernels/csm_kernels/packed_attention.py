@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_attention, folded_attention
-from .cpu_attention import Order
-from .folded_attention import Fold
+from csm_kernels.cpu import attention as cpu_attention
+from csm_kernels.cpu import folded_attention
+from csm_kernels.cpu.attention import Order
+from csm_kernels.cpu.folded_attention import Fold
 
 # Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
 # call's overhead is not.

@@ -1,7 +1,7 @@
 """What lies between the large operators: rotation and RMS norm.
 
-On CUDA the compiler turns the plain forms into one kernel each with their neighbours (``csm_fast.compile``). On a CPU
-they run as they are, one pass over memory per operation, so there they are written with few passes.
+On CUDA the compiler turns the plain forms into one kernel each with their neighbours (``csm_fast.model.compile``). On
+a CPU they run as they are, one pass over memory per operation, so there they are written with few passes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_passes
+from csm_kernels.cpu import passes as cpu_passes
 
 
 def _few_passes(x: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""csm_fast against what others train with: ``python -m benchmarks.compare``."""

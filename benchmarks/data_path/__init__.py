@@ -1,0 +1,1 @@
+"""The loader and the store: ``python -m benchmarks.data_path``."""

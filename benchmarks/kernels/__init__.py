@@ -1,0 +1,1 @@
+"""Every operator against its alternatives: ``python -m benchmarks.kernels``."""

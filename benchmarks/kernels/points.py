@@ -1,0 +1,211 @@
+"""What a measurement of ``benchmarks.kernels.__main__`` is made of: a point, a case, its systems, their inputs and
+work."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_fast.config.shape import CSMConfig
+
+FORWARD, BOTH = "forward", "forward+backward"
+MODES = (FORWARD, BOTH)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPES: dict[str, Callable[[], CSMConfig]] = {"small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
+MIB = 2**20
+
+# ------------------------------------------------------------------------------------------------------ vocabulary
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where an operator is measured.
+
+    Attributes:
+        rows: N, rows of the backbone, text and audio.
+        fraction: share of the supervised frames that reach the depth decoder; None where it plays no part.
+    """
+
+    op: str
+    rows: int
+    fraction: float | None
+    config: CSMConfig
+    dtype: torch.dtype
+    device: torch.device
+    compile: bool = True
+
+    def layout(self) -> Layout:
+        return layout(self.rows, self.config.backbone.max_seq_len)
+
+    def frames(self) -> int:
+        """M, frames in the depth decoder."""
+        return max(2, int(self.layout().audio * (self.fraction or 0)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of each conversation of a pack; the first eighth of each is text."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def text_of(self) -> list[int]:
+        return [max(1, n // 8) for n in self.lengths]
+
+    @property
+    def audio(self) -> int:
+        """A, audio rows; all are supervised."""
+        return sum(self.lengths) - sum(self.text_of)
+
+
+@functools.cache
+def layout(rows: int, longest: int) -> Layout:
+    """Conversations of log-normal length, median 120 rows (10 s of speech), that fill ``rows`` exactly."""
+    draw = random.Random(0)
+    lengths: list[int] = []
+    left = rows
+    while left:
+        n = min(left, longest, max(16, int(draw.lognormvariate(4.79, 0.8))))
+        if left - n < 16:  # no conversation of a few rows at the end
+            n = left if left <= longest else left // 2
+        lengths.append(n)
+        left -= n
+    return Layout(tuple(lengths))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no implementation can leave out: bytes from and to memory, and floating-point operations."""
+
+    bytes: float
+    flops: float = 0.0
+
+
+@dataclass
+class Inputs:
+    """Keyword arguments of a system, those that want a gradient, and the gradient of each output."""
+
+    tensors: dict[str, Tensor]
+    wanted: tuple[str, ...]
+    upstream: tuple[Tensor, ...]
+
+
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # outputs, gradients of ``wanted``
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to compute the operator.
+
+    Attributes:
+        memory: predicted peak bytes beyond the inputs, forward and forward+backward; only decides what is skipped.
+        group: only systems of one group are ranked against each other.
+        unavailable: why it cannot run here.
+        prepare, restore: into the layout that it wants and back, outside the clock.
+        fresh: it overwrites its inputs, so ``prepare`` serves every call anew.
+        work: forward and forward+backward, where it differs from the case's.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    memory: tuple[float, float]
+    group: str = "dense"
+    unavailable: str = ""
+    prepare: Callable[[Inputs], Inputs] | None = None
+    restore: Callable[[Results], Results] | None = None
+    fresh: bool = False
+    compiled: bool = False
+    work: tuple[Work, Work] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one point. ``truth`` is the operator's formula, good for float64; ``make`` allocates."""
+
+    point: Point
+    make: Callable[[], Inputs]
+    input_bytes: float
+    truth: Callable[..., Any]
+    systems: tuple[System, ...]
+    work: tuple[Work, Work]
+    outputs: tuple[str, ...] = ("out",)
+
+
+def perform(run: Callable[..., Any], inputs: Inputs, mode: str) -> Results:
+    """Forward under no_grad, as in evaluation, or forward and all gradients."""
+    if mode == FORWARD:
+        with torch.no_grad():
+            return _several(run(**inputs.tensors)), ()
+    outputs = _several(run(**inputs.tensors))
+    wanted = [inputs.tensors[name] for name in inputs.wanted]
+    return outputs, torch.autograd.grad(outputs, wanted, inputs.upstream)
+
+
+def _several(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+bound = functools.cache(functools.partial)  # the same object for the same arguments, so that it is compiled once
+
+
+@functools.cache
+def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(run)
+
+
+def compiled(name: str, run: Callable[..., Any], point: Point, memory: tuple[float, float]) -> System:
+    """``run`` under torch.compile. Row counts are symbolic, as they are for anyone whose packs differ in size."""
+    reason = "" if point.compile else "left out by --no-compile"
+    return System(name, _compiled(run), memory, unavailable=reason, compiled=True)
+
+
+def ours(run: Callable[..., Any], point: Point, memory: tuple[float, float]) -> System:
+    """The model's own small functions, which the trainer compiles on CUDA."""
+    if point.device.type == "cuda" and point.compile:
+        return compiled("csm_fast", run, point, memory)
+    return System("csm_fast", run, memory)
+
+
+def liger(
+    name: str, function: str, wrap: Callable[..., Any], point: Point, memory: tuple[float, float], **more
+) -> System:
+    """``wrap(function, **inputs)`` for one of ``liger_kernel.transformers.functional``."""
+    reason = ""
+    if point.device.type != "cuda":
+        reason = "Liger's kernels need CUDA"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        reason = "liger_kernel is not installed"
+
+    def run(**inputs: Tensor) -> Any:
+        if not torch.is_grad_enabled():  # or its loss forms gradients that nobody wants
+            inputs = {name: x.detach() for name, x in inputs.items()}
+        return wrap(getattr(importlib.import_module("liger_kernel.transformers.functional"), function), **inputs)
+
+    return System(name, run, memory, unavailable=reason, **more)
+
+
+def random_tensor(point: Point, *shape: int, scale: float = 1.0, leaf: bool = False) -> Tensor:
+    x = torch.randn(shape, device=point.device, dtype=point.dtype).mul_(scale)
+    return x.requires_grad_(leaf)
+
+
+def _rows(**tensors: Tensor) -> None:
+    """Their first dimension is the one that changes from pack to pack."""
+    for x in tensors.values():
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def clones(inputs: Inputs) -> Inputs:
+    tensors = {n: x.detach().clone().requires_grad_(x.requires_grad) for n, x in inputs.tensors.items()}
+    return Inputs(tensors, inputs.wanted, tuple(g.clone() for g in inputs.upstream))

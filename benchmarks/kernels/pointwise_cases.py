@@ -1,0 +1,138 @@
+"""What lies between the large products, as cases of ``benchmarks.kernels.__main__``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.kernels.attention_cases import rotate
+from benchmarks.kernels.points import (
+    Case,
+    Inputs,
+    Point,
+    System,
+    Work,
+    _rows,
+    bound,
+    clones,
+    compiled,
+    liger,
+    ours,
+    random_tensor,
+)
+from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
+from csm_fast.model.stacks import rms_norm
+
+# ----------------------------------------------------------------------------------------------- between the GEMMs
+
+
+def eager_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def our_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+
+def rope_case(point: Point) -> Case:
+    """Bytes: q and k read and written, the table read; backward their gradients, likewise."""
+    c, n, e = point.config.backbone, point.rows, point.dtype.itemsize
+    h, g, d = c.num_heads, c.num_kv_heads, c.head_dim
+
+    def make() -> Inputs:
+        positions = torch.cat([torch.arange(m) for m in point.layout().lengths]).to(point.device)
+        spec = RopeSpec(d, c.rope_base, c.rope_scale_factor)
+        table = rope_table(spec, c.max_seq_len, torch.float32, point.device)
+        cos, sin = (t[positions].unsqueeze(1) for t in table)
+        held = {"q": random_tensor(point, n, h, d, leaf=True), "k": random_tensor(point, n, g, d, leaf=True)}
+        held |= {"cos": cos, "sin": sin}
+        _rows(**held)
+        return Inputs(held, ("q", "k"), (random_tensor(point, n, h, d), random_tensor(point, n, g, d)))
+
+    values = n * (h + g) * d
+    way, plain = 2 * values * e + n * d * 4, (values * (e + 12), values * (2 * e + 16))
+    layout_differs = "its rotary embedding pairs halves; CSM's pairs are interleaved"
+    systems = (
+        ours(our_rope, point, plain),
+        System("eager", eager_rope, plain),
+        compiled("eager, compiled", eager_rope, point, plain),
+        System("Liger", eager_rope, plain, unavailable=layout_differs),
+    )
+    return Case(point, make, 2 * values * e + n * d * 4, eager_rope, systems, (Work(way), Work(2 * way)), ("q", "k"))
+
+
+@dataclass(frozen=True)
+class _Norm:
+    scale: Tensor
+    eps: float
+
+
+def our_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x + branch
+    return x, rms_norm(_Norm(scale, eps), x)
+
+
+def eager_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """torchtune's RMSNorm, in float32, after the residual sum."""
+    x = x + branch
+    wide = x if x.dtype == torch.float64 else x.float()
+    return x, (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * scale
+
+
+def norm_case(point: Point) -> Case:
+    """Bytes: stream and branch read, their sum and its norm written; backward both gradients and the sum read, one
+    gradient written, which serves stream and branch."""
+    c, n, e = point.config.backbone, point.rows, point.dtype.itemsize
+    d, eps = c.embed_dim, c.norm_eps
+
+    def make() -> Inputs:
+        held = {"x": random_tensor(point, n, d, leaf=True), "branch": random_tensor(point, n, d, leaf=True)}
+        _rows(**held)
+        held["scale"] = random_tensor(point, d, scale=0.1).add_(1).requires_grad_()
+        return Inputs(held, tuple(held), (random_tensor(point, n, d), random_tensor(point, n, d)))
+
+    def liger_norm(f: Callable[..., Any], x: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + branch  # not in place: its backward would overwrite a gradient that is used again
+        return x, f(x, scale, eps, in_place=False)
+
+    unit = n * d * e
+    way, plain = Work(4 * unit), (n * d * (2 * e + 8), n * d * (4 * e + 16))
+    systems = (
+        ours(bound(our_norm, eps=eps), point, plain),
+        System("eager", bound(eager_norm, eps=eps), plain),
+        compiled("eager, compiled", bound(eager_norm, eps=eps), point, plain),
+        liger("Liger", "liger_rms_norm", liger_norm, point, plain),
+    )
+    truth = bound(eager_norm, eps=eps)
+    return Case(point, make, 4 * unit, truth, systems, (way, Work(2 * way.bytes)), ("sum", "norm"))
+
+
+def eager_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Also how the model's layer spells it."""
+    return F.silu(gate) * up
+
+
+def swiglu_case(point: Point) -> Case:
+    """Bytes: gate and up read, the product written; backward three read and two gradients written."""
+    n, width, e = point.rows, point.config.backbone.intermediate_dim, point.dtype.itemsize
+
+    def make() -> Inputs:
+        held = {"gate": random_tensor(point, n, width, leaf=True), "up": random_tensor(point, n, width, leaf=True)}
+        _rows(**held)
+        return Inputs(held, ("gate", "up"), (random_tensor(point, n, width),))
+
+    unit = n * width * e
+    plain = 2 * unit, 6 * unit
+    systems = (
+        ours(eager_swiglu, point, plain),
+        System("eager", eager_swiglu, plain),
+        compiled("eager, compiled", eager_swiglu, point, plain),
+        # Its backward writes the gradients over gate and up.
+        liger("Liger", "liger_swiglu", lambda f, **x: f(x["gate"], x["up"]), point, plain, prepare=clones, fresh=True),
+    )
+    return Case(point, make, 3 * unit, eager_swiglu, systems, (Work(3 * unit), Work(8 * unit)))

@@ -1,0 +1,50 @@
+"""The loader: planning an epoch, and reading and laying out an optimizer step from a token store on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compare.data import Synthetic
+from csm_fast import CSMConfig
+from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.token_store import TokenStore, TurnTokens
+from csm_fast.packing.loader import Packer
+
+RECORDINGS = 2000
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> TokenStore:
+    """Random recordings, some three hours of them."""
+    config = CSMConfig.small()
+    codec = {
+        "kind": "random",
+        "name": "random codes",
+        "fingerprint": "0" * 64,
+        "sample_rate": 24000,
+        "samples_per_frame": 1920,
+        "num_codebooks": config.num_codebooks,
+        "codebook_size": config.audio_vocab_size - 3,
+    }
+    tokenizer = {"name": "random ids", "fingerprint": "0" * 64, "vocab_size": config.text_vocab_size}
+    path: Path = tmp_path_factory.mktemp("tokens") / "train"
+    with TokenStoreWriter(path, codec=codec, text_tokenizer=tokenizer, resampler="none") as writer:
+        for i, (turn,) in enumerate(Synthetic(RECORDINGS, config).turns):
+            writer.add_conversation([TurnTokens(turn.text, turn.codes, turn.speaker, i)])
+    return TokenStore.open(path)
+
+
+@pytest.mark.parametrize("rows", (2048, 16384))
+def test_step_of_the_loader(timed, device, store, rows):
+    """The first optimizer step of ``rows`` rows, as the loader's thread prepares it."""
+    packer = Packer(store, DataSection(batch_rows=rows, pack_rows=rows), LossSection(), pad=device.type)
+    packer.steps_in_epoch(0)  # plans the epoch
+    timed(lambda: packer.step(0, 0))
+
+
+def test_plan_of_an_epoch(timed, store):
+    """Which conversations share a pack, of all that there are."""
+    timed(lambda: Packer(store, DataSection(batch_rows=2048), LossSection()).steps_in_epoch(0))

@@ -1,0 +1,1 @@
+"""The tables of the documents from recorded results: ``python -m benchmarks.report``."""

@@ -1,0 +1,1 @@
+"""The commands behind ``csm-fast``, one file each, thin over the rooms below."""

@@ -1,0 +1,285 @@
+"""Dataclasses in, parsers out: YAML files and command-line flags for the configurations of ``config.py``.
+
+Precedence: defaults, then the YAML file, then flags. A flag is the field's name with dashes (underscores work too),
+plus the aliases in the field's metadata. YAML keys are field names or aliases, at the top level or under their
+section's name; unknown and duplicate keys are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from csm_fast.system.errors import InputError
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        mend = f"see {self.prog} --help"
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if unknown and message != unknown[0] and unknown[0].startswith("-"):
+            flag = unknown[0].split("=")[0].replace("_", "-")
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            mend = f"did you mean {close[0]}?" if close else mend
+        raise InputError(f"{self.prog}: {message}", mend=mend)
+
+
+# -------------------------------------------------------------------------------------------------------- dataclass
+
+
+def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
+    """(section or None, field, type) for every field of a dataclass, one level of sections deep."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            section_hints = typing.get_type_hints(hints[f.name])
+            for inner in dataclasses.fields(typing.cast(Any, hints[f.name])):
+                yield f.name, inner, section_hints[inner.name]
+        else:
+            yield None, f, hints[f.name]
+
+
+def names(field: dataclasses.Field) -> list[str]:
+    """A field's name and aliases, with underscores."""
+    return [field.name, *(a.replace("-", "_") for a in field.metadata.get("alias", ()))]
+
+
+def build(cls: type[T], values: dict[str, Any]) -> T:
+    """An instance from flat values by field name; dataclass checks run."""
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for section, field, _ in leaves(cls):
+        if field.name in values:
+            (sections.setdefault(section, {}) if section else top)[field.name] = values[field.name]
+    hints = typing.get_type_hints(cls)
+    for section, kwargs in sections.items():
+        top[section] = hints[section](**kwargs)
+    return cls(**top)
+
+
+def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
+    """``value`` as the annotated type, or an ``InputError`` that says what was expected.
+
+    YAML reads ``3e-5`` as text and ``true`` as a bool; both are settled here.
+    """
+
+    def wrong(expected: str) -> InputError:
+        return InputError(f"{where} is {value!r}", file=file, mend=f"give {expected}")
+
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), where, file)
+    if origin is Literal:
+        if isinstance(value, bool) and "off" in typing.get_args(hint):
+            # YAML takes the bare words for a boolean; a switch of before that now has degrees is on in full.
+            value = next(w for w in ("on", "full", "all") if w in typing.get_args(hint)) if value else "off"
+        if value not in typing.get_args(hint):
+            raise wrong("one of " + ", ".join(map(str, typing.get_args(hint))))
+        return value
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        inner = typing.get_args(hint)[0]
+        return [coerce(i.strip() if isinstance(i, str) else i, inner, where, file) for i in items if i != ""]
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise wrong("true or false")
+    if hint in (int, float):
+        expected = "an integer" if hint is int else "a number"
+        if isinstance(value, bool):
+            raise wrong(expected)
+        try:
+            number = float(value)
+            if hint is int:
+                number = int(value) if isinstance(value, str | int) else number
+                if number != int(number):
+                    raise ValueError
+                return int(number)
+            return number
+        except (TypeError, ValueError, OverflowError):
+            raise wrong(expected) from None
+    if not isinstance(value, str):
+        raise wrong("text")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- YAML
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML or JSON mapping; duplicate keys and anything but a mapping are refused."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is not a name", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise InputError(
+                    f"the key {key.value} stands twice", file=path, row=key.start_mark.line + 1, mend="keep one"
+                )
+            seen.add(key.value)
+        return dict(loader.construct_pairs(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        with open(Path(path).expanduser(), encoding="utf-8") as f:
+            values = yaml.load(f, Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=path, mend="check the path") from None
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8 text", file=path, mend="give a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        row = mark.line + 1 if mark else None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "damaged")
+        raise InputError(f"is not YAML ({problem})", file=path, row=row, mend="correct it there") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
+        raise InputError(f"is not usable YAML ({error})", file=path, mend="correct it") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError("holds no mapping of settings", file=path, mend="write lines like learning_rate: 3e-5")
+    return values
+
+
+def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
+    """Flat values by field name from a YAML file, flat or in sections."""
+    known = {alias: (section, field.name, hint) for section, field, hint in leaves(cls) for alias in names(field)}
+    sections = {section for section, _, _ in leaves(cls) if section}
+    file, flat = str(path), {}
+
+    def take(key: Any, value: Any, under: str | None = None) -> None:
+        key = str(key).replace("-", "_")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            mend = f"did you mean {close[0]}?" if close else "remove it; csm-fast-train --help lists the settings"
+            raise InputError(f"unknown setting {key}", file=file, mend=mend)
+        section, name, hint = known[key]
+        if under and section != under:
+            raise InputError(f"{key} is no setting of {under}", file=file, mend=f"put it under {section}")
+        if name in flat:
+            raise InputError(f"{name} is set twice", file=file, mend="keep one")
+        flat[name] = coerce(value, hint, name, file)
+
+    for key, value in read_mapping(path).items():
+        if isinstance(value, dict) and str(key) in sections:
+            for inner, inner_value in value.items():
+                take(inner, inner_value, str(key))
+        elif value is not None and str(key) in sections and str(key) not in known:
+            raise InputError(f"{key} must be a section of settings", file=file, mend="indent them below it")
+        elif not (value is None and str(key) in sections):  # a section without settings
+            take(key, value)
+    return flat
+
+
+RESOLVED = "# Every setting of a run, written by csm_fast.\n"
+
+
+def dump_yaml(config: Any) -> str:
+    """The resolved configuration, in sections, in a form ``read_yaml`` takes back."""
+    import yaml
+
+    return RESOLVED + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One flag per field. Values stay text; ``parse`` coerces them as it does YAML's."""
+    for section, field, hint in leaves(cls):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        group: Any = parser
+        if section:
+            title = f"{section} settings"
+            found = [g for g in parser._action_groups if g.title == title]
+            group = found[0] if found else parser.add_argument_group(title)
+        text = field.metadata.get("help", "").replace("%", "%%")
+        if default not in (None, False, ""):
+            text += f" (default: {default:.6g})" if isinstance(default, float) else f" (default: {default})"
+        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        if hint is bool:
+            kwargs["action"] = "store_true"
+        elif typing.get_origin(hint) is list:
+            kwargs.update(nargs="+", action="extend", metavar="X")
+        elif typing.get_origin(hint) is Literal:
+            kwargs["metavar"] = "|".join(typing.get_args(hint))
+            if "bare" in field.metadata:
+                kwargs.update(nargs="?", const=field.metadata["bare"])
+        else:
+            numeric = {int, float} & {hint, *typing.get_args(hint)}
+            kwargs["metavar"] = field.metadata.get("metavar") or ("N" if numeric else "X")
+        shown, *hidden = _spellings(field)
+        short = [s for s in hidden if not s.startswith("--")]
+        group.add_argument(*short, shown, help=text, **kwargs)
+        hidden = [s for s in hidden if s.startswith("--")]
+        if hint is bool or "bare" in field.metadata:
+            negative = {"dest": field.name, "default": argparse.SUPPRESS}
+            negative.update({"action": "store_false"} if hint is bool else {"action": "store_const", "const": "off"})
+            first = "--no-" + shown.removeprefix("--")
+            group.add_argument(
+                first, help=f"({shown} is the default)" if default is True else argparse.SUPPRESS, **negative
+            )
+            if hidden:
+                group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)
+        if hidden:
+            group.add_argument(*hidden, help=argparse.SUPPRESS, **kwargs)
+
+
+def _spellings(field: dataclasses.Field) -> list[str]:
+    """The flag shown in the help, then what is taken as well: underscores and aliases."""
+    found = []
+    for name in names(field):
+        dashes = "--" if len(name) > 1 else "-"
+        found += [dashes + name.replace("_", "-"), dashes + name]
+    return list(dict.fromkeys(found))
+
+
+def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | None = None) -> T:
+    """The configuration from parsed flags over an optional YAML file."""
+    values = read_yaml(config_file, cls) if config_file else {}
+    given = vars(namespace)
+    for _, field, hint in leaves(cls):
+        flag = "--" + field.name.replace("_", "-")
+        if field.name in given:
+            values[field.name] = coerce(given[field.name], hint, flag)
+        elif required(field) and field.name not in values:
+            raise InputError(f"{flag} is missing", mend=field.metadata.get("help"))
+    try:
+        return build(cls, values)
+    except InputError as error:
+        # A value that no setting may have: of the file, if the file has what is complained of.
+        from_file = values.keys() - given.keys() if config_file else set()
+        words = set(re.findall(r"\w+", error.what.replace("-", "_")))
+        if error.file is None and words & from_file:
+            raise InputError(error.what, file=config_file, mend=error.mend) from None
+        raise
+
+
+def required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -1,0 +1,1 @@
+"""Codecs: Mimi through transformers or moshi, and the offline codec of tests and demos."""

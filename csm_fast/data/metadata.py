@@ -1,0 +1,411 @@
+"""Every accepted data description -> conversations of turns, validated row by row.
+
+Two shapes of row, in .json, .jsonl, .csv, .tsv or .parquet:
+
+* flat rows ``{text, path, start?, end?, speaker?}``: each becomes a conversation of one turn;
+* conversations: lists of ``{text, audio_path, speaker}`` (or an object with one key, ``turns`` or ``conversation``).
+
+``path``, ``audio_path`` and ``audio`` mean the same, and so do ``speaker`` and ``speaker_id``. An optional value that
+is missing, null, an empty cell, or NaN in a table is absent; rows that have it and rows that do not may be mixed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from csm_fast.data.metadata_files import (
+    AUDIO,
+    NUMBER,
+    SPEAKER,
+    TEXT,
+    TURNS,
+    JsonObject,
+    check_key,
+    parse_json,
+    parse_yaml,
+    read_rows,
+    read_text,
+    show,
+)
+from csm_fast.system.errors import InputError
+
+MAX_TEXT_CHARS = 20_000
+MAX_SPEAKER = 2**31 - 1
+NO_SPEAKER = -1  # the speaker of every turn under omit_speaker_id: the text template then has no "[speaker]" prefix
+FLAT_SPEAKER, CONVERSATION_SPEAKER = 999, 0  # what sesame-finetune and csm-mlx give a row that names no speaker
+
+_LINE_BREAKS = re.compile("\\s*[\t\n\v\f\r\x85\u2028\u2029]\\s*")
+# Control characters other than line breaks, and lone halves of surrogate pairs, which no tokenizer can encode.
+_UNSPEAKABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+_log = logging.getLogger("csm_fast")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One utterance: a transcript and the recording, or the cut of one, that speaks it.
+
+    Fields: ``text`` cleaned by `clean_text`; ``audio_path`` absolute; ``speaker`` 0 to 2**31 - 1, or -1 for none;
+    ``start`` and ``end`` in seconds (None: the beginning, the end of the recording); ``row`` and ``file`` for errors:
+    "12" for flat rows, "3, turn 2" (from 1) in conversations.
+    """
+
+    text: str
+    audio_path: str
+    speaker: int
+    start: float | None
+    end: float | None
+    row: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns that see each other, and the row (from 1; a line number in .jsonl; headers not counted) they came from."""
+
+    turns: tuple[Turn, ...]
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    file: str
+    folder: str
+    speakers: Mapping[str, int] | None
+    default_speaker: int | None
+    omit_speaker_id: bool
+
+
+def load_metadata(
+    path: str | os.PathLike[str],
+    *,
+    speaker_map: str | os.PathLike[str] | None = None,
+    default_speaker: int | None = None,
+    omit_speaker_id: bool = False,
+    check_files: bool = True,
+) -> list[Conversation]:
+    """Read one metadata file, in its order.
+
+    Args:
+        path: .json, .jsonl, .csv, .tsv or .parquet, UTF-8. Recordings are relative to its folder; ``~`` is expanded.
+        speaker_map: a JSON or YAML file {name: integer}; without it a speaker that is a name is an error.
+        default_speaker: for turns without a speaker (default: 999 in flat rows, 0 in conversations).
+        omit_speaker_id: every turn gets speaker -1 and its text no "[speaker]" prefix; speakers are not looked at.
+        check_files: whether a recording that does not exist is an error.
+
+    Raises:
+        InputError: the first problem, with file and row, and how many more rows have one.
+    """
+    if omit_speaker_id and (speaker_map is not None or default_speaker is not None):
+        raise InputError("no speaker is written and yet speakers are set", mend="drop --omit-speaker-id or the other")
+    if default_speaker is not None:
+        default_speaker = _speaker_id(default_speaker, None)
+    file = os.path.expanduser(os.fspath(path))
+    speakers = None if speaker_map is None else load_speaker_map(speaker_map)
+    folder = os.path.dirname(os.path.abspath(file))
+    rules = _Rules(file, folder, speakers, default_speaker, omit_speaker_id)
+
+    conversations: list[Conversation] = []
+    problems: list[InputError] = []
+    for row, item in read_rows(file):
+        try:
+            conversations.append(_conversation(row, item, rules))
+        except InputError as error:
+            problems.append(error)
+    if problems:
+        first, others = problems[0], [str(problem.row) for problem in problems[1:]]
+        what = first.what
+        if others:
+            verb = "row has" if len(others) == 1 else "rows have"
+            named = "; ".join(others[:8]) + ("; ..." if len(others) > 8 else "")
+            what += f" (and {len(others)} more {verb} problems: {named})"
+        raise InputError(what, file=first.file, row=first.row, mend=first.mend)
+    if not conversations:
+        raise InputError("no rows", file=file, mend="add one row per recording: text, path")
+    turns = [turn for conversation in conversations for turn in conversation.turns]
+    if check_files:
+        _check_recordings(turns)
+    tagged = [turn for turn in turns if re.match(r"\[[0-9]+\]", turn.text)]
+    if tagged:
+        _log.warning(
+            "%s, row %s: the text begins with %s, which the model reads as a speaker tag%s",
+            file,
+            tagged[0].row,
+            tagged[0].text.partition("]")[0] + "]",
+            _more(tagged),
+        )
+    _warn_of_repeats(conversations)
+    return conversations
+
+
+def load_speaker_map(path: str | os.PathLike[str]) -> dict[str, int]:
+    """A JSON or YAML file {name: integer}, e.g. ``alice: 0``. Raises InputError on anything else."""
+    file = os.path.expanduser(os.fspath(path))
+    mend = "write one 'name: integer' per line"
+    if os.path.splitext(file)[1].lower() == ".json":
+        content = parse_json(read_text(file), file)
+        if isinstance(content, JsonObject) and content.repeated is not None:
+            raise InputError(f"the name {show(content.repeated)} is there twice", file=file, mend="keep one")
+    else:
+        content = parse_yaml(read_text(file), file)
+    if not isinstance(content, dict) or not content:
+        raise InputError("a speaker map is an object {name: integer}", file=file, mend=mend)
+    speakers = {}
+    for name, value in content.items():
+        # A name that is a number would make speaker 3 mean two things, depending on the file format's quoting.
+        if not isinstance(name, str) or not name.strip() or NUMBER.fullmatch(name.strip()):
+            raise InputError(
+                f"{show(name)} is not a name", file=file, mend="only names are mapped (quote them in YAML)"
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SPEAKER:
+            raise InputError(f"speaker {show(name)} is {show(value)}", file=file, mend=f"use 0 to {MAX_SPEAKER}")
+        speakers[_key(name)] = value
+    return speakers
+
+
+def split_validation(
+    conversations: Iterable[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Split into (training, validation), each in the given order and with at least one conversation.
+
+    Whole conversations; all that share a recording stay on one side. Which side is a hash of (seed, the recording's
+    path relative to its metadata file; of several that belong together, the first by name), so that adding, removing
+    or reordering rows moves no other row. ``fraction`` is therefore kept on average, not exactly. Two exceptions, both
+    for small data: an empty side gets the recording nearest to it, and a recording that alone is more than twice the
+    fraction stays in training.
+
+    Raises:
+        InputError: a fraction not between 0 and 1, or fewer than two recordings to split.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise InputError(f"validation fraction {show(fraction)}", mend="use a number between 0 and 1, e.g. 0.05")
+    conversations = list(conversations)
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for conversation in conversations:
+        first = conversation.turns[0].audio_path
+        for turn in conversation.turns[1:]:
+            parent[root(turn.audio_path)] = root(first)
+    leaders = [root(conversation.turns[0].audio_path) for conversation in conversations]
+    groups: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for leader, conversation in zip(leaders, conversations, strict=True):
+        groups[leader] = groups.get(leader, 0) + 1
+        for turn in conversation.turns:
+            name = _recording_name(turn.audio_path, turn.file)
+            names[leader] = min(names.get(leader, name), name)
+    if len(groups) < 2:
+        file = conversations[0].turns[0].file if conversations else None
+        what = "every conversation shares one recording" if conversations else "nothing to split"
+        raise InputError(f"{what}, so no validation set can be taken out", file=file, mend="give --val-data")
+
+    place = {leader: _uniform(f"{seed}/{name}") for leader, name in names.items()}
+    limit = 2 * fraction * len(conversations)
+    chosen = {leader for leader, size in groups.items() if place[leader] < fraction and size <= max(1, limit)}
+    if not chosen:
+        # Small groups first: the limit is there so that one long recording does not become the validation set.
+        chosen = {min(groups, key=lambda leader: (groups[leader] > max(1, limit), place[leader]))}
+    if len(chosen) == len(groups):
+        chosen.discard(max(groups, key=lambda leader: place[leader]))
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for leader, conversation in zip(leaders, conversations, strict=True):
+        sides[leader in chosen].append(conversation)
+    return sides
+
+
+def clean_text(text: str) -> str:
+    """The transcript as it is tokenized: NFC, outer whitespace off, each run with a line break or tab one space.
+
+    Raises:
+        InputError: empty, longer than 20,000 characters, or holding control characters or broken Unicode.
+    """
+    if len(text) > MAX_TEXT_CHARS:
+        raise InputError(
+            f"the text is {len(text):,} characters long", mend=f"split it; the limit is {MAX_TEXT_CHARS:,}"
+        )
+    if bad := _UNSPEAKABLE.search(text):
+        raise InputError(f"the text holds the control character U+{ord(bad[0]):04X}", mend="remove it")
+    text = unicodedata.normalize("NFC", text.strip("\ufeff"))
+    text = _LINE_BREAKS.sub(" ", text).strip()
+    if all(c.isspace() or unicodedata.category(c) == "Cf" for c in text):
+        raise InputError("the text is empty", mend="write what is said, or remove the row")
+    return text
+
+
+def _conversation(row: int, item: Any, rules: _Rules) -> Conversation:
+    if isinstance(item, JsonObject) and item.repeated is not None:
+        raise InputError(
+            f"the key {show(item.repeated)} is there twice", file=rules.file, row=row, mend="keep one of them"
+        )
+    if isinstance(item, dict) and any(item.get(key) is not None for key in TURNS):
+        given = [key for key in item if item[key] is not None]
+        if len(given) > 1:
+            what = f"{' and '.join(map(show, given))} in one row"
+            raise InputError(what, file=rules.file, row=row, mend="put everything into the turns")
+        item = item[given[0]]
+    if isinstance(item, dict):
+        return Conversation((_turn(str(row), item, rules, FLAT_SPEAKER),), row)
+    if not isinstance(item, list):
+        what = f"{show(item)} is neither a row {{text, path}} nor a list of turns"
+        raise InputError(what, file=rules.file, row=row, mend="write an object or a list of objects")
+    if not item:
+        raise InputError("a conversation without turns", file=rules.file, row=row, mend="remove it")
+    turns = tuple(_turn(f"{row}, turn {i}", turn, rules, CONVERSATION_SPEAKER) for i, turn in enumerate(item, 1))
+    return Conversation(turns, row)
+
+
+def _turn(row: str, item: Any, rules: _Rules, no_speaker: int) -> Turn:
+    try:
+        if not isinstance(item, dict):
+            raise InputError(f"{show(item)} is not a turn", mend="write an object: text, audio_path, speaker")
+        if isinstance(item, JsonObject) and item.repeated is not None:
+            raise InputError(f"the key {show(item.repeated)} is there twice", mend="keep one of them")
+        for key in item:
+            check_key(key, "key")
+        text = _pick(item, TEXT)
+        if text is None:
+            raise InputError("no 'text'", mend="write what is said, or remove the row")
+        if not isinstance(text, str):
+            raise InputError(f"text is {show(text)}, not a string", mend="quote it")
+        start, end = _seconds(item.get("start"), "start"), _seconds(item.get("end"), "end")
+        if end is not None and (start or 0.0) >= end:
+            raise InputError(f"start {start or 0.0:g} is not before end {end:g}", mend="give seconds, start before end")
+        text, audio_path = clean_text(text), _audio_path(_pick(item, AUDIO), rules.folder)
+        if rules.omit_speaker_id:
+            speaker = NO_SPEAKER
+        else:
+            given = {key: _speaker_id(item[key], rules.speakers) for key in SPEAKER if item.get(key) is not None}
+            named = _pick(given, SPEAKER)
+            default = no_speaker if rules.default_speaker is None else rules.default_speaker
+            speaker = default if named is None else named
+        return Turn(text, audio_path, speaker, start, end, row, rules.file)
+    except InputError as error:
+        raise InputError(error.what, file=rules.file, row=row, mend=error.mend) from None
+
+
+def _pick(item: dict, keys: tuple[str, ...]) -> Any:
+    given = [key for key in keys if item.get(key) is not None]
+    for key in given[1:]:
+        if item[key] != item[given[0]]:
+            what = f"{given[0]} is {show(item[given[0]])} but {key} is {show(item[key])}"
+            raise InputError(what, mend="they mean the same: keep one of them")
+    return item[given[0]] if given else None
+
+
+def _audio_path(value: Any, folder: str) -> str:
+    if value is None:
+        raise InputError("no 'path'", mend="name the recording ('path' or 'audio_path')")
+    if isinstance(value, dict) and {"bytes", "array"} & value.keys():  # Hugging Face's column of audio
+        raise InputError("the audio lies in the table itself", mend="write it to files, and give their paths in 'path'")
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise InputError(f"path is {show(value)}, not a file name", mend="name the recording")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise InputError(f"path is a URL, {show(value)}", mend="download the recording and give its path")
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+
+
+def _seconds(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} is {show(value)}, not a number", mend="give seconds, e.g. 12.5, or leave it out")
+    if not 0 <= value <= 1e9:  # also refuses NaN and infinities; 1e9 seconds are 30 years
+        raise InputError(f"{name} is {show(value)}", mend="give seconds from the beginning, 0 or more")
+    return float(value)
+
+
+def _speaker_id(value: Any, speakers: Mapping[str, int] | None) -> int:
+    mend = f"use an integer from 0 to {MAX_SPEAKER}"
+    number: float | None = None
+    if isinstance(value, str):
+        if NUMBER.fullmatch(value.strip()):
+            digits = value.strip()
+            number = int(digits) if re.fullmatch(r"[0-9]{1,18}", digits) else float(digits)
+        elif speakers is None:
+            raise InputError(f"speaker {show(value)} is a name", mend="map names to integers with --speaker-map FILE")
+        elif _key(value) in speakers:
+            return speakers[_key(value)]
+        else:
+            near = difflib.get_close_matches(_key(value), speakers, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"speaker {show(value)} is not in the speaker map", mend=f"add it there{hint}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = value
+    if number is None or not math.isfinite(number) or number != int(number) or not 0 <= number <= MAX_SPEAKER:
+        raise InputError(f"speaker is {show(value)}", mend=mend)
+    return int(number)
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def _uniform(name: str) -> float:
+    # A path may hold the lone surrogates by which Python spells file names that are not UTF-8.
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return int(digest[:13], 16) / 16**13
+
+
+def _recording_name(audio_path: str, file: str) -> str:
+    # Relative to the metadata file, so that a data folder splits alike wherever it lies.
+    return os.path.relpath(audio_path, os.path.dirname(os.path.abspath(file)))
+
+
+def _warn_of_repeats(conversations: list[Conversation]) -> None:
+    """Rows that are there twice count twice in the loss; a recording with two texts has a wrong one."""
+    of_turns: dict[tuple, int] = {}
+    of_cut: dict[tuple[str, float | None, float | None], Turn] = {}
+    repeats, contradictions = [], []
+    for conversation in conversations:
+        turns = tuple((t.audio_path, t.text, t.speaker, t.start, t.end) for t in conversation.turns)
+        if (row := of_turns.setdefault(turns, conversation.row)) != conversation.row:
+            repeats.append((conversation.row, row))
+        for turn in conversation.turns:
+            known = of_cut.setdefault((turn.audio_path, turn.start, turn.end), turn)
+            if known.text != turn.text:
+                contradictions.append((turn, known))
+    if repeats:
+        again, row = repeats[0]
+        file = conversations[0].turns[0].file
+        _log.warning("%s, row %d is row %d again and counts twice%s", file, again, row, _more(repeats))
+    if contradictions:
+        turn, known = contradictions[0]
+        _log.warning(
+            "%s, row %s: %s has another text than in row %s: %s and %s%s",
+            turn.file,
+            turn.row,
+            os.path.basename(turn.audio_path),
+            known.row,
+            show(turn.text),
+            show(known.text),
+            _more(contradictions),
+        )
+
+
+def _more(found: Sized) -> str:
+    """Besides the first one, which is shown."""
+    return f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
+
+
+def _check_recordings(turns: list[Turn]) -> None:
+    missing = {turn.audio_path: turn for turn in reversed(turns) if not os.path.isfile(turn.audio_path)}
+    if not missing:
+        return
+    turn = next(turn for turn in turns if turn.audio_path in missing)
+    kind = "is a folder" if os.path.isdir(turn.audio_path) else "does not exist"
+    mend = "check the path; it is relative to the metadata file"
+    raise InputError(f"the recording {turn.audio_path} {kind}{_more(missing)}", file=turn.file, row=turn.row, mend=mend)

@@ -1,0 +1,271 @@
+"""The files that metadata comes in -> numbered raw rows; what the rows mean is decided in metadata.py."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from csm_fast.system.errors import InputError
+
+TEXT, AUDIO, SPEAKER = ("text",), ("path", "audio_path", "audio"), ("speaker", "speaker_id")
+KEYS = (*TEXT, *AUDIO, "start", "end", *SPEAKER)
+TURNS = ("turns", "conversation")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+_FORMATS = "json, jsonl, csv, tsv or parquet"
+_NO_PICKLE = (
+    "a pickle runs whatever code is in it, so it is not opened",
+    "export it, e.g. pandas: pandas.DataFrame(rows).to_json('metadata.json', orient='records')",
+)
+_NO_HDF5 = ("an HDF5 file is not metadata", f"give the file it was made from ({_FORMATS})")
+_NO_DATABASE = (
+    "databases are not read",
+    "export the table: sqlite3 -header -csv FILE 'select * from TABLE' > metadata.csv",
+)
+_REFUSED = {
+    **dict.fromkeys((".pkl", ".pickle"), _NO_PICKLE),
+    **dict.fromkeys((".hdf5", ".h5"), _NO_HDF5),
+    **dict.fromkeys((".sql", ".db", ".sqlite", ".sqlite3"), _NO_DATABASE),
+}
+
+
+class JsonObject(dict):
+    """A JSON object that remembers a repeated key: json.loads alone keeps the last value and says nothing."""
+
+    repeated: str | None = None
+
+
+def read_rows(file: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a metadata file as (row, item).
+
+    Rows are numbered from 1 (headers not counted); in .jsonl they are line numbers. An item of JSON is whatever stands
+    there; one of a table is a dict of its cells that are not absent (empty, NaN, null).
+
+    Raises:
+        InputError: a file that cannot be read or parsed, an unknown format, a wrong header.
+    """
+    extension = os.path.splitext(file)[1].lower()
+    if os.path.isdir(file):
+        inside = [name for name in sorted(os.listdir(file)) if os.path.splitext(name)[1].lower() in _READERS]
+        example = os.path.join(file, inside[0]) if inside else f"a {_FORMATS} file"
+        raise InputError("is a folder, not a metadata file", file=file, mend=f"give {example}")
+    if extension in _REFUSED:
+        what, mend = _REFUSED[extension]
+        raise InputError(what, file=file, mend=mend)
+    if extension not in _READERS:
+        raise InputError(f"unknown metadata format '{extension}'", file=file, mend=f"give {_FORMATS}")
+    if not os.path.exists(file):
+        raise InputError("no such file", file=file, mend="check the path")
+    return _READERS[extension](file)
+
+
+def read_text(file: str) -> str:
+    """A whole UTF-8 file, with or without a byte-order mark. Raises InputError if unreadable, empty or not UTF-8."""
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=file, mend="check the path") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what = "is UTF-16" if utf16 else f"line {line} is not UTF-8"
+        raise InputError(what, file=file, mend="save it as UTF-8") from None
+    if not text.strip():
+        raise InputError("is empty", file=file, mend="add one row per recording: text, path")
+    return text
+
+
+def parse_json(text: str, file: str, line: int | None = None) -> Any:
+    """json.loads with `JsonObject` for objects; ``line`` is the line of a .jsonl file. Raises InputError."""
+    try:
+        return json.loads(text, object_pairs_hook=_json_object)
+    except json.JSONDecodeError as error:
+        mend = "correct it there"
+        if line is None and error.msg == "Extra data":
+            mend = "put the rows into one list, or name the file .jsonl if every line is a row"
+        what = f"invalid JSON at line {line or error.lineno}, column {error.colno}: {error.msg}"
+        raise InputError(what, file=file, mend=mend) from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets thousands deep
+        where = f" at line {line}" if line else ""
+        raise InputError(f"invalid JSON{where}: {error}", file=file, mend="correct it") from None
+
+
+def parse_yaml(text: str, file: str) -> Any:
+    """A YAML document of plain values, keys repeated nowhere. Raises InputError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise InputError(f"invalid YAML{where}: {problem}", file=file, mend="correct it there") from None
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
+        raise InputError(f"invalid YAML: {error}", file=file, mend="correct it") from None
+
+
+def check_key(key: Any, kind: str) -> None:
+    """Raises InputError naming an unknown ``key``, the known ones, and the one that was probably meant."""
+    if key in KEYS:
+        return
+    near = difflib.get_close_matches(str(key).lower(), (*KEYS, *TURNS), 1)
+    known = f"known: {', '.join(KEYS)}"
+    mend = f"did you mean '{near[0]}'? {known}" if near else f"remove it; {known}"
+    raise InputError(f"unknown {kind} {show(key)}", mend=mend)
+
+
+def show(value: Any) -> str:
+    """A value as a message quotes it: at most 60 characters."""
+    # Cut before repr as well: the value may be a megabyte long.
+    shown = repr(value[:80]) if isinstance(value, str) else repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
+    result = JsonObject(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        result.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return result
+
+
+def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
+    content = parse_json(read_text(file), file)
+    if not isinstance(content, list):
+        what = f"holds {'an object' if isinstance(content, dict) else show(content)}, not a list of rows"
+        raise InputError(what, file=file, mend="write [{text, path}, ...] or [[{text, audio_path, speaker}, ...], ...]")
+    yield from enumerate(content, 1)
+
+
+def _json_line_rows(file: str) -> Iterator[tuple[int, Any]]:
+    # Not splitlines(): a line separator such as U+2028 may stand inside a JSON string.
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if line.strip():
+            yield number, parse_json(line, file, number)
+
+
+def _separated_rows(file: str, delimiter: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.reader(
+        io.StringIO(read_text(file), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
+    names: list[str] = []
+    row = 0
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = [cell.strip() for cell in cells]
+                _check_columns(names, file, delimiter)
+                continue
+            row += 1
+            if len(cells) > len(names):
+                what = f"{len(cells)} cells under {len(names)} columns"
+                mend = "put double quotes around a text that holds the separator"
+                raise InputError(what, file=file, row=row, mend=mend)
+            yield (
+                row,
+                {key: value for key, cell in zip(names, cells, strict=False) if (value := _cell(key, cell)) != ""},
+            )
+    except csv.Error as error:
+        mend = 'put double quotes around texts that hold quotes or separators, and write a quote inside as ""'
+        raise InputError(f"line {reader.line_num}: {error}", file=file, mend=mend) from None
+
+
+def _cell(key: str, cell: str) -> str | float:
+    cell = cell.strip()
+    if key in ("start", "end"):
+        if NUMBER.fullmatch(cell):
+            return float(cell)
+        return "" if cell.lower() == "nan" else cell
+    # Only pandas' own spelling: "Nan" is a name, and in a text even "nan" is a word.
+    return "" if key in SPEAKER and cell == "nan" else cell
+
+
+def _check_columns(names: list[str], file: str, delimiter: str) -> None:
+    if len(names) == 1:
+        for other in ";\t,":
+            if other != delimiter and other in names[0]:
+                what = f"the columns are separated by {other!r}, not {delimiter!r}"
+                raise InputError(what, file=file, mend="save it with commas as .csv, or with tabs as .tsv")
+    if not any(difflib.get_close_matches(name.lower(), (*KEYS, *TURNS), 1) for name in names):
+        raise InputError(
+            "the first line names no column that is known here", file=file, mend="add one before it: text,path,speaker"
+        )
+    for i, name in enumerate(names):
+        try:
+            if not name:
+                raise InputError(f"column {i + 1} has no name", mend="name or remove it (pandas: index=False)")
+            if name in names[:i]:
+                raise InputError(f"the column {show(name)} is there twice", mend="keep one of them")
+            if name not in TURNS:
+                check_key(name, "column")
+        except InputError as error:
+            raise InputError(error.what, file=file, mend=error.mend) from None
+    for group, what in ((TEXT, "no column 'text'"), (AUDIO, "no column 'path' (or 'audio_path')")):
+        if not any(name in names for name in (*group, *TURNS)):
+            raise InputError(what, file=file, mend=f"the first line names the columns, of {', '.join(KEYS)}")
+
+
+def _parquet_rows(file: str) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if os.path.getsize(file) == 0:
+        raise InputError("is empty", file=file, mend="write it again")
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            # What pandas adds for its row labels is no column of the user's.
+            names = [name for name in table.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
+            _check_columns(names, file, ",")
+            row = 0
+            for batch in table.iter_batches(columns=names):
+                for item in batch.to_pylist():
+                    row += 1
+                    yield row, _present(item)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise InputError(f"is not a readable parquet file ({first})", file=file, mend="write it again") from None
+
+
+def _present(item: Any) -> Any:
+    """An item of a table without its nulls and NaNs, inside lists of turns as well."""
+    if isinstance(item, dict):
+        return {key: _present(value) for key, value in item.items() if value is not None and value == value}
+    return [_present(value) for value in item] if isinstance(item, list) else item
+
+
+def _csv_rows(file: str) -> Iterator[tuple[int, Any]]:
+    return _separated_rows(file, ",")
+
+
+def _tsv_rows(file: str) -> Iterator[tuple[int, Any]]:
+    return _separated_rows(file, "\t")
+
+
+_READERS = {
+    ".json": _json_rows,
+    ".jsonl": _json_line_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".parquet": _parquet_rows,
+}

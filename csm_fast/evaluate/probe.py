@@ -1,0 +1,170 @@
+"""A probe: a few hundred rows of real data beside a saved adapter, and the loss that the model gave on them.
+
+Whoever loads or merges the adapter can tell whether it still does what it did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_fast.model import adapters
+from csm_fast.model.loss import packed_loss
+from csm_fast.packing.pack import Pack, Segments
+from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.tensors import read_entries, write_tensors
+
+PROBE, PROBE_LOSS = "probe.safetensors", "probe.json"
+PROBE_ROWS, PROBE_FRAMES = 384, 32  # at most; one longer conversation is taken whole
+_TENSORS = ("tokens", "is_audio", "target_rows", "target_weights", "decoder_index", "decoder_weights")
+
+# Largest relative drift of a probe's loss that is rounding, by the type that products are computed in; and what is
+# allowed however little the adapter changes the loss.
+ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+LEAST = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2.5e-3, torch.float16: 2.5e-3}
+
+
+class Probe:
+    """A small pack, the loss that an adapted model gave on it, and the type its products were computed in."""
+
+    def __init__(self, pack: Pack, loss: float, dtype: torch.dtype, silenced: float | None = None):
+        self.pack, self.loss, self.dtype = pack, loss, dtype
+        self.silenced = silenced  # loss of a 4-bit base with what was trained besides, and without the adapters
+
+    @property
+    def name(self) -> str:
+        """Of the type."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def allowed(self, base: float) -> float:
+        """Largest relative drift that is rounding, where the base alone has this loss. At most half of what the adapter
+        changes, so that one that does nothing, or harm, is told from one that is there."""
+        return max(LEAST[self.dtype], min(ALLOWED[self.dtype], self.drift(base) / 2))
+
+    def drift(self, loss: float) -> float:
+        """Of a loss from the stored one, relative to it."""
+        return abs(loss - self.loss) / max(abs(self.loss), 1e-12)
+
+    def loss_of(self, model: Any, device: torch.device | str = "cpu") -> float:
+        """(CE0 + CEd) / 2 of a model on the probe: in eval mode, in the probe's type."""
+        return _loss(model, self.pack.to(device), self.dtype)
+
+
+@torch.no_grad()
+def _loss(model: Any, pack: Pack, dtype: torch.dtype) -> float:
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    was_training = model.training
+    # As whoever loads the adapter runs it; and compiling these few forwards would take longer than they do.
+    compiled = [(stack, stack.__dict__.pop("run_layer", None)) for stack in (model.backbone, model.decoder)]
+    model.eval()
+    try:
+        with torch.autocast(pack.tokens.device.type, dtype) if narrow else nullcontext():
+            return float(packed_loss(model, pack, 0.5, 0.5)[0])
+    finally:
+        model.train(was_training)
+        for stack, run in compiled:
+            if run is not None:
+                stack.run_layer = run
+
+
+def probe_pack(pack: Pack) -> Pack:
+    """The first documents of a pack with something to learn, up to ``PROBE_ROWS`` rows, equally weighted; the depth
+    decoder sees up to ``PROBE_FRAMES`` of their frames, evenly spread."""
+    targets, device = pack.target_rows.cpu(), pack.tokens.device
+    lengths: list[int] = []
+    rows: list[Tensor] = []
+    start = 0
+    for length in pack.segments.lengths:
+        supervised = bool(((targets >= start) & (targets < start + length)).any())
+        if supervised and (not rows or sum(lengths) + length <= PROBE_ROWS):
+            rows.append(torch.arange(start, start + length))
+            lengths.append(length)
+        start += length
+    if not rows:
+        raise ValueError("the pack has no supervised frame")
+    chosen = torch.cat(rows)
+    place = torch.full((start,), -1)
+    place[chosen] = torch.arange(len(chosen))
+    target_rows = place[targets]
+    target_rows = target_rows[target_rows >= 0]
+    frames = min(PROBE_FRAMES, len(target_rows))
+    index = torch.linspace(0, len(target_rows) - 1, frames).round().long()
+    return _pack(
+        {
+            "tokens": pack.tokens.cpu()[chosen],
+            "is_audio": pack.is_audio.cpu()[chosen],
+            "target_rows": target_rows,
+            "target_weights": torch.full((len(target_rows),), 1 / len(target_rows), dtype=torch.float64),
+            "decoder_index": index,
+            "decoder_weights": torch.full((frames,), 1 / frames, dtype=torch.float64),
+        },
+        lengths,
+    ).to(device)
+
+
+def _pack(tensors: dict[str, Tensor], lengths: list[int]) -> Pack:
+    return Pack(
+        positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
+        segments=Segments.of(lengths, "cpu"),
+        rows=sum(lengths),
+        frames=int(tensors["is_audio"].sum()),
+        **tensors,
+    )
+
+
+def save_probe(model: Any, pack: Pack, directory: str | os.PathLike[str]) -> float:
+    """Write a probe beside an adapter: a part of ``pack`` and the loss that ``model`` gives on it, which is returned.
+
+    Args:
+        model: with adapters (``adapters.attach``).
+        pack: of real data, on the model's device, with at least one supervised frame.
+        directory: of ``save_adapter``.
+    """
+    path, small = Path(directory), probe_pack(pack)
+    dtype = model.adapter.compute_dtype
+    loss = _loss(model, small, dtype)
+    tensors = {name: getattr(small, name) for name in _TENSORS}
+    tensors["is_audio"] = tensors["is_audio"].to(torch.uint8)
+    without = None
+    if model.adapter.section.method == "qlora":
+        with adapters.silenced(model):
+            without = _loss(model, small, dtype)
+    values = {
+        "loss": loss,
+        "without_adapters": without,
+        "precision": str(dtype).removeprefix("torch."),
+        "device": small.tokens.device.type,
+        "lengths": list(small.segments.lengths),
+    }
+    with writing_to(path):
+        write_tensors(path / PROBE, tensors, None)
+        write_bytes(path / PROBE_LOSS, (json.dumps(values) + "\n").encode())
+    return loss
+
+
+def read_probe(directory: str | os.PathLike[str]) -> Probe | None:
+    """The probe beside an adapter; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = Path(directory).expanduser()
+    if not (path / PROBE).is_file() or not (path / PROBE_LOSS).is_file():
+        return None
+    values = read_json(path / PROBE_LOSS)
+    tensors = {entry.name: entry.read() for entry in read_entries(path / PROBE)}
+    try:
+        tensors = {name: tensors[name] for name in _TENSORS}
+        tensors["is_audio"] = tensors["is_audio"].bool()
+        dtype = {str(d).removeprefix("torch."): d for d in ALLOWED}[values["precision"]]
+        pack = _pack(tensors, [int(n) for n in values["lengths"]])
+        return Probe(pack, float(values["loss"]), dtype, values.get("without_adapters"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"is damaged ({error})", file=path / PROBE_LOSS, mend="copy the adapter again") from None

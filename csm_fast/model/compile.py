@@ -1,0 +1,111 @@
+"""``torch.compile`` for the layers of both stacks: what lies between the large operators becomes a few kernels.
+
+One layer is one graph, and all layers of a stack share it (the backbone's last has one more, for the rows that
+predict), so compiling takes seconds and not minutes. Rows, segments and frames are symbolic: a pack of another size
+recompiles nothing. Parameters, their names and ``state_dict`` stay as they are; so does whatever runs with a cache
+(generation), which stays eager.
+
+Worth it on CUDA. On a CPU, where matrix products are most of the time and the rest is written with few passes, nothing
+is gained (``docs/design-notes.md``), so it is off there unless asked for. Inductor keeps compiled kernels on disk
+(``TORCHINDUCTOR_CACHE_DIR``; ``csm-fast-train`` puts it into the user's cache directory), so a second run starts two to
+four times sooner.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csm_fast.model.stacks import PackedAttend, run_layer
+
+# Variants of one stack's layer: with and without gradients, inputs that need none, a single row, one more of each for
+# an adapter. Past this many, something that should be symbolic is not, and it is better to stop and say so.
+RECOMPILE_LIMIT = 16
+
+
+def compile_layers(model: Any, choice: str = "on", backend: str = "inductor") -> bool:
+    """Compile the layer function of the backbone and of the depth decoder, for training and validation.
+
+    Args:
+        model: ``CSM`` or any module with Sesame's tree.
+        choice: "on", "off", or "auto": on where the parameters are on CUDA and Triton is installed.
+        backend: of ``torch.compile``.
+
+    Returns:
+        Whether it is on.
+    """
+    if choice not in ("auto", "on", "off"):
+        raise ValueError(f"choice is {choice!r}; use 'auto', 'on' or 'off'")
+    on = choice == "on"
+    if choice == "auto":
+        on = next(model.parameters()).device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    for stack in (model.backbone, model.decoder):
+        if on:
+            stack.run_layer = _compiled(backend)
+        elif hasattr(stack, "run_layer"):
+            del stack.run_layer
+    return on
+
+
+def _limits() -> dict[str, Any]:
+    """``RECOMPILE_LIMIT`` for each stack, as options of ``torch.compile``. PyTorch before 2.13 has none: it counts the
+    variants of both stacks together, for the whole process, up to 8."""
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+    if limits.keys() <= inspect.signature(torch.compile).parameters.keys():
+        return limits
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * RECOMPILE_LIMIT)
+    return {}
+
+
+def _inductor_options() -> dict[str, Any]:
+    """Inductor, as little dependent on a pack's size as can be had.
+
+    A norm's backward sums over columns and over rows. On CUDA, Inductor fuses the two sums where a pack is large enough
+    (at csm-1b's width from 2,560 and again from 4,096 rows on) and compiles every layer anew on either side of those
+    bounds. Unfused, a norm's input and gradient are read twice, half a percent of a step of csm-1b by count.
+    """
+    config: Any = importlib.import_module("torch._inductor.config")
+    return {"triton.mix_order_reduction": False} if hasattr(config.triton, "mix_order_reduction") else {}
+
+
+# An integer that differs from pack to pack, which PyTorch would take for a constant until it changes.
+LONGEST = "L['attend'].segments.max_seqlen"
+
+
+def _longest_is_symbolic() -> None:
+    config: Any = importlib.import_module("torch.compiler.config")
+    if LONGEST not in config.dynamic_sources.split(","):
+        config.dynamic_sources = ",".join(filter(None, (config.dynamic_sources, LONGEST)))
+
+
+def _compiled(backend: str) -> Callable[..., Tensor]:
+    _longest_is_symbolic()
+    options = _inductor_options() if backend == "inductor" else {}
+    compiled = torch.compile(run_layer, fullgraph=True, backend=backend, options=options or None, **_limits())
+
+    def run(
+        layer: Any,
+        _: int,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Any,
+        recompute_mlp: bool = False,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        dynamic = [x] if rows is None else [x, rows]
+        if isinstance(attend, PackedAttend):  # the decoder's cos and sin have K rows, always
+            dynamic += [cos, sin, attend.segments.cu_seqlens]
+        for tensor in dynamic:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # A traceable attention knows no layers: without their index, one graph serves them all but the last one's rows.
+        return compiled(layer, 0, x, cos, sin, attend, recompute_mlp, rows)
+
+    return run

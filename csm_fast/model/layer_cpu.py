@@ -1,0 +1,139 @@
+"""The layers of both stacks on a CPU: one autograd node each, where a layer is plain.
+
+Plain means linear layers without bias or hooks, with weights of one type; frozen 4-bit weights and LoRA adapters are
+plain too. Everything else (DoRA, an adapter's dropout), and whatever is compiled or forced onto the Triton kernels,
+runs as ``model.run_layer`` is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from csm_fast import ops
+from csm_fast.model.linear import dense_weight, is_quantized
+
+
+def serves(layer: Any, x: Tensor, attend: Any) -> bool:
+    """Whether ``run`` may take the place of ``model.run_layer``."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "order"):
+        return False
+    if ops.asked() == "triton":
+        return False
+    linears = [_parts(linear) for linear in _linears(layer)]
+    if None in linears:
+        return False
+    types = {t for linear in linears for t in linear.types}  # type: ignore[union-attr]
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return all(t.is_floating_point for t in types)
+    return types == {x.dtype, layer.sa_norm.scale.dtype, layer.mlp_norm.scale.dtype}
+
+
+def project(linear: Any, x: Tensor) -> Tensor:
+    """``linear(x)``, by the library that multiplies a layer's matrices where it does; under autocast both are cast
+    here."""
+    own = x.device.type == "cpu" and not torch.compiler.is_compiling() and ops.asked() != "triton" and _is_plain(linear)
+    if not own:
+        return linear(x)
+    dtype, weight = _compute_dtype(x), linear.weight
+    is_cast = torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64  # which autocast leaves alone
+    if not ops.multiplies(dtype) or not (is_cast or weight.dtype == dtype):
+        return linear(x)
+    return ops.linear(x.to(dtype), weight.to(dtype))
+
+
+def _linears(layer: Any) -> tuple[Any, ...]:
+    attn, mlp = layer.attn, layer.mlp
+    return attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, mlp.w1, mlp.w2, mlp.w3
+
+
+def _is_plain(linear: Any) -> bool:
+    """Its weight may be used without calling it: nothing is added to the product, and nothing listens."""
+    plain = type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
+    return plain and linear.bias is None and not _listens(linear)
+
+
+# Where the layers are that compute what ``_parts`` says.
+LORA = ("csm_fast.model.adapters", "peft.tuners.lora.layer", "peft.tuners.lora.bnb")
+
+
+class _Parts(NamedTuple):
+    """A linear layer's weight or 4-bit layer, and its adapter's matrices and factor."""
+
+    base: Any
+    a: Any = None
+    b: Any = None
+    scaling: float = 1.0
+
+    @property
+    def types(self) -> set[torch.dtype]:
+        weights = (self.base.weight, self.a, self.b)
+        types = {weight.dtype for weight in weights if weight is not None and weight.dtype != torch.uint8}
+        return types | {self.base.weight.quant_state.dtype} if is_quantized(self.base) else types
+
+
+def _parts(linear: Any) -> _Parts | None:
+    """Of a layer that is all of what it computes; else None."""
+    if _is_plain(linear) or _is_plain_in_4_bits(linear):
+        return _Parts(linear)
+    if type(linear).__module__ not in LORA or _listens(linear):
+        return None
+    base = linear.base_layer
+    if not (_is_plain(base) or _is_plain_in_4_bits(base)):
+        return None
+    if linear.merged or linear.disable_adapters or len(linear.active_adapters) != 1:
+        return None
+    (name,) = linear.active_adapters
+    variants = getattr(linear, "lora_variant", {}), linear.lora_magnitude_vector
+    if name not in linear.lora_A or any(name in variant for variant in variants):
+        return None
+    a, b, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
+    drops = dropout.training and getattr(dropout, "p", 0.0) > 0
+    if drops or _listens(dropout) or not (_is_plain(a) and _is_plain(b)):
+        return None
+    return _Parts(base, a.weight, b.weight, linear.scaling[name])
+
+
+def _is_plain_in_4_bits(linear: Any) -> bool:
+    adapted = hasattr(linear, "base_layer")  # PEFT's layers show their base's weight as theirs
+    return not adapted and is_quantized(linear) and linear.bias is None and not _listens(linear)
+
+
+def _listens(module: Any) -> bool:
+    """Whether hooks are on a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def run(
+    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool, rows: Tensor | None
+) -> Tensor:
+    """``model.run_layer`` for a layer that ``serves``; under autocast its weights are cast here."""
+    dtype = _compute_dtype(x)
+    linears: list[Any] = [_parts(linear) for linear in _linears(layer)]
+    dense = tuple(functools.partial(dense_weight, p.base) if is_quantized(p.base) else None for p in linears)
+    wq, wk, wv, wo, w1, w2, w3 = (None if is_quantized(p.base) else p.base.weight.to(dtype) for p in linears)
+    attn = layer.attn
+    setup = ops.LayerSetup(attn.head_dim, layer.sa_norm.eps, layer.mlp_norm.eps, dtype, recompute_mlp, dense)
+    weights = (layer.sa_norm.scale, wq, wk, wv, wo, layer.mlp_norm.scale, w1, w2, w3)
+    adapters = tuple(matrix for p in linears for matrix in _adapter(p, dtype))
+    order = attend.order(x, attn.num_heads, attn.num_kv_heads)
+    return ops.llama_layer(x, cos, sin, order, weights, setup, rows, adapters)
+
+
+def _adapter(parts: _Parts, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A, and B with its factor, which is multiplied before it is rounded."""
+    if parts.a is None:
+        return None, None
+    b = parts.b if parts.scaling == 1 else parts.b * parts.scaling
+    return parts.a.to(dtype), b.to(dtype)

@@ -1,0 +1,43 @@
+"""The weight of a linear layer: dense, in 4 bits, with an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csm_fast.system.optional import load_bitsandbytes
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether ``layer`` holds 4-bit weights."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """The weight [out, in] of a linear layer: itself, or what its 4 bits stand for, in the dtype of its products."""
+    if not is_quantized(layer):
+        return layer.weight
+    return load_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def adapted_weight(layer: Any) -> Tensor:
+    """The weight [out, in] of a linear layer with or without a PEFT adapter, differentiably: W, or W + s B A; with
+    DoRA its rows scaled to their magnitudes (the norm is a constant, as in the paper's section 4.3).
+
+    In the wider of both dtypes, also under autocast. Dropout is no part of it.
+    """
+    if not hasattr(layer, "lora_A"):
+        return layer.weight
+    weight = dense_weight(layer.base_layer)
+    if layer.disable_adapters or layer.merged:
+        return weight
+    with torch.autocast(weight.device.type, enabled=False):
+        for name in (n for n in layer.active_adapters if n in layer.lora_A):
+            delta = layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+            weight = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+            if name in layer.lora_magnitude_vector:
+                norm = torch.linalg.norm(weight.detach(), dim=1)
+                weight = (layer.lora_magnitude_vector[name].weight / norm).unsqueeze(1) * weight
+    return weight

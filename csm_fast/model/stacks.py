@@ -1,0 +1,265 @@
+"""What a layer and the two stacks compute, on ``CSM`` and on any module with Sesame's tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from csm_fast import ops
+from csm_fast.config.shape import CSMConfig, TransformerConfig
+from csm_fast.model import layer_cpu
+from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
+from csm_fast.packing.pack import Segments
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def rope_spec(attn: Any) -> RopeSpec:
+    """Rotary parameters of an attention module: ours, or torchtune's ``pos_embeddings``.
+
+    Raises:
+        ValueError: a rotary module without torchtune's attribute names.
+    """
+    if isinstance(getattr(attn, "rope", None), RopeSpec):
+        return attn.rope
+    rope = attn.pos_embeddings
+    if not hasattr(rope, "base") or not hasattr(rope, "dim"):
+        raise ValueError(f"cannot read the rotary parameters of {type(rope).__name__}")
+    if not hasattr(rope, "scale_factor"):
+        return RopeSpec(rope.dim, float(rope.base))
+    return RopeSpec(
+        rope.dim,
+        float(rope.base),
+        float(rope.scale_factor),
+        float(getattr(rope, "low_freq_factor", 1)),
+        float(getattr(rope, "high_freq_factor", 4)),
+        int(getattr(rope, "old_context_len", 8192)),
+    )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
+    return ops.rms_norm(x, norm.scale, norm.eps)
+
+
+def run_layer(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+    recompute_mlp: bool = False,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """One pre-norm Llama layer.
+
+    ``x``: [..., D]; ``attend(index, q, k, v, cos, sin)`` rotates and attends [..., heads, head_dim];
+    ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass; ``rows``: [A], of x [T, D],
+    the rows that are wanted: the others serve as keys and values only.
+    """
+    if layer_cpu.serves(layer, x, attend):
+        return layer_cpu.run(layer, x, cos, sin, attend, recompute_mlp, rows)
+    attn = layer.attn
+    y = rms_norm(layer.sa_norm, x)
+    q = attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim))
+    k = attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
+    v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
+    attended = attend(index, q, k, v, cos, sin).flatten(-2)
+    if rows is not None:
+        x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+    x = x + attn.output_proj(attended)
+    return x + (checkpoint(_mlp, layer, x, use_reentrant=False) if recompute_mlp else _mlp(layer, x))
+
+
+def _mlp(layer: Any, x: Tensor) -> Tensor:
+    mlp, y = layer.mlp, rms_norm(layer.mlp_norm, x)
+    return mlp.w2(F.silu(mlp.w1(y)) * mlp.w3(y))
+
+
+def run_stack(
+    stack: Any,
+    x: Tensor,
+    positions: Tensor,
+    length: int,
+    attend: Attend,
+    recompute: str = "off",
+    rows: Tensor | None = None,
+) -> Tensor:
+    """All layers and the final norm.
+
+    Args:
+        stack: a module with ``layers`` and ``norm``.
+        x: [..., D] inputs.
+        positions: integers that index the rotary table, broadcastable to x's leading dimensions.
+        length: size of the rotary table; above every position.
+        attend: the attention, called with the layer's index, q, k and v before rotation, and the cosines and sines
+            of the positions, [..., 1, head_dim / 2]. One with a true attribute ``traceable`` depends on nothing but
+            these and tensors that it holds, so a compiled layer may take it in.
+        recompute: what runs again in the backward pass so that its activations need not be kept: "off" nothing,
+            "selective" the MLP of each layer, 17 of some 23 D per row and half of the time of a layer, "full" all.
+        rows: [A], of x [T, D], all different: those whose states are wanted, [A, D]. The last layer takes the others
+            as keys and values only, so their part of its output projection and MLP is not computed.
+    """
+    spec = rope_spec(stack.layers[0].attn)
+    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
+    # ``compile.compile_layers`` sets ``run_layer`` on a stack. An attention that keeps state stays eager: a cache's.
+    run = getattr(stack, "run_layer", run_layer) if getattr(attend, "traceable", False) else run_layer
+    recompute = recompute if torch.is_grad_enabled() else "off"
+    for index, layer in enumerate(stack.layers):
+        some = rows if index == len(stack.layers) - 1 else None
+        if recompute == "full":
+            x = checkpoint(run, layer, index, x, cos, sin, attend, False, some, use_reentrant=False)
+        else:
+            x = run(layer, index, x, cos, sin, attend, recompute == "selective", some)
+    return rms_norm(stack.norm, x)
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """The attention of a pack, for ``run_stack``."""
+
+    segments: Segments
+    traceable: ClassVar[bool] = True
+
+    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
+
+    def order(self, x: Tensor, heads: int, kv_heads: int) -> ops.Order:
+        """The segments of ``x``'s rows for ``ops.llama_layer``."""
+        return ops.plan_segments(self.segments.cu_seqlens).order(heads, kv_heads)
+
+
+def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
+    """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D], or those
+    of ``rows`` [A]."""
+    limit, longest = stack_limit(model.backbone), segments.max_seqlen
+    length = -(-max(limit, longest) // limit) * limit  # few tables, also where a pack's padding is long
+    return run_stack(model.backbone, x, positions, length, PackedAttend(segments), checkpointing(model), rows)
+
+
+def checkpointing(model: Any) -> str:
+    """``model.activation_checkpointing``: "off", "selective" or "full"; booleans mean the ends."""
+    asked = getattr(model, "activation_checkpointing", "off")
+    return asked if isinstance(asked, str) else ("full" if asked else "off")
+
+
+@dataclass(frozen=True)
+class DepthAttend:
+    """The attention of the depth decoder, for ``run_stack``: [M, K, heads, d] -> [M, K, heads, d]."""
+
+    impl: str
+    traceable: ClassVar[bool] = True
+
+    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
+
+    def order(self, x: Tensor, heads: int, kv_heads: int) -> ops.Order:
+        """The segments of ``x``'s rows for ``ops.llama_layer``."""
+        return ops.uniform_order(x.shape[0], x.shape[1], heads, kv_heads)
+
+
+def projects_table(frames: int, vocab: int) -> bool:
+    """Whether the depth decoder reads ``projection(table)`` and not the projection of what it looked up.
+
+    With more look-ups than table rows, (K - 1) frames against (K - 1) V, it is the same product for less work, and the
+    [frames, K, D] tensor of embeddings never exists.
+    """
+    return frames > vocab
+
+
+def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded: Tensor | None = None) -> Tensor:
+    """Teacher-forced depth decoder.
+
+    Position 0 sees the backbone's state, position i the embedding of code i-1, both through ``projection``; the
+    output at position i predicts code i (Sesame's ``generate_frame``).
+
+    Args:
+        hidden: [M, D] backbone states that predict the frames.
+        codes: [M, K] the frames; the last codebook is not an input.
+        vocab: audio vocabulary size V.
+        embedded: [M, K - 1, D] the audio table's rows of ``codes``, where they were looked up already.
+
+    Returns:
+        [M, K - 1, Dd]: normed states that predict codebooks 1..K-1.
+    """
+    frames, num_codebooks = codes.shape
+    if embedded is not None:
+        projected = layer_cpu.project(model.projection, embedded)
+    else:
+        index = codes[:, :-1] + torch.arange(num_codebooks - 1, device=codes.device) * vocab
+        table = model.audio_embeddings.weight
+        if projects_table(frames, vocab):
+            projected = F.embedding(index, layer_cpu.project(model.projection, table[: (num_codebooks - 1) * vocab]))
+        else:
+            projected = layer_cpu.project(model.projection, F.embedding(index, table))
+    x = torch.cat([layer_cpu.project(model.projection, hidden).unsqueeze(1), projected], dim=1)
+    positions = torch.arange(num_codebooks, device=codes.device)
+    attend = DepthAttend(ops.asked())
+    return run_stack(model.decoder, x, positions, num_codebooks, attend, checkpointing(model))[:, 1:]
+
+
+def stack_limit(stack: Any) -> int:
+    """Positions the stack was trained for."""
+    return int(getattr(stack, "max_seq_len", 2048))
+
+
+def vocabulary(model: Any) -> tuple[int, int]:
+    """(number of codebooks K, audio vocabulary V), read from the shapes."""
+    heads, _, vocab = model.audio_head.shape
+    return heads + 1, vocab
+
+
+def model_config(model: nn.Module) -> CSMConfig:
+    """The shape of a ``CSM``, or of any module with Sesame's tree (read from its modules and weights)."""
+    config = getattr(model, "config", None)
+    if isinstance(config, CSMConfig):
+        return config
+    tree: Any = model
+    num_codebooks, vocab = vocabulary(tree)
+    return CSMConfig(
+        _stack_config(tree.backbone),
+        _stack_config(tree.decoder),
+        tree.text_embeddings.weight.shape[0],
+        vocab,
+        num_codebooks,
+    )
+
+
+def _stack_config(stack: Any) -> TransformerConfig:
+    attn, spec = stack.layers[0].attn, rope_spec(stack.layers[0].attn)
+    return TransformerConfig(
+        len(stack.layers),
+        attn.num_heads,
+        attn.num_kv_heads,
+        attn.q_proj.weight.shape[1],
+        stack.layers[0].mlp.w1.weight.shape[0],
+        stack_limit(stack),
+        stack.norm.eps,
+        *dataclasses.astuple(spec)[1:],
+    )
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Causal self-attention inside each segment, grouped-query.
+
+    Args:
+        q: [T, H, d].  k, v: [T, Hkv, d], with H a multiple of Hkv.
+        segments: the pack's layout; sums to T.
+
+    Returns:
+        [T, H, d], scaled by 1/sqrt(d).
+    """
+    return ops.packed_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)

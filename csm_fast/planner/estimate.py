@@ -1,0 +1,117 @@
+"""What a run needs at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from csm_fast.config.shape import CSMConfig
+from csm_fast.config.train import TrainConfig
+from csm_fast.planner.layer import Setup
+from csm_fast.planner.ledger import COMPONENTS
+from csm_fast.planner.step import Load, Walk
+from csm_fast.planner.tensors import optimizer_state, weights
+from csm_fast.system.memory import GIB
+
+# What a run takes beside its tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and
+# what its caching allocator loses between blocks of unequal size (over packs of many sizes 0.4 % of 21 GiB with
+# segments that grow, which csm-fast-train asks for; 9 to 12 % without). CPU: the interpreter with its libraries, and
+# malloc's losses. Rules of thumb: the first differs by driver and card, the second by how sizes of packs vary.
+RESERVE = {"cuda": (int(0.6 * GIB), 0.05), "cpu": (int(0.5 * GIB), 0.10)}
+
+
+AUDIO_SHARE = 0.8  # of the rows of speech with its text, where no data says
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted memory of a training step, in bytes.
+
+    Attributes:
+        components: at the moment of the peak: weights, adapters, gradients, optimizer, copies (low-precision ones of
+            float32 weights, which autocast keeps), activations, workspace.
+        before: what is there between two steps.
+        moment: where in the step the peak lies.
+        phases: the most in each part of the step.
+        trained: parameters that the optimizer updates.
+        device: "cpu" or "cuda".
+    """
+
+    components: dict[str, int]
+    before: int
+    moment: str
+    phases: dict[str, int]
+    trained: int
+    device: str
+
+    @property
+    def peak(self) -> int:
+        """Of the tensors."""
+        return sum(self.components.values())
+
+    @property
+    def reserve(self) -> int:
+        """What the process takes beside them (``RESERVE``)."""
+        base, share = RESERVE[self.device]
+        return base + int(share * self.peak)
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.reserve
+
+
+def estimate(
+    shape: CSMConfig,
+    config: TrainConfig,
+    *,
+    rows: int,
+    targets: int | None = None,
+    decoder_frames: int | None = None,
+    audio_share: float = AUDIO_SHARE,
+    device: str = "cuda",
+    compiled: bool | None = None,
+    precision: str | None = None,
+    packs: int = 1,
+) -> Estimate:
+    """The memory of one optimizer step.
+
+    Args:
+        config: its sections model, loss, adapter and optimizer decide.
+        rows: of the largest pack.
+        targets: supervised frames in it; by default ``audio_share`` of the rows.
+        decoder_frames: how many of those the depth decoder sees; by default ``config.loss``'s fraction.
+        device: "cpu", where the layers run operation by operation, or "cuda", by default compiled. Against tracked
+            bytes only the first has been checked (``benchmarks/memory_plan.py``).
+        compiled: whether ``torch.compile`` takes the layers; None: as ``config.model.compile`` says for the device.
+        precision: "bf16", "fp16" or "fp32", where ``config.model.precision`` is "auto"; bf16 by default.
+        packs: in an optimizer step. From the second on, all gradients are there during the whole of a pack.
+    """
+    if targets is None:
+        targets = round(audio_share * rows)
+    if decoder_frames is None:
+        decoder_frames = max(min(1, targets), round(targets * config.loss.amortization_fraction))
+    if config.model.precision != "auto" or precision is None:
+        precision = "bf16" if config.model.precision == "auto" else config.model.precision
+    if compiled is None:
+        compiled = config.model.compile == "on" or (config.model.compile == "auto" and device == "cuda")
+    section, autocast = config.optimizer, precision != "fp32"
+    whole_bf16 = config.adapter.method == "full" and section.weights != "fp32"
+    compute = 2 if autocast or whole_bf16 else 4
+    every = list(weights(shape, config.adapter, section, config.model.freeze, compute))
+    tensors = [t for w in every for t in w.trained_tensors()]
+    setup = Setup(
+        device,
+        compiled,
+        autocast,
+        compute,
+        config.model.activation_checkpointing,
+        config.adapter.lora_dropout > 0,
+        section.optimizer_in_backward,
+        packs,
+        varlen=compute == 2 and precision != "fp16",  # which is chosen for cards that have no such kernel
+    )
+    state = sum(optimizer_state(elements, section) for elements, _ in tensors)
+    walk = Walk(shape, every, setup, Load(rows, targets, decoder_frames), state)
+    before = walk.ledger.now.total()
+    ledger = walk.run()
+    components = {name: ledger.peak[name] for name in COMPONENTS}
+    return Estimate(components, before, ledger.moment, dict(ledger.phases), sum(n for n, _ in tensors), device)

@@ -1,0 +1,38 @@
+"""A lock file that one process at a time holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from csm_fast.system.errors import InputError
+from csm_fast.system.files import writing_to
+
+
+class Lock:
+    """One run of a command per output directory; the system frees it when the process ends, however it ends."""
+
+    def __init__(self, output: Path, name: str = ".cache/lock", command: str = "pretokenize", flag: str = "--output"):
+        with writing_to(output):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(output / name, "a+", encoding="utf-8")  # noqa: SIM115  open while the lock is held
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs at once are then the user's care
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            mend = f"wait for it, or choose another {flag}"
+            raise InputError(f"another {command} (process {holder}) is writing here", file=output, mend=mend) from None
+        except OSError:  # a file system without locks, such as a mounted cloud drive
+            return
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()

@@ -1,0 +1,1 @@
+"""The optimizer: parameter groups, schedule, AdamW and its rounding."""

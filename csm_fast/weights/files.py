@@ -1,0 +1,156 @@
+"""Where a model's weights lie (a directory, a file, the hub), and reading and writing safetensors tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_json
+from csm_fast.system.tensors import _DTYPES
+
+HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
+
+# Sesame's own file first; the hub's sesame/csm-1b holds it beside transformers' copy of the same weights.
+_PREFERRED = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "transformers.safetensors",
+    "transformers.safetensors.index.json",
+)
+
+
+# An adapter's files, as PEFT and csm-mlx name them.
+PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_adapter(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is a directory that holds an adapter and its configuration, and no model beside them."""
+    path = Path(name_or_path).expanduser()
+    held = {name for name in (PEFT_WEIGHTS, MLX_WEIGHTS, ADAPTER_CONFIG, *_PREFERRED) if (path / name).is_file()}
+    return ADAPTER_CONFIG in held and not held.isdisjoint((PEFT_WEIGHTS, MLX_WEIGHTS)) and held.isdisjoint(_PREFERRED)
+
+
+def _select(files: Iterable[str], where: str) -> str:
+    """The file to start reading from among a directory's."""
+    files = set(files)
+    for name in _PREFERRED:
+        if name in files:
+            return name
+    parts = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+    found = sorted(n for n in files if n.endswith(".safetensors.index.json")) or sorted(
+        n for n in files if n.endswith(".safetensors") and not parts.fullmatch(n) and "adapter" not in n
+    )
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"holds several models ({', '.join(found[:4])})", file=where, mend="name one of the files")
+    if any("adapter" in n and n.endswith(".safetensors") for n in files):
+        raise InputError("holds an adapter, not a model", file=where, mend="give the model it was trained on")
+    if pickled := sorted(n for n in files if n.endswith((".pt", ".pth", ".bin", ".ckpt"))):
+        raise _pickled(f"{where}/{pickled[0]}")
+    raise InputError(
+        "holds no .safetensors file", file=where, mend="give a directory with model.safetensors and config.json"
+    )
+
+
+def _pickled(file: str) -> InputError:
+    return InputError(
+        "is a pickle, which may run any code when it is loaded, so it is not read",
+        file=file,
+        mend="save its tensors as model.safetensors (safetensors.torch.save_file) and give that",
+    )
+
+
+def locate(name: str) -> Path:
+    """The weights file or index that ``name`` means, downloaded if it is a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any(path.glob("*.safetensors*")) and (path / "best").is_dir():
+            raise InputError("is a run, not a model", file=name, mend=f"give {path / 'best'} or {path / 'last'}")
+        return path / _select((p.name for p in path.iterdir()), name)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise _pickled(name)
+    if path.exists():
+        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+            return path
+        raise InputError("is not a .safetensors file", file=name, mend="give a .safetensors file or its directory")
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    if hub_id and not name.endswith((".safetensors", ".json")):
+        return _download(name)
+    raise InputError(
+        "no such file or directory", file=name, mend="give a .safetensors file, a directory or a hub id (owner/name)"
+    )
+
+
+def _download(name: str) -> Path:
+    """Fetch what a hub model needs, or find it in the local cache when the hub does not answer."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def get(file: str, **options: Any) -> Path:
+        return Path(hf_hub_download(name, file, etag_timeout=HUB_TIMEOUT, **options))
+
+    def get_all(entry: str, files: Iterable[str] | None, **options: Any) -> Path:
+        path = get(entry, **options)
+        for part in shards(path):
+            get(part, **options)
+        if files is None or "config.json" in files:
+            get("config.json", **options)
+        return path
+
+    try:
+        info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        files = {s.rfilename for s in info.siblings or ()}
+        return get_all(_select(files, name), files, revision=info.sha)
+    except InputError:
+        raise
+    except GatedRepoError:
+        raise InputError(
+            "access to this model is gated",
+            file=name,
+            mend=f"accept its terms at https://huggingface.co/{name} and log in with: hf auth login",
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            "no such directory here and no such model on the Hugging Face hub",
+            file=name,
+            mend="check the spelling; for a private model log in with: hf auth login",
+        ) from None
+    except Exception as error:  # each release of the hub's client has its own network errors
+        reason = f"{type(error).__name__}: {error}"
+    for entry in _PREFERRED:
+        try:
+            return get_all(entry, None, local_files_only=True)
+        except InputError:
+            raise
+        except Exception:  # noqa: S112 - not in the cache
+            continue
+    raise InputError(
+        f"no such directory here, and the Hugging Face hub cannot be reached ({reason[:200]})",
+        file=name,
+        mend="connect and run it again, or give a local directory with model.safetensors and config.json",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- tensors
+
+
+_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
+
+
+def shards(file: Path) -> list[str]:
+    """The files that hold the tensors: those an index lists, or the file itself."""
+    if file.suffix != ".json":
+        return [file.name]
+    parts = read_json(file).get("weight_map")
+    names = sorted(set(parts.values())) if isinstance(parts, dict) and parts else [""]
+    if any(not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors") for n in names):
+        raise InputError("is not an index of .safetensors files", file=file, mend="copy or download it again")
+    return names

@@ -1,0 +1,151 @@
+"""Matrix products of a CPU's linear layers, forward and backward.
+
+In bf16, on processors with AMX, AVX512-BF16 or AVX2, by the library built for this processor (``linear.cpp``),
+elsewhere PyTorch's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from csm_kernels.cpu import native
+from csm_kernels.cpu.passes import is_watched, operator
+
+Size = tuple[int, ...]
+
+
+class _Plan(NamedTuple):
+    """How the library is called for two matrices.
+
+    Attributes:
+        turned_a, turned_b: they lie as their transposes.
+        sizes: rows, inner, columns.
+        strides: of the rows of both, as they lie.
+        scratch: bytes.
+    """
+
+    turned_a: bool
+    turned_b: bool
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int]
+    scratch: int
+    threads: int
+
+
+def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+    """a b, or plus + a b.
+
+    Args:
+        a: [m, k].  b: [k, n]. Either may be a transposed view.
+        plus: [m, n]; where its dtype is another, so is the result's: it is then added to the rounded product.
+    """
+    if plus is not None and plus.dtype != a.dtype:
+        return plus + product(a, b)
+    dtype = a.dtype
+    run = native.function("product", dtype)
+    fits = b.dtype == dtype and (plus is None or plus.is_contiguous())
+    plan = None
+    if run is not None and fits and a.device.type == "cpu":
+        plan = _plan(a.shape, a.stride(), b.shape, b.stride(), dtype, torch.get_num_threads())
+    if plan is None:
+        return torch.mm(a, b) if plus is None else torch.addmm(plus, a, b)
+    scratch = torch.empty(plan.scratch, dtype=torch.uint8)
+    if is_watched(a, b, plus):
+        return torch.ops.csm_kernels.product(a, b, plus, scratch)
+    return _run(run, plan, a, b, plus, scratch)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        return product(grad, weight) if wants_x else None, product(grad.t(), x) if wants_weight else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer without bias.
+
+    Args:
+        x: [..., D] on a CPU.
+        weight: [N, D], the same dtype.
+
+    Returns:
+        [..., N]. Gradients of first order only.
+    """
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are the library's."""
+    return native.function("product", dtype) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(a: Size, a_stride: Size, b: Size, b_stride: Size, dtype: torch.dtype, most_threads: int) -> _Plan | None:
+    (rows, inner), columns = a, b[1]
+    turned_a, turned_b = _is_turned(a, a_stride), _is_turned(b, b_stride)
+    if turned_a is None or turned_b is None or not rows * inner * columns or b[0] != inner:
+        return None
+    threads = min(native.threads(rows * inner * columns), most_threads)
+    scratch = native.library_function("product_scratch", dtype)(rows, inner, columns, turned_a, threads)
+    strides = a_stride[1 if turned_a else 0], b_stride[1 if turned_b else 0]
+    return _Plan(turned_a, turned_b, (rows, inner, columns), strides, scratch, threads)
+
+
+def _is_turned(shape: Size, stride: Size) -> bool | None:
+    """Whether a matrix's rows are contiguous and apart (False), or its transpose's (True), or none's."""
+    (rows, columns), (down, across) = shape, stride
+    if across == 1 and down >= columns:
+        return False
+    return True if down == 1 and across >= rows else None
+
+
+def _run(run: Any, plan: _Plan, a: Tensor, b: Tensor, plus: Tensor | None, scratch: Tensor) -> Tensor:
+    rows, inner, columns = plan.sizes
+    out = torch.empty((rows, columns), dtype=a.dtype)
+    run(
+        a.data_ptr(),
+        plan.strides[0],
+        plan.turned_a,
+        b.data_ptr(),
+        plan.strides[1],
+        plan.turned_b,
+        rows,
+        inner,
+        columns,
+        None if plus is None else plus.data_ptr(),
+        out.data_ptr(),
+        scratch.data_ptr(),
+        plan.threads,
+    )
+    return out
+
+
+def _without_data(a: Tensor, b: Tensor, *_: Any) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@operator("product(Tensor a, Tensor b, Tensor? plus, Tensor(a!) scratch) -> Tensor", fake=_without_data)
+def _product(a: Tensor, b: Tensor, plus: Tensor | None, scratch: Tensor) -> Tensor:
+    """``product`` of matrices that the library takes."""
+    plan = _plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, torch.get_num_threads())
+    if plan is None:
+        raise ValueError("csm_kernels::product takes matrices whose rows are contiguous, or their transposes'")
+    return _run(native.library_function("product", a.dtype), plan, a, b, plus, scratch)
+
+
+@register_flop_formula(torch.ops.csm_kernels.product)
+def _flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]

@@ -1,0 +1,238 @@
+"""Builds the C++ sources in ``src`` for this processor on first use, as Triton and PyTorch's
+compiler build theirs.
+
+The library lies in the user's cache (``$XDG_CACHE_HOME/csm_fast``, ``~/.cache/csm_fast``), under a name made of the
+source, the compiler, its flags and the processor's features: a home directory shared by different machines holds one
+for each. Without a C++ compiler, or where building fails, PyTorch's operators do the same work.
+
+``CXX`` names the compiler; ``CSM_KERNELS_NATIVE=0`` leaves the library out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "src"
+NOUNS = "passes", "attention", "heads", "linear", "adamw"
+SOURCES = tuple(FOLDER / f"{noun}.cpp" for noun in NOUNS)
+HEADERS = tuple(FOLDER / name for name in ("common.h", "moments_8bit.h", "lanes.h", "tiles.h", "products.h"))
+COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
+SECONDS = 120
+
+_VOID, _LONG, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+SIGNATURES = {
+    "norm": (_VOID, _VOID, _FLOAT, _VOID, _VOID, _LONG, _LONG, _INT, _INT),
+    "norm_backward": (_VOID,) * 7 + (_LONG, _LONG, _INT),
+    "swiglu": (_VOID,) * 3 + (_LONG, _INT),
+    "swiglu_backward": (_VOID,) * 6 + (_LONG, _INT),
+    "gather_rotated": (_VOID,) * 4 + (_FLOAT, _FLOAT, _INT, _LONG, _LONG, _LONG, _VOID, _LONG, _INT),
+    "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
+    "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
+    "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
+    "adamw": (_VOID,) * 11 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
+    "sums_of_squares": (_VOID, _VOID, _LONG, _LONG, _VOID, _INT),
+    "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
+    "attention_scratch": (_LONG, _LONG, _INT),
+    "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 4 + (_LONG, _INT),
+    "heads_cross_entropy": (_VOID, _LONG, _LONG) + (_VOID,) * 3 + (_FLOAT,) + (_LONG,) * 4 + (_VOID,) * 4 + (_INT,),
+    "heads_scratch": (_LONG,) * 4,
+    "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
+    "product_scratch": (_LONG,) * 3 + (_INT, _INT),
+}
+# These are there only where the library multiplies bf16 faster than PyTorch: on processors that do so in tiles (AMX) or
+# registers (AVX512-BF16), or floats only (AVX2).
+OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
+# A row that is not as it must be, or bytes.
+ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
+NAMES = {BF16: "bf16", FP32: "fp32"}
+Types = tuple[torch.dtype, ...]
+# The residual stream's type, the products'.
+PAIRS: tuple[Types, ...] = ((BF16, BF16), (FP32, BF16), (FP32, FP32))
+
+
+def _served(name: str) -> list[tuple[Types, Types]]:
+    """(types of the tensors given, types in the function's name), for every form of a function."""
+    if name.startswith("norm"):
+        return [(pair, pair) for pair in PAIRS]
+    if name in OF_SOME_PROCESSORS:
+        return [((BF16,), (BF16,))]
+    given: dict[str, Callable[[torch.dtype], list[Types]]] = {
+        "swiglu": lambda t: [(t, t)],
+        "swiglu_backward": lambda t: [(t, t, t)],
+        "gather_rotated": lambda t: [(t, INT64), (t, INT64, FP32, FP32)],
+        "causal_softmax": lambda t: [(t,)],
+        "causal_softmax_backward": lambda t: [(t, t)],
+        "cross_entropy": lambda t: [(t, INT64, FP32)],
+        "adamw": lambda t: [(t, t)],
+        "sums_of_squares": lambda t: [(t,)],
+    }
+    return [(types, (t,)) for t in (BF16, FP32) for types in given[name](t)]
+
+
+Functions = dict[tuple[Any, ...], Any]  # by name and types: ("swiglu", torch.bfloat16)
+
+
+def function(name: str, *types: torch.dtype) -> Any:
+    """The library's function for tensors of these types, or None."""
+    return None if _left_out else library_function(name, *types)
+
+
+def library_function(name: str, *types: torch.dtype) -> Any:
+    """The same where the library is left out: for the second half of what it began."""
+    found = _load()[0]
+    return None if found is None else found.get((name, *types))
+
+
+_left_out = 0
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """PyTorch's operators instead, for what runs inside."""
+    global _left_out
+    _left_out += 1
+    try:
+        yield
+    finally:
+        _left_out -= 1
+
+
+def is_built() -> bool:
+    """Whether there is a library."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Which compiler built the library, or why there is none."""
+    return _load()[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[Functions | None, str]:
+    if os.environ.get("CSM_KERNELS_NATIVE") == "0":
+        return None, "CSM_KERNELS_NATIVE=0"
+    if platform.system() != "Linux":
+        return None, f"not built on {platform.system()}"
+    why = f"no C++ compiler ({', '.join(COMPILERS)}); install one, or name it in CXX"
+    for compiler in _compilers():
+        try:
+            functions = _bound(_opened(compiler))
+            own = ("product", BF16) in functions
+            rest = "" if own else "; matrix products are PyTorch's (its own need AMX, AVX512-BF16 or AVX2)"
+            return functions, f"built by {' '.join(compiler)}{rest}"
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
+            why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
+    return None, why
+
+
+def _compilers() -> list[list[str]]:
+    """Commands to try, ``CXX`` first."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    commands = [*([named] if named else []), *([name] for name in COMPILERS)]
+    found = [[path, *rest] for name, *rest in commands if (path := shutil.which(name))]
+    return [command for i, command in enumerate(found) if command not in found[:i]]
+
+
+def _complaint(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    lines = [line.strip() for line in said.splitlines() if "error" in line] or said.strip().splitlines() or [""]
+    return lines[0]
+
+
+def _opened(compiler: list[str]) -> ctypes.CDLL:
+    """The library, built if its file is not there or is damaged. Two processes may build at once: the later one's file
+    takes over."""
+    target = _cache() / f"cpu-{_key(compiler)}.so"
+    if target.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in SOURCES]
+        pairs = zip(SOURCES, objects, strict=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda pair: _compile(compiler, "-c", "-o", str(pair[1]), str(pair[0])), pairs))
+        out = Path(scratch) / "library.so"
+        _compile(compiler, "-shared", "-o", str(out), *map(str, objects))
+        os.replace(out, target)
+    return ctypes.CDLL(str(target))
+
+
+def _compile(compiler: list[str], *arguments: str) -> None:
+    asked = itertools.dropwhile(
+        lambda word: not word.startswith("-"), compiler
+    )  # of CXX; the last of two contrary flags counts
+    command = [*compiler, *_flags(), *asked, *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, "-DMAY_USE_TILES") if _may_use_tiles() else FLAGS
+
+
+@functools.lru_cache(maxsize=1)
+def _may_use_tiles() -> bool:
+    """Whether the processor has tiles (AMX) and Linux lets this process use them; it has to be asked."""
+    if "amx_bf16" not in _processor().split():
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # x86-64; asm/prctl.h
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csm_fast"
+
+
+def _key(compiler: list[str]) -> str:
+    asked = [*compiler, "--version"]
+    version = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
+    sources = (path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES))
+    parts = (*sources, *compiler, version.stdout, " ".join(_flags()), _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: the first processor's model and features."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return platform.processor()
+    wanted = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
+    return "\n".join(line for line in first.splitlines() if line.split(":")[0].strip() in wanted)
+
+
+def _bound(library: ctypes.CDLL) -> Functions:
+    bound: Functions = {}
+    for name, arguments in SIGNATURES.items():
+        for types, named in _served(name):
+            symbol = "_".join((name, *(NAMES[t] for t in named)))
+            if name in OF_SOME_PROCESSORS and not hasattr(library, symbol):
+                continue
+            found = getattr(library, symbol)
+            key = name, *types
+            bound[key], found.argtypes = found, arguments
+            found.restype = _LONG if name in ANSWERING else None
+    return bound
+
+
+def threads(elements: int) -> int:
+    """How many threads a pass over so many numbers is worth: starting a second costs microseconds."""
+    return 1 if elements < 2**14 else torch.get_num_threads()

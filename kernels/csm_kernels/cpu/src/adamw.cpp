@@ -1,0 +1,235 @@
+// An update of AdamW on a CPU, one pass over memory: weights, gradient and moments are read once and written once. And the
+// squares that a gradient's norm is made of. Built on first use by native.py; cpu_adamw.py says what each function computes.
+
+#include <cmath>
+
+#include "moments_8bit.h"
+
+namespace {
+
+constexpr int64_t PIECE = 1024;      // places whose draws are made at once
+constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/rounding.py
+constexpr int64_t SUMMED = 1 << 16;  // numbers of a partial sum
+constexpr int64_t ROWS = 32;         // rows of a table that a thread takes at once
+
+enum Rounding { NEAREST, STOCHASTIC, KAHAN };
+
+INLINE uint32_t mixed(uint32_t x) { return (x ^ (x >> 16)) * 0x7FEB352Du; }
+
+INLINE uint32_t finished(uint32_t x) {
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+// The draws of `Draws` in csm_fast/rounding.py, bit for bit: 16 bits for every place of a parameter.
+class Draws {
+  public:
+    Draws(uint32_t counters_, uint32_t salt, uint32_t tiles_, float step)
+        : counters(counters_), tiles(tiles_), moment(mixed(mixed(static_cast<uint32_t>(static_cast<int32_t>(step)) + salt))) {}
+
+    // Of `count` places from `first`, all of one tile; returned is where in `out`, which has room for two more, they begin.
+    INLINE const uint16_t* of(int64_t first, int64_t count, uint16_t* out) const {
+        const int64_t tile = first / TILE, begin = first % TILE / 2, end = (first % TILE + count - 1) / 2 + 1;
+        const uint32_t start = counters + static_cast<uint32_t>(begin), key = key_of(tile);
+#pragma omp simd
+        for (int32_t i = 0; i < static_cast<int32_t>(end - begin); ++i) {
+            const uint32_t word = finished(mixed(start + static_cast<uint32_t>(i)) ^ moment) ^ key;
+            out[2 * i] = static_cast<uint16_t>(word);
+            out[2 * i + 1] = static_cast<uint16_t>(word >> 16);
+        }
+        return out + first % 2;
+    }
+
+  private:
+    // Of both draws of a word.
+    uint32_t key_of(int64_t tile) const {
+        if (!tile) return 0;
+        const uint32_t word = finished(mixed(tiles + static_cast<uint32_t>(tile / 2)) ^ mixed(moment));
+        return (tile % 2 ? word >> 16 : word & 0xFFFF) * 0x10001u;
+    }
+
+    const uint32_t counters, tiles, moment;
+};
+
+struct Settings {
+    float factor;       // of the gradient
+    float keep;         // 1 - lr weight_decay
+    float fresh;        // 1 - beta1
+    float beta2, fresh_square;
+    float root;         // sqrt(1 - beta2^t)
+    float eps;
+    float size;         // lr / (1 - beta1^t)
+};
+
+// `count` numbers, one after the other.
+template <class T, Rounding ROUNDING>
+INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_t* drawn, int64_t count, const Settings& s) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+        const float slope = wide(g[i]) * s.factor;
+        float x = wide(w[i]);
+        if constexpr (ROUNDING == KAHAN) x += wide(c[i]);
+        x *= s.keep;
+        m[i] += s.fresh * (slope - m[i]);
+        v[i] = v[i] * s.beta2 + s.fresh_square * slope * slope;
+        x -= s.size * m[i] / (__builtin_sqrtf(v[i]) / s.root + s.eps);
+        if constexpr (ROUNDING == STOCHASTIC) {
+            // Cut after noise below one spacing was added to the magnitude.
+            uint32_t bits;
+            std::memcpy(&bits, &x, sizeof bits);
+            w[i].bits = static_cast<uint16_t>((bits + drawn[i]) >> 16);
+        } else {
+            put(w[i], x);
+            if constexpr (ROUNDING == KAHAN) put(c[i], x - wide(w[i]));
+        }
+    }
+}
+
+// Where the moments are: in float32, or (`eighths`) in 8 bits.
+struct Moments {
+    float *mean, *square;
+    const Eighths *mean_eighths, *square_eighths;
+};
+
+// The places [first, last); of moments in 8 bits, `first` divides by QUANTIZED.
+template <class T, Rounding ROUNDING>
+void update(T* weight, const T* grad, Moments moments, bf16* rest, int64_t first, int64_t last, Settings s, const Draws& draws) {
+    alignas(64) uint16_t room[PIECE + 2];
+    alignas(64) float mean[QUANTIZED], square[QUANTIZED];
+    const int64_t piece = moments.mean ? PIECE : QUANTIZED;
+    for (int64_t at = first; at < last;) {
+        const int64_t end = at / piece * piece + piece, count = (end < last ? end : last) - at;
+        bf16* c = ROUNDING == KAHAN ? rest + at : nullptr;
+        const uint16_t* drawn = ROUNDING == STOCHASTIC ? draws.of(at, count, room) : room;
+        if (moments.mean) {
+            advance<T, ROUNDING>(weight + at, grad + at, moments.mean + at, moments.square + at, c, drawn, count, s);
+        } else {
+            widen(*moments.mean_eighths, at, count, mean);
+            widen(*moments.square_eighths, at, count, square);
+            advance<T, ROUNDING>(weight + at, grad + at, mean, square, c, drawn, count, s);
+            narrow(*moments.mean_eighths, at, count, mean);
+            narrow(*moments.square_eighths, at, count, square);
+        }
+        at += count;
+    }
+}
+
+// Whether a number of a row is not zero. NaN is not.
+template <class T>
+INLINE bool any(const T* row, int64_t width) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = 0; i < width; ++i) found |= wide(row[i]) != 0.0f;
+    return found;
+}
+
+// All rows; with `live` those that are marked in it, and those whose gradient is not zero, which it marks.
+template <class T, Rounding ROUNDING>
+void updates(T* weight, const T* grad, Moments moments, bf16* rest, uint8_t* live, int64_t rows, int64_t width,
+             Settings s, const Draws& draws, int threads) {
+    if (!live) {
+        const int64_t pieces = (rows * width + PIECE - 1) / PIECE;
+        parallel(pieces, threads, [=, &draws](int, int64_t first, int64_t last) {
+            const int64_t end = last * PIECE < rows * width ? last * PIECE : rows * width;
+            update<T, ROUNDING>(weight, grad, moments, rest, first * PIECE, end, s, draws);
+        });
+        return;
+    }
+    // Common tokens are neighbours: the threads take turns.
+    parallel(threads, threads, [=, &draws](int thread, int64_t, int64_t) {
+        for (int64_t block = thread * ROWS; block < rows; block += threads * ROWS) {
+            for (int64_t row = block; row < block + ROWS && row < rows; ++row) {
+                if (!live[row] && !any(grad + row * width, width)) continue;
+                live[row] = 1;
+                update<T, ROUNDING>(weight, grad, moments, rest, row * width, row * width + width, s, draws);
+            }
+        }
+    });
+}
+
+template <class T>
+void adamw(T* weight, const T* grad, Moments moments, bf16* rest, uint8_t* live, int64_t rows, int64_t width, const float* step,
+           const float* found_inf, const float* grad_scale, double lr, double beta1, double beta2, double weight_decay,
+           double eps, int stochastic, int64_t counters, int64_t salt, int64_t tiles, int threads) {
+    if (found_inf && *found_inf == 1.0f) return;
+    const double t = *step, root = std::sqrt(1.0 - std::pow(beta2, t));
+    const Settings settings = {
+        grad_scale ? 1.0f / *grad_scale : 1.0f,
+        static_cast<float>(1.0 - lr * weight_decay),
+        static_cast<float>(1.0 - beta1),
+        static_cast<float>(beta2),
+        static_cast<float>(1.0 - beta2),
+        static_cast<float>(root),
+        static_cast<float>(eps),
+        static_cast<float>(lr / (1.0 - std::pow(beta1, t))),
+    };
+    const Draws draws(static_cast<uint32_t>(counters), static_cast<uint32_t>(salt), static_cast<uint32_t>(tiles), *step);
+    if constexpr (sizeof(T) == 2) {
+        if (rest) {
+            updates<T, KAHAN>(weight, grad, moments, rest, live, rows, width, settings, draws, threads);
+            return;
+        }
+        if (stochastic) {
+            updates<T, STOCHASTIC>(weight, grad, moments, rest, live, rows, width, settings, draws, threads);
+            return;
+        }
+    }
+    updates<T, NEAREST>(weight, grad, moments, rest, live, rows, width, settings, draws, threads);
+}
+
+template <class T>
+INLINE float squares(const T* x, int64_t count) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += wide(x[i]) * wide(x[i]);
+    return sum;
+}
+
+// Of rows `index`, or, where that is null, of all `count` numbers; partial sums do not depend on the threads.
+template <class T>
+void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t width, double* sums, int threads) {
+    if (index) {
+        parallel(count, threads, [=](int, int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) sums[i] = squares(x + index[i] * width, width);
+        });
+        return;
+    }
+    parallel((count + SUMMED - 1) / SUMMED, threads, [=](int, int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t left = count - i * SUMMED;
+            sums[i] = squares(x + i * SUMMED, left < SUMMED ? left : SUMMED);
+        }
+    });
+}
+
+}  // namespace
+
+#define UPDATES(NAME, T)                                                                                                     \
+    extern "C" void adamw_##NAME(void* weight, const void* grad, void* mean, void* square, float* mean_scales,               \
+                                 float* square_scales, const float* maps, const int32_t* first_codes, const float* bounds,   \
+                                 void* rest, uint8_t* live, int64_t rows, int64_t width, const float* step,                  \
+                                 const float* found_inf, const float* grad_scale, double lr, double beta1, double beta2,     \
+                                 double weight_decay, double eps, int stochastic, int64_t counters, int64_t salt,            \
+                                 int64_t tiles, int threads) {                                                               \
+        const auto run = [=](Moments moments) {                                                                              \
+            adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows,       \
+                  width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt,       \
+                  tiles, threads);                                                                                           \
+        };                                                                                                                   \
+        if (!mean_scales) {                                                                                                  \
+            run({static_cast<float*>(mean), static_cast<float*>(square), nullptr, nullptr});                                 \
+            return;                                                                                                          \
+        }                                                                                                                    \
+        const Codes mean_codes(maps, first_codes, bounds);                                                                   \
+        const Codes square_codes(maps + 256, first_codes + 2 * PREFIXES, bounds + 2 * PREFIXES);                             \
+        const Eighths mean_eighths = {static_cast<uint8_t*>(mean), mean_scales, &mean_codes, 0};                             \
+        const Eighths square_eighths = {static_cast<uint8_t*>(square), square_scales, &square_codes, 1};                     \
+        run({nullptr, nullptr, &mean_eighths, &square_eighths});                                                             \
+    }                                                                                                                        \
+    extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums,  \
+                                           int threads) {                                                                    \
+        sums_of_squares(static_cast<const T*>(x), index, count, width, sums, threads);                                       \
+    }
+
+UPDATES(bf16, bf16)
+UPDATES(fp32, float)

@@ -1,0 +1,197 @@
+// Registers of integers for products of bf16, and what differs between processors that add up products of bf16 pairs in one
+// instruction (AVX512-BF16) and those that widen them to floats first (AVX2 with FMA).
+//
+// A "pair" is a 32-bit number with two bf16, neighbours along the inner dimension of a product: the first in the low half.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "common.h"
+
+// Where this process may use tiles (AMX), which a processor can have and a system refuse, whoever builds defines MAY_USE_TILES.
+// A compiler that does not know them then leaves all products to PyTorch, whose tiles are several times as fast as registers.
+// On AVX-512 without bf16 it multiplies in float32 registers itself.
+#if defined(MAY_USE_TILES) && !(defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#elif defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_PRODUCTS 1
+#define ADDS_PAIRS 1
+#ifdef MAY_USE_TILES
+#define HAS_TILES 1
+#endif
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define HAS_PRODUCTS 1
+#endif
+
+#ifdef HAS_PRODUCTS
+
+namespace {
+
+constexpr int64_t LANE = LANES;  // 32-bit numbers of a register
+constexpr int64_t LINE = 32;     // bf16 of a cache line
+
+// The first `count` of the bits, all of them or none where it is outside.
+INLINE uint32_t first_bits(int64_t count) { return count >= 32 ? ~0u : (1u << (count > 0 ? count : 0)) - 1; }
+
+#ifdef ADDS_PAIRS
+
+typedef __m512i Bits;
+
+INLINE Bits load_bits(const void* from) { return _mm512_loadu_si512(from); }
+INLINE void store_bits(void* to, Bits x) { _mm512_storeu_si512(to, x); }
+INLINE void stream_bits(void* to, Bits x) { _mm512_stream_si512(static_cast<__m512i*>(to), x); }
+
+// The first `count` numbers of 16 bits, zeros behind them.
+INLINE Bits load_some(const void* from, int64_t count) { return _mm512_maskz_loadu_epi16(first_bits(count), from); }
+
+// Numbers of 16 bits, each in a lane of 32: a register's lanes of them, or the first `count` and zeros behind them.
+INLINE Bits spread(const bf16* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+INLINE Bits spread_some(const bf16* x, int64_t count) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_bits(count)), x));
+}
+
+INLINE Bits paired(Bits low, Bits high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
+
+// Pairs of the same columns of two rows, in each quarter of a register the first four of its eight columns or the others.
+INLINE Bits paired_low(Bits first, Bits second) { return _mm512_unpacklo_epi16(first, second); }
+INLINE Bits paired_high(Bits first, Bits second) { return _mm512_unpackhi_epi16(first, second); }
+
+INLINE void transpose(Bits (&r)[LANE]) {
+    Bits t[16], u[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    // Of u[4 i + j], the quarter l has column 4 l + j of the rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const Bits even_low = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
+        const Bits odd_low = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
+        const Bits even_high = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
+        const Bits odd_high = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+        r[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        r[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        r[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+}
+
+INLINE Floats twice_each(const float* half) {
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return (Floats)_mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(half)));
+}
+INLINE Floats neighbours_swapped(Floats x) { return (Floats)_mm512_permute_ps((__m512)x, 0xb1); }
+// Minus the numbers in even places.
+INLINE Floats even_negative(Floats x) {
+    return (Floats)_mm512_mask_sub_ps((__m512)x, 0x5555, _mm512_setzero_ps(), (__m512)x);
+}
+
+// Lanes that count.
+typedef __mmask16 Mask;
+
+INLINE Ints numbered() { return (Ints)_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+// The lanes of the columns from `first` on that lie before `live`.
+INLINE Mask before(int64_t first, int64_t live) {
+    return _mm512_cmplt_epi32_mask((__m512i)numbered(), _mm512_set1_epi32(static_cast<int32_t>(live - first)));
+}
+INLINE Mask others(Mask mask) { return static_cast<Mask>(~mask); }
+INLINE Floats chosen(Mask mask, Floats x, Floats other) { return (Floats)_mm512_mask_mov_ps((__m512)other, mask, (__m512)x); }
+INLINE Floats larger(Floats x, Floats y) {  // y where one is NaN
+    return chosen(_mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ), x, y);
+}
+
+INLINE void put_lane(bf16* to, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+INLINE void put_lanes(bf16* to, Floats low, Floats high) {
+    store_bits(to, (Bits)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+INLINE void stream_lanes(bf16* to, Floats low, Floats high) {
+    stream_bits(to, (Bits)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
+#else
+
+typedef __m256i Bits;
+
+INLINE Bits load_bits(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+INLINE void store_bits(void* to, Bits x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
+INLINE void stream_bits(void* to, Bits x) { _mm256_stream_si256(static_cast<__m256i*>(to), x); }
+
+INLINE Bits load_some(const void* from, int64_t count) {
+    if (count >= 2 * LANE) return load_bits(from);
+    alignas(32) uint16_t some[2 * LANE] = {};
+    if (count > 0) std::memcpy(some, from, static_cast<size_t>(count) * sizeof some[0]);
+    return load_bits(some);
+}
+
+INLINE Bits spread(const bf16* x) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+INLINE Bits spread_some(const bf16* x, int64_t count) {
+    return _mm256_cvtepu16_epi32(_mm256_castsi256_si128(load_some(x, count < LANE ? count : LANE)));
+}
+
+INLINE Bits paired(Bits low, Bits high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
+INLINE Bits paired_low(Bits first, Bits second) { return _mm256_unpacklo_epi16(first, second); }
+INLINE Bits paired_high(Bits first, Bits second) { return _mm256_unpackhi_epi16(first, second); }
+
+INLINE void transpose(Bits (&r)[LANE]) {
+    Bits t[8], u[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    // Of u[4 i + j], the half l has column 4 l + j of the rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        r[j] = _mm256_permute2x128_si256(u[j], u[4 + j], 0x20);
+        r[4 + j] = _mm256_permute2x128_si256(u[j], u[4 + j], 0x31);
+    }
+}
+
+INLINE Floats twice_each(const float* half) {
+    const __m256i twice = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+    return (Floats)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(half)), twice);
+}
+INLINE Floats neighbours_swapped(Floats x) { return (Floats)_mm256_permute_ps((__m256)x, 0xb1); }
+INLINE Floats even_negative(Floats x) { return x * Floats{-1, 1, -1, 1, -1, 1, -1, 1}; }
+
+typedef Ints Mask;
+
+INLINE Mask before(int64_t first, int64_t live) {
+    return Ints{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(live - first);
+}
+INLINE Mask others(Mask mask) { return ~mask; }
+INLINE Floats chosen(Mask mask, Floats x, Floats other) { return mask ? x : other; }
+INLINE Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+
+INLINE void put_lane(bf16* to, Floats x) { store(to, x); }
+
+#endif
+
+INLINE void put_lane(float* to, Floats x) { store(to, x); }
+
+inline int64_t whole_lanes(int64_t n) { return (n + LANE - 1) / LANE * LANE; }
+
+}  // namespace
+
+#endif

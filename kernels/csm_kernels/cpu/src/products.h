@@ -1,0 +1,276 @@
+// Products of small bf16 matrices in float32 registers, and the layouts that they read.
+//
+// The left operand is read in pairs of neighbours along the inner dimension, as rows lie in memory; the right one comes as
+// "pairs", [inner / 2, columns] numbers of 32 bits, each the two bf16 that one column has there. A transposed matrix becomes
+// pairs by transposing 32-bit numbers (`pairs_of_columns`), a plain one by interleaving two rows (`pairs_of_rows`).
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "lanes.h"
+#include "tiles.h"
+
+#ifdef HAS_PRODUCTS
+
+namespace {
+
+#ifdef ADDS_PAIRS
+
+constexpr int TILE_ROWS = 6, TILE_LANES = 4;
+typedef bf16 Left;  // as a tile reads it
+
+// sum[i][j] += the products of row i's pair at `a` with the pairs at `b`.
+template <int R, int C>
+INLINE void add_products(Floats (&sum)[R][C], const bf16* a, int64_t a_stride, const uint32_t* b) {
+    Bits right[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) right[j] = load_bits(b + j * LANE);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, a + i * a_stride, sizeof pair);
+        const Bits left = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) {
+            sum[i][j] = (Floats)_mm512_dpbf16_ps((__m512)sum[i][j], (__m512bh)left, (__m512bh)right[j]);
+        }
+    }
+}
+
+#else
+
+constexpr int TILE_ROWS = 6, TILE_LANES = 2;
+typedef float Left;
+
+// First the even numbers of the pairs, then the odd ones: so there are registers enough.
+template <int R, int C>
+INLINE void add_products(Floats (&sum)[R][C], const float* a, int64_t a_stride, const uint32_t* b) {
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+        Floats right[C];
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) {
+            const Words pair = (Words)load_bits(b + j * LANE);
+            right[j] = reinterpret_cast<Floats>(odd ? pair & 0xffff0000u : pair << 16);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const Floats left = (Floats)_mm256_broadcast_ss(a + i * a_stride + odd);
+#pragma GCC unroll 4
+            for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
+        }
+    }
+}
+
+#endif
+
+#ifndef ADDS_PAIRS
+// Rows as floats, zeros behind them up to `to_stride`.
+inline void widen_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const bf16* from = x + i * stride;
+        float* row = to + i * to_stride;
+        int64_t j = 0;
+        for (; j + LANE <= width; j += LANE) store(row + j, load(from + j));
+        for (; j < width; ++j) row[j] = wide(from[j]);
+        for (; j < to_stride; ++j) row[j] = 0.0f;
+    }
+}
+#endif
+
+// c[R, C registers] = a b, or plus + a b; plus has c's stride, and may be c. Strides count numbers of their own type.
+// Where `inner` is odd, what lies behind a's rows is not read.
+template <int R, int C, class T>
+inline __attribute__((noinline)) void tile(const Left* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
+                                           int64_t inner, T* c, int64_t c_stride, const T* plus) {
+    Floats sum[R][C];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) sum[i][j] = Floats{};
+    }
+    const int64_t pairs = inner / 2;
+    for (int64_t p = 0; p < pairs; ++p) add_products(sum, a + 2 * p, a_stride, b + p * b_stride);
+    if (inner % 2) {
+        Left last[2 * R] = {};
+        for (int i = 0; i < R; ++i) last[2 * i] = a[i * a_stride + 2 * pairs];
+        add_products(sum, last, 2, b + pairs * b_stride);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < C; ++j) {
+            const int64_t at = i * c_stride + j * LANE;
+            put_lane(c + at, plus ? sum[i][j] + load(plus + at) : sum[i][j]);
+        }
+    }
+}
+
+template <class T>
+using Tile = void (*)(const Left*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, const T*);
+
+template <class T, int R, int... C>
+constexpr std::array<Tile<T>, TILE_LANES> tiles_of(std::integer_sequence<int, C...>) {
+    return {tile<R, C + 1, T>...};
+}
+
+template <class T, int... R>
+constexpr std::array<std::array<Tile<T>, TILE_LANES>, TILE_ROWS> all_tiles(std::integer_sequence<int, R...>) {
+    return {tiles_of<T, R + 1>(std::make_integer_sequence<int, TILE_LANES>{})...};
+}
+
+// By rows and registers, each less one.
+template <class T>
+constexpr auto TILES = all_tiles<T>(std::make_integer_sequence<int, TILE_ROWS>{});
+
+template <class T>
+INLINE void run_tile(Share row, Share lane, const Left* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t inner,
+                     T* c, int64_t c_stride, const T* plus) {
+    TILES<T>[static_cast<size_t>(row.last - row.first - 1)][static_cast<size_t>(lane.last - lane.first - 1)](
+        a, a_stride, b, b_stride, inner, c, c_stride, plus);
+}
+
+// c[rows, columns] = a b, or plus + a b, with a [rows, inner] and b [inner / 2, columns] of pairs, the last with a zero where
+// inner is odd; columns a multiple of a register. What a row writes too much behind itself is the next row's, and written
+// again: of a row, the last columns are written first.
+template <class T>
+inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t columns,
+                     int64_t inner, T* c, int64_t c_stride, const T* plus = nullptr) {
+#ifdef HAS_TILES
+    multiply_in_tiles(a, a_stride, rows, b, b_stride, columns, inner, c, c_stride, plus);
+#else
+    // Tiles of about the same size: a small one at the end would wait for its own results.
+    const int64_t lanes = columns / LANE, across = (lanes + TILE_LANES - 1) / TILE_LANES;
+    const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const auto row_of = [=](int64_t y) { return share(rows, static_cast<int>(y), static_cast<int>(down)); };
+    const auto lane_of = [=](int64_t x) { return share(lanes, static_cast<int>(x), static_cast<int>(across)); };
+#ifdef ADDS_PAIRS
+    for (int64_t x = across; x-- > 0;) {
+        const Share lane = lane_of(x);
+        for (int64_t y = 0; y < down; ++y) {
+            const Share row = row_of(y);
+            const int64_t at = row.first * c_stride + lane.first * LANE;
+            run_tile(row, lane, a + row.first * a_stride, a_stride, b + lane.first * LANE, b_stride, inner, c + at, c_stride,
+                     plus ? plus + at : nullptr);
+        }
+    }
+#else
+    // Of a tile's rows, as floats, what the first-level cache holds.
+    constexpr int64_t DEPTH = 512;  // even
+    alignas(64) float left[TILE_ROWS * DEPTH];
+    const int64_t left_stride = std::min((inner + 1) / 2 * 2, DEPTH);
+    if (inner <= DEPTH) {
+        for (int64_t y = 0; y < down; ++y) {
+            const Share row = row_of(y);
+            widen_rows(a + row.first * a_stride, a_stride, row.last - row.first, inner, left, left_stride);
+            for (int64_t x = across; x-- > 0;) {
+                const Share lane = lane_of(x);
+                const int64_t column = lane.first * LANE, at = row.first * c_stride + column;
+                run_tile(row, lane, left, left_stride, b + column, b_stride, inner, c + at, c_stride,
+                         plus ? plus + at : nullptr);
+            }
+        }
+        return;
+    }
+    // Some tiles' sums are kept in floats, so that a part of the inner dimension of b, which the second-level cache holds,
+    // meets all of their rows before the next part comes.
+    constexpr int64_t WIDE = 8, HIGH = 16;  // tiles
+    constexpr int64_t stride = WIDE * TILE_LANES * LANE;
+    alignas(64) float sums[HIGH * TILE_ROWS * stride];
+    for (int64_t top = 0; top < down; top += HIGH) {
+        const int64_t bottom = std::min(top + HIGH, down);
+        const Share block{row_of(top).first, row_of(bottom - 1).last};
+        for (int64_t last = across; last > 0; last -= std::min(WIDE, last)) {
+            const int64_t first = std::max(last - WIDE, int64_t{0});
+            const int64_t origin = lane_of(first).first * LANE, end = lane_of(last - 1).last * LANE;
+            for (int64_t k = 0; k < inner; k += DEPTH) {
+                const int64_t some = std::min(DEPTH, inner - k);
+                for (int64_t y = top; y < bottom; ++y) {
+                    const Share row = row_of(y);
+                    widen_rows(a + row.first * a_stride + k, a_stride, row.last - row.first, some, left, left_stride);
+                    for (int64_t x = first; x < last; ++x) {
+                        const Share lane = lane_of(x);
+                        const int64_t column = lane.first * LANE;
+                        float* to = sums + (row.first - block.first) * stride + column - origin;
+                        run_tile<float>(row, lane, left, left_stride, b + k / 2 * b_stride + column, b_stride, some, to, stride,
+                                        k ? to : nullptr);
+                    }
+                }
+            }
+            for (int64_t i = block.first; i < block.last; ++i) {
+                for (int64_t j = end - LANE; j >= origin; j -= LANE) {
+                    const int64_t at = i * c_stride + j;
+                    const Floats sum = load(sums + (i - block.first) * stride + j - origin);
+                    put_lane(c + at, plus ? sum + load(plus + at) : sum);
+                }
+            }
+        }
+    }
+#endif
+#endif
+}
+
+// Rows as columns of 32-bit numbers: out[j, i] = in[i, j]. A row has `halves` numbers of 16 bits, the last 32-bit number is
+// filled up with zeros; so are the columns of `out` from `rows` to the next whole register. `in_stride` counts halves.
+inline void transposed(const void* in, int64_t in_stride, int64_t rows, int64_t halves, uint32_t* out, int64_t out_stride) {
+    const uint16_t* from = static_cast<const uint16_t*>(in);
+    for (int64_t i = 0; i < rows; i += LANE) {
+        for (int64_t j = 0; 2 * j < halves; j += LANE) {
+            const uint16_t* block = from + i * in_stride + 2 * j;
+            uint32_t* to = out + j * out_stride + i;
+            Bits r[LANE];
+            if (rows - i >= LANE && halves - 2 * j >= 2 * LANE) {
+#pragma GCC unroll 16
+                for (int k = 0; k < LANE; ++k) r[k] = load_bits(block + k * in_stride);
+                transpose(r);
+#pragma GCC unroll 16
+                for (int k = 0; k < LANE; ++k) store_bits(to + k * out_stride, r[k]);
+                continue;
+            }
+            for (int k = 0; k < LANE; ++k) r[k] = load_some(block + k * in_stride, i + k < rows ? halves - 2 * j : 0);
+            transpose(r);
+            for (int k = 0; k < LANE && 2 * (j + k) < halves; ++k) store_bits(to + k * out_stride, r[k]);
+        }
+    }
+}
+
+// x^T as pairs along x's columns, [width / 2, rows]: x is bf16 [rows, width].
+inline void pairs_of_columns(const bf16* x, int64_t stride, int64_t rows, int64_t width, uint32_t* out, int64_t out_stride) {
+    transposed(x, stride, rows, width, out, out_stride);
+}
+
+// x as pairs along its rows, [pairs, width]: x is bf16 [rows, width], with zeros behind its rows, and behind its columns up
+// to the next whole register, which is `out`'s stride.
+inline void pairs_of_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, int64_t pairs, uint32_t* out) {
+    const int64_t out_stride = whole_lanes(width), full = width / LANE * LANE;
+    for (int64_t i = 0; i < pairs; ++i) {
+        const bf16* row = x + 2 * i * stride;
+        uint32_t* to = out + i * out_stride;
+        const bool has_low = 2 * i < rows, has_high = 2 * i + 1 < rows;
+        if (has_high) {
+            for (int64_t j = 0; j < full; j += LANE) store_bits(to + j, paired(spread(row + j), spread(row + stride + j)));
+        }
+        for (int64_t j = has_high ? full : 0; j < width; j += LANE) {
+            const Bits low = spread_some(row + j, has_low ? width - j : 0);
+            store_bits(to + j, paired(low, spread_some(row + stride + j, has_high ? width - j : 0)));
+        }
+    }
+}
+
+// To memory past the caches, which would read a line before they write it.
+inline void stream(const bf16* from, bf16* to, int64_t count) {
+    const int64_t before = std::min(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / 2));
+    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(before) * sizeof(bf16));
+    int64_t i = before;
+    for (; i + LINE <= count; i += LINE) {
+        for (int64_t j = i; j < i + LINE; j += 2 * LANE) stream_bits(to + j, load_bits(from + j));
+    }
+    std::memcpy(static_cast<void*>(to + i), from + i, static_cast<size_t>(count - i) * sizeof(bf16));
+}
+
+}  // namespace
+
+#endif

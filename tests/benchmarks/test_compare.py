@@ -1,0 +1,430 @@
+"""benchmarks.compare at the tiny shape: every system in its own process, the same losses, rows with all fields."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common.products import Product, attention_flops, matmul_rate, products, step_flops
+from benchmarks.common.tracked import Tracked
+from benchmarks.compare import __main__ as compare
+from benchmarks.compare import data as compare_data
+from benchmarks.compare import systems
+from benchmarks.compare import table as compare_table
+from benchmarks.compare import worker as compare_systems
+from benchmarks.compare.data import Synthetic, choose, padded
+from csm_fast import CSM, CSMConfig
+from csm_fast.model.loss import packed_loss
+from csm_fast.packing.pack import pack_padded
+
+
+def command(tmp_path, *extra):
+    settings = ["--synthetic", "3", "--shape", "tiny", "--repeats", "1", "--batches", "2", "--no-optimizer"]
+    settings += ["--precision", "bf16"]
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.compare.__main__",
+        *settings,
+        "--results",
+        str(tmp_path / "out.jsonl"),
+        *extra,
+    ]
+
+
+def test_a_race(tmp_path):
+    # Float32, which every processor multiplies fast.
+    systems = ["--systems", "csm_fast", "padded", "transformers", "--precision", "fp32"]
+    done = subprocess.run(command(tmp_path, *systems), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "equal updates: batches of 2" in done.stdout and "csm_fast in packs of 2,048 rows" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(r["system"], r["label"]) for r in rows] == [
+        ("csm_fast", "batches of 2"),
+        ("csm_fast", "packs of 2,048 rows"),
+        ("padded-fp32", "batches of 2"),
+        ("transformers-fp32", "batches of 2"),
+    ]
+    for row in rows:
+        assert len(row["seconds"]) == 1 and row["median_s"] == row["seconds"][0] > 0
+        assert row["recordings"] == 3 and row["rows"] > 100 and row["data"] == "synthetic"
+        assert row["torch"] == torch.__version__ and row["commit"] is not None
+        # Everybody computes the same loss, so the times are times of the same work.
+        assert row["ranked"], (row["system"], row["loss_difference"])
+        if not compare_table.is_free(row):
+            assert 0 < row["memory"]["besides"] < row["memory"]["peak"] and row["memory"]["rows"] > 50
+    assert rows[0]["flops"] > 0 and rows[0]["matmul_rate"] > 0 and rows[0]["updates"] == 2
+    assert rows[2]["laid_out"] > rows[0]["rows"]
+
+
+class Answers:
+    """A worker without a process. ``fails`` says of a system's n-th worker whether it stops when it is asked."""
+
+    made = Counter()
+    fails = staticmethod(lambda name, n, what: False)
+
+    def __init__(self, args, name):
+        self.name, self.count = name, self.made[name]
+        self.made[name] += 1
+        figures = {"updates": 4, "laid_out": 50, "flops": 8 * name.startswith("csm_fast")}
+        labels = {f"batches of {size}": figures for size in args.batches}
+        self.about = {"labels": labels, "recipe": "bf16 weights", "rows": 40, "environment": {"device": "a device"}}
+        self.about |= {
+            "recordings": 6,
+            "frames": 30,
+            "compiled": False,
+            "environment": {"device": "a device", "threads": 1},
+        }
+        if name == "reference":
+            self.about = dict.fromkeys((f"{part} {d}" for part in ("ce0", "ced", "ced all") for d in (BF16, FP32)), 1.0)
+        self.process = self
+
+    def post(self, what, *arguments):
+        self.posted = what
+
+    def answer(self):
+        what = self.posted
+        if self.fails(self.name, self.count, what):
+            raise compare.Stopped(f"{self.name} stopped with status -9")
+        loss = compare_systems.expected(self.name, Answers(compare.arguments(), "reference").about)
+        return {"check": loss, "memory": {"besides": 1, "peak": 3, "weights": 1, "gradients": 1, "rows": 9}}.get(
+            what, 2.0
+        )
+
+    def close(self):
+        pass
+
+    def kill(self):
+        pass
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "Worker", Answers)
+    monkeypatch.setattr(Answers, "made", Counter())
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", command(tmp_path, "--device", "cuda")[2:])
+    return lambda: [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_a_system_that_stops_costs_its_rows_only(answers, monkeypatch, capsys):
+    """Its process ended by itself, for want of memory say: beside the others, or even alone."""
+
+    def fails(name, n, what):
+        return (name == "padded" and n == 0 and what == "check") or (name == "transformers" and what == "run")
+
+    monkeypatch.setattr(Answers, "fails", staticmethod(fails))
+    assert compare.main() == 1
+    out, err = capsys.readouterr()
+    assert "padded stopped with status -9; it will be tried again without the others\n" in err
+    assert "error: transformers stopped with status -9" in err and "error: padded" not in err
+    systems = [row["system"] for row in answers()]
+    assert systems == ["csm_fast", "padded-fp32", "transformers-all-frames", "padded"]
+    assert all(row["seconds"] == [2.0] and row["ranked"] and "memory" in row for row in answers())
+    assert "padded-fp32" in out and "transformers " not in out
+
+
+def test_times_count_though_a_system_stops_afterwards(answers, monkeypatch, capsys):
+    """The update takes most memory, and comes last on a GPU: of two systems one answers nothing there, one stops."""
+    monkeypatch.setattr(sys, "argv", [word for word in sys.argv if word != "--no-optimizer"])
+    monkeypatch.setattr(Answers, "fails", staticmethod(lambda name, n, what: name == "padded" and what == "optimizer"))
+    answer = Answers.answer
+    monkeypatch.setattr(
+        Answers,
+        "answer",
+        lambda self: None if (self.name, self.posted) == ("csm_fast", "optimizer") else answer(self),
+    )
+    assert compare.main() == 0
+    assert capsys.readouterr().err == "padded stopped with status -9; what it showed before counts\n"
+    rows = {row["system"]: row for row in answers()}
+    assert Answers.made["padded"] == 1 and {"csm_fast", "padded", "transformers"} <= rows.keys()
+    for name in ("csm_fast", "padded"):
+        assert rows[name]["seconds"] == [2.0] and rows[name]["memory"] and "optimizer_s" not in rows[name]
+    assert rows["transformers"]["optimizer_s"] == 8.0 and rows["csm_fast"]["matmul_rate"] == 2.0
+
+
+def test_memory_that_does_not_last_is_no_answer(monkeypatch, capfd):
+    """A question for which there is not enough leaves the process as it was."""
+
+    def too_much(self, label):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(compare_systems.Running, "optimizer_seconds", too_much)
+    monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny", "--worker", "csm_fast"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO('["optimizer", "batches of 8"]\n["check"]\n'))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    ends = os.dup(1)
+    try:
+        compare.work(compare.arguments())
+    finally:
+        os.dup2(ends, 1)
+        os.close(ends)
+    out, err = capfd.readouterr()
+    about, optimizer, check = (json.loads(line) for line in out.splitlines())
+    assert about["recordings"] == 3 and optimizer is None and check > 0
+    assert "csm_fast, optimizer: CUDA out of memory. Tried to allocate 20 GiB" in err
+
+
+def test_systems_take_turns_piece_by_piece(answers, monkeypatch):
+    """On a CPU. Of four batches, four turns of six run one; a repetition of which a piece is missing is none."""
+    asked = []
+
+    def post(self, what, *arguments):
+        self.posted = what
+        if what in ("run", "run_part"):
+            asked.append((self.name, *arguments[-2:]) if len(arguments) > 2 else self.name)
+
+    answer = Answers.answer
+    missing = ("padded", 2, 4)
+    monkeypatch.setattr(Answers, "post", post)
+    monkeypatch.setattr(Answers, "answer", lambda self: None if asked[-1:] == [missing] else answer(self))
+    argv = [word.replace("cuda", "cpu") for word in sys.argv] + ["--systems", "csm_fast", "padded", "transformers-kept"]
+    argv[argv.index("--repeats") + 1] = "2"
+    monkeypatch.setattr(sys, "argv", argv)
+    assert compare.main() == 0
+    together, alone = asked[: asked.index("transformers-kept")], asked[asked.index("transformers-kept") + 1 :]
+    turns = [(name, piece, 4) for piece in range(4) for name in ("csm_fast", "padded")]
+    turns.remove(("padded", 3, 4))  # whose time would be for nothing
+    assert together == ["csm_fast", "padded"] + turns * 2
+    assert alone == [("transformers-kept", 0, 1)] * 2  # in two parts of three batches, the longest set aside
+    seconds = {row["system"]: row.get("seconds") for row in answers()}
+    assert seconds == {"csm_fast": [8.0, 8.0], "transformers-kept": [2.0, 2.0]}
+
+
+def test_what_is_there_counts_when_a_comparison_is_ended(answers, monkeypatch, capsys):
+    def fails(name, n, what):
+        if name == "transformers-all-frames" and what == "run":
+            compare._end(compare.signal.SIGTERM, None)
+
+    monkeypatch.setattr(Answers, "fails", staticmethod(fails))
+    assert compare.main() == 1
+    out, err = capsys.readouterr()
+    assert err == "error: ended by SIGTERM; what is there is shown and recorded\n"
+    assert [row["system"] for row in answers()] == ["csm_fast", "padded", "transformers", "padded-fp32"]
+
+
+def test_a_system_that_stopped_between_two_questions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny"])
+    worker = compare.Worker(compare.arguments(), "padded")
+    assert worker.about["recordings"] == 3
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(compare.Stopped, match="padded stopped with status -9"):
+        worker.post("check")
+        worker.answer()
+    worker.close()
+    worker.process.stdout.close()
+
+
+def test_a_system_that_stops_is_told(tmp_path):
+    wrong = ["--device", "cuda:99", "--systems", "csm_fast"]
+    done = subprocess.run(command(tmp_path, *wrong), cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and b"error: reference stopped" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, precision):
+    monkeypatch.setattr(compare, "resolve_precision", lambda *_: precision)
+
+    def asked(*extra):
+        monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--repeats", "3", *extra])
+        return compare.arguments()
+
+    args = asked()
+    slowest = "transformers-all-frames" + ("-fp32" if precision == "fp32" else "")
+    assert systems.is_slow(args, slowest) and systems.runs_alone(args, slowest)
+    if precision == "bf16":
+        theirs = ["padded", "padded-kept", "padded-fp32", "transformers", "transformers-all-frames"]
+        assert args.systems == ["csm_fast", *theirs]
+        assert [systems.parts(args, name) for name in args.systems] == [1, 1, 3, 3, 3, 3]
+    else:
+        theirs = ["padded-fp32", "padded-kept-fp32", "transformers-fp32", slowest]
+        assert args.systems == ["csm_fast", "csm_fast-fp32", *theirs]
+        assert [systems.parts(args, name) for name in args.systems] == [6, 9, 9, 9, 12, 18]
+        longest = [[systems.runs_longest(args, name, f"batches of {n}") for name in args.systems] for n in (8, 32)]
+        assert longest == [[True] * 5 + [False], [True] * 2 + [False] * 4]
+    chosen = asked("--systems", "csm_fast", "padded-autocast", "transformers")
+    assert chosen.systems == ["csm_fast", "padded-autocast", "transformers" + ("-fp32" if precision == "fp32" else "")]
+    # Of another device, or asked for: bf16. Only a CPU's memory is kept or not.
+    assert asked("--device", "cuda").systems == [n for n in asked("--precision", "bf16").systems if "kept" not in n]
+    assert "padded" in asked("--precision", "bf16").systems
+    large = asked("--shape", "csm-1b")
+    assert systems.runs_alone(large, "padded-fp32")
+
+
+def test_sesames_code_needs_its_directories(tmp_path):
+    done = subprocess.run(command(tmp_path, "--systems", "blog"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "blog needs --sesame-csm" in done.stderr
+
+
+def running(monkeypatch, name, *extra):
+    settings = ["compare", "--synthetic", "6", "--shape", "tiny", "--batches", "3", "--allocator", "plain"]
+    monkeypatch.setattr(sys, "argv", [*settings, *extra, "--worker", name])
+    return compare_systems.Running(compare.arguments())
+
+
+@pytest.mark.parametrize("name", ["csm_fast-autocast", "csm_fast-lora", "padded-autocast"])
+def test_recipes_lie_within_their_tolerance(monkeypatch, name):
+    if name == "csm_fast-lora":
+        pytest.importorskip("peft")
+    system = running(monkeypatch, name)
+    truth = compare_systems.expected(name, compare_systems.reference(system.args))
+    assert system.check() == pytest.approx(truth, rel=systems.tolerance(name))
+
+
+def test_another_loss_is_not_ranked(monkeypatch):
+    system = running(monkeypatch, "padded-fp32")
+    truth = compare_systems.expected("padded-fp32", compare_systems.reference(system.args))
+    assert system.check() == pytest.approx(truth, rel=1e-5)
+    with torch.no_grad():
+        system.model.decoder.layers[0].sa_norm.scale[0] += 0.2
+    assert abs(system.check() - truth) > 1e-5 * truth
+    row, other = (
+        {"median_s": 2.0, "seconds": [1.9, 2.0, 2.4], "ranked": False},
+        {"median_s": 1.0, "seconds": [0.8, 1.0]},
+    )
+    assert compare_table.faster(row, other) == "not ranked"
+    assert compare_table.faster({**row, "ranked": True}, other) == "2.00x (1.9-3.0)"
+
+
+def test_a_process_of_another_set_up_as_ours(monkeypatch):
+    kept = []
+    monkeypatch.setattr(compare_systems, "keep_freed_memory", lambda: kept.append(True))
+    for name, allocator, wanted in [
+        ("csm_fast", "own", True),
+        ("padded", "own", False),
+        ("padded-kept", "own", True),
+        ("padded", "kept", True),
+        ("padded-kept", "plain", False),
+    ]:
+        system = running(monkeypatch, name, "--allocator", allocator)
+        assert bool(kept) == wanted == systems.keeps_memory(system.args, name), (name, allocator)
+        kept.clear()
+
+
+@pytest.mark.parametrize("longest", [True, False])
+def test_parts_of_a_slow_system(monkeypatch, longest):
+    """Where a batch takes a constant and so much a row, every part tells the seconds of all."""
+    system = running(monkeypatch, "padded-fp32", "--synthetic", "24")
+    (label,) = system.passes
+    now, ran = [0.0], []
+
+    def backward(batch, seed):
+        ran.append(system._laid_out(batch))
+        now[0] += 0.5 + 0.01 * ran[-1]
+        return torch.zeros(())
+
+    monkeypatch.setattr(system, "backward", backward)
+    monkeypatch.setattr(compare_systems.time, "perf_counter", lambda: now[0])
+    rows = sorted((system._laid_out(batch) for batch in system.passes[label]), reverse=True)
+    assert len(rows) == 8 and rows[0] > 2 * rows[-1]
+    every = sum(0.5 + 0.01 * n for n in rows)
+    assert [system.run_part(label, part, 3, longest) for part in range(3)] == pytest.approx([every] * 3)
+    assert sorted(ran, reverse=True) == (rows if longest else rows[1:])
+    ran.clear()
+    pieces = [system.run_part(label, part, 2, longest, piece, 3) for part in range(2) for piece in range(3)]
+    assert pieces == pytest.approx([0.0, 0.0, every] * 2) and not system.timed
+    assert sorted(ran, reverse=True) == (rows if longest else rows[1:])
+    ran.clear()
+    assert system.run(label) == pytest.approx(every)
+    whole, ran[:] = list(ran), []
+    assert sum(system.run(label, 1.0, piece, 3) for piece in range(3)) == pytest.approx(every)
+    assert ran == whole[::3] + whole[1::3] + whole[2::3]
+
+
+def test_batches_of_about_the_same_length_are_no_line():
+    assert compare_systems.on_a_line([100, 100], [1.0, 2.0], [200, 50]) == [3.0, 0.75]
+
+
+def test_memory_besides_weights_and_gradients(monkeypatch):
+    system = running(monkeypatch, "padded-fp32")
+    figures = system.memory("batches of 3")
+    parameters = sum(p.numel() * 4 for p in system.model.parameters())
+    assert figures["weights"] == figures["gradients"] == parameters
+    assert figures["besides"] + parameters < figures["peak"] <= figures["besides"] + 2 * parameters
+    batch = system.passes["batches of 3"][1]
+    with Tracked() as tracked:
+        system.backward(batch, 0)
+    assert figures["peak"] == parameters + tracked.peak
+
+
+def test_synthetic_recordings_are_the_same_every_time():
+    a, b = (Synthetic(20, CSMConfig.tiny()) for _ in range(2))
+    assert (a.conversation_rows == b.conversation_rows).all()
+    assert all((x[0].codes == y[0].codes).all() for x, y in zip(a.turns, b.turns, strict=True))
+    assert a.conversation_rows.min() >= 16 and a.conversation_rows.max() <= 400
+
+
+def test_a_share_of_the_recordings_keeps_their_lengths():
+    store = Synthetic(40, CSMConfig.tiny())
+    rows = np.sort(store.conversation_rows)
+    assert sorted(store.conversation_rows[choose(store, 0.25, None).chosen]) == rows[::4].tolist()
+    middle = choose(store, 1.0, 4)
+    assert middle.rows == rows[18:22].sum() and middle.frames < middle.rows
+
+
+class Multiplied(TorchDispatchMode):
+    """FLOPs of the matrix products of linear layers and heads. Those of attention are batched, and none is as wide as
+    the vocabulary."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.flops = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = args[-2:]
+            if a.dim() == 2 or self.vocab in (*a.shape, *b.shape):
+                self.flops += 2 * a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_count_of_products_is_that_of_a_step():
+    config = CSMConfig.tiny()
+    subset = choose(Synthetic(5, config), 1.0, None)
+    torch.manual_seed(0)
+    pack = pack_padded(*padded(subset, [0, 1, 2]), 1 / 16)
+    model = CSM(config).init_weights(0)
+    with Multiplied(config.audio_vocab_size) as seen:
+        packed_loss(model, pack, 0.5, 0.5)[0].backward()
+    counted = sum(p.flops * n for p, n in products(config, pack).items())
+    # Rows that fill the pack up are no work.
+    assert counted <= seen.flops <= counted * pack.tokens.shape[0] / pack.rows
+    assert step_flops(config, pack) == counted + attention_flops(config, pack)
+    assert 0 < attention_flops(config, pack) < 0.2 * counted
+
+
+def test_every_token_has_a_gradient():
+    config = CSMConfig.tiny()
+    model = CSM(config).init_weights(0)
+    subset = choose(Synthetic(3, config), 1.0, None)
+    compare_data.every_token_has_a_gradient(model, [pack_padded(*padded(subset, [0, 1, 2]), fraction=1.0)])
+    turns = [turn for i in range(3) for turn in subset.conversation(i)]
+    text = np.unique(np.concatenate([turn.text for turn in turns]))
+    books = np.arange(config.num_codebooks) * config.audio_vocab_size
+    codes = np.unique(np.concatenate([*((turn.codes.astype(int) + books).ravel() for turn in turns), books]))
+    for table, rows in ((model.text_embeddings.weight, text), (model.audio_embeddings.weight, codes)):
+        assert table.grad.any(1).nonzero().flatten().tolist() == rows.tolist()
+    model.text_embeddings.weight.requires_grad_(False)
+    compare_data.every_token_has_a_gradient(model, [])
+    assert model.text_embeddings.weight.grad is None and not model.audio_embeddings.weight.grad.any()
+
+
+def test_matmul_rate_multiplies_every_kind():
+    found = Counter({Product(1, 8, 16, 24, kind): 2 for kind in ("forward", "input", "weight")})
+    found[Product(3, 8, 16, 24, "weight")] = 1
+    assert matmul_rate(found, torch.device("cpu"), torch.float32, repeats=1) > 0
+    assert Product(3, 8, 16, 24, "weight").flops == 2 * 3 * 8 * 16 * 24

@@ -1,0 +1,320 @@
+"""``csm-fast profile``: what it counts, what it prints and writes, and that it writes nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import json
+import logging
+
+import pytest
+import torch
+from csm_kernels.cpu import linear as cpu_linear
+from csm_kernels.cpu import native
+from csm_kernels.cpu.short_attention import short_attention
+from paths import ROOT
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as torch_profile
+from torch.utils.flop_counter import FlopCounterMode
+from train_cases import config, flags, prepare, values
+
+from csm_fast import cli
+from csm_fast.commands import profile, profile_ops, profile_report
+from csm_fast.commands.profile_ops import STEP, OperatorClock, Seen, Several, from_profiler
+from csm_fast.commands.profile_report import Rates, operator_rows
+from csm_fast.config.commands import ProfileConfig
+from csm_fast.config.parse import build, read_yaml
+from csm_fast.train.loop import Trainer
+
+SUMMARY = set(profile_report.Summary.__dataclass_fields__)
+
+
+@pytest.fixture(autouse=True)
+def fresh_log():
+    """The command's log handler keeps the stream it was made with, which is another one in every test."""
+    logging.getLogger("csm_fast").handlers.clear()
+
+
+@pytest.fixture(autouse=True)
+def quick_rates(monkeypatch):
+    monkeypatch.setattr(profile, "SQUARES", {"cpu": (64, 128)})
+    monkeypatch.setattr(profile, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(profile, "ENOUGH_SECONDS", 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- the clock
+
+
+def clocked(work) -> dict:
+    """What the clock saw of ``work``, by name."""
+    clock = OperatorClock()
+    clock.begin()
+    with clock:
+        work()
+    (step,) = clock.steps
+    return {name.removeprefix("aten::"): (shapes, types, seen) for (name, shapes, types), seen in step.items()}
+
+
+X, Y = torch.ones(6, 4), torch.ones(4, 5)
+NARROW = torch.ones(6, 4, dtype=torch.bfloat16)
+ROWS = torch.tensor([0, 3])
+
+
+@pytest.mark.parametrize(
+    "name, work, flops, moved",
+    [
+        ("mm", lambda: torch.matmul(X, Y), 2 * 6 * 4 * 5, 4 * (24 + 20 + 30)),
+        ("addmm", lambda: torch.addmm(torch.ones(5), X, Y), 2 * 6 * 4 * 5, 4 * (5 + 24 + 20 + 30)),
+        ("bmm", lambda: torch.bmm(X[None].expand(3, 6, 4), torch.ones(3, 4, 5)), 3 * 240, 4 * (24 + 60 + 90)),
+        ("add", lambda: X + X, 0, 4 * 72),
+        ("mul_", lambda: X.clone().mul_(X), 0, 4 * 72),
+        ("fill_", lambda: torch.empty(6, 4).fill_(1), 0, 4 * 24),
+        ("copy_", lambda: torch.empty(6, 4).copy_(NARROW), 0, 4 * 24 + 2 * 24),
+        ("_to_copy", lambda: X.to(torch.bfloat16), 0, 4 * 24 + 2 * 24),
+        ("index_select", lambda: X.index_select(0, ROWS), 0, 2 * 4 * 8 + 2 * 8),
+        ("index_add_", lambda: X.clone().index_add_(0, ROWS, X[:2]), 0, 3 * 4 * 8 + 2 * 8),
+        ("index_fill_", lambda: X.clone().index_fill_(0, ROWS, 0), 0, 4 * 8 + 2 * 8),
+        ("empty_like", lambda: torch.empty_like(X), 0, 0),
+        ("_foreach_mul_", lambda: torch._foreach_mul_([torch.ones(3), torch.ones(5)], 2.0), 0, 2 * 4 * 8),
+        ("mm", lambda: torch.mm(X, Y, out=torch.empty(6, 5)), 240, 4 * (24 + 20 + 30)),
+    ],
+)
+def test_what_an_operator_computes_and_moves(name, work, flops, moved):
+    shapes, types, seen = clocked(work)[name]
+    assert (seen.calls, seen.flops, seen.bytes) == (1, flops, moved)
+    assert seen.seconds >= 0
+
+
+def test_shapes_and_types_are_those_of_the_inputs_and_lists_are_counted():
+    seen = clocked(lambda: torch._foreach_add_([torch.ones(3), torch.ones(5)], [torch.ones(3), torch.ones(5)]))
+    assert seen["_foreach_add_"][0] == (Several(2, 8), Several(2, 8))
+    assert clocked(lambda: NARROW.float())["_to_copy"][:2] == (((6, 4),), "bf16 fp32")
+
+
+def test_views_are_no_operators():
+    assert set(clocked(lambda: X.view(2, 12).t()[0].unsqueeze(0).expand(3, 2).detach())) == set()
+
+
+def test_a_registered_operator_is_one_operator_with_all_it_calls():
+    q, k = torch.randn(3, 5, 2, 4), torch.randn(3, 5, 1, 4)
+    assert set(clocked(lambda: short_attention(q, k, k))) == {"csm_kernels::short_attention"}
+
+
+@pytest.mark.skipif(native.function("product", torch.bfloat16) is None, reason="the library has no products here")
+def test_scratch_is_nobodys_business():
+    a, b = torch.ones(6, 4, dtype=torch.bfloat16), torch.ones(4, 5, dtype=torch.bfloat16)
+    seen = clocked(lambda: cpu_linear.product(a, b))
+    shapes, types, found = seen["csm_kernels::product"]
+    assert shapes == ((6, 4), (4, 5)) and types == "bf16"
+    assert (found.flops, found.bytes) == (240, 2 * (24 + 20 + 30))
+
+
+def test_the_clock_sees_all_products_of_a_training_step(tmp_path):
+    """PyTorch's own counter, over the same step with the same frames."""
+    trainer = Trainer(config(tmp_path))
+    batch = trainer.packer.step(0, 0)
+    profile.one_step(trainer, batch, 1)
+    with FlopCounterMode(display=False) as counter:
+        profile.one_step(trainer, batch, 1)
+    clock = OperatorClock()
+    clock.begin()
+    with clock:
+        profile.one_step(trainer, batch, 1)
+    assert sum(seen.flops for seen in clock.steps[0].values()) == counter.get_total_flops() > 0
+
+
+# --------------------------------------------------------------------------------------------------- the profiler's way
+
+
+def test_self_times_of_the_profiler_count_nothing_twice():
+    x, y = torch.randn(64, 64), torch.randn(64, 64)
+    with torch_profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        torch.matmul(x, y)  # before the first step: left out
+        for _ in range(2):
+            with record_function(STEP):
+                torch.matmul(x, y).to(torch.bfloat16)
+    events = profiler.events()
+    steps = from_profiler(events, "cpu")
+    assert len(steps) == 2
+    names = {name for step in steps for name, _, _ in step}
+    assert "aten::mm" in names and "aten::copy_" in names and not names & {"aten::to", STEP}
+    product = steps[0]["aten::mm", ((64, 64), (64, 64)), "fp32"]
+    assert (product.calls, product.flops, product.bytes) == (1, 2 * 64**3, 3 * 4 * 64**2)
+    inside = sum(seen.seconds for step in steps for seen in step.values())
+    assert 0 < inside <= sum(e.cpu_time_total for e in events if e.name == STEP) * 1e-6
+
+
+def event(name: str, start: float, end: float, shapes=(), types=(), parent=None, device="cuda") -> FunctionEvent:
+    # PyTorch 2.11 has the shapes where later ones have their text.
+    field = "structured_input_shapes"
+    field = field if field in inspect.signature(FunctionEvent).parameters else "input_shapes"
+    made = FunctionEvent(0, name, 0, start, end, use_device=device, **{field: list(shapes)})
+    made.input_dtypes = list(types)
+    if parent is not None:
+        parent.append_cpu_child(made)
+        made.set_cpu_parent(parent)
+    return made
+
+
+def test_on_a_gpu_time_is_the_devices_own():
+    """Events as the profiler makes them for CUDA: kernels hang on the operator that started them."""
+    step = event(STEP, 0, 100)
+    outer = event("csm_kernels::linear_cross_entropy", 1, 50, [[8, 4]], ["c10::BFloat16"], step)
+    outer.append_kernel("softmax_kernel", 0, 30)
+    inner = event("aten::bmm", 2, 9, [[2, 8, 4], [2, 4, 16]], ["c10::BFloat16"] * 2, outer)
+    inner.append_kernel("gemm", 0, 500)
+    view = event("aten::view", 10, 11, [[8, 4]], ["c10::BFloat16"], outer)
+    fused = event("triton_poi_fused_0", 60, 61, [[8, 4], [8, 4], []], ["float", "float", "Scalar"], step)
+    fused.append_kernel("triton_poi_fused_0", 0, 7)
+    kernel = FunctionEvent(1, "gemm", 0, 5, 505, use_device="cuda", device_type=DeviceType.CUDA)
+    (seen,) = from_profiler([step, outer, inner, view, fused, kernel], "cuda", ("bf16", 2))
+    seconds = {name: round(s.seconds * 1e6) for (name, _, _), s in seen.items()}
+    assert seconds == {"csm_kernels::linear_cross_entropy": 30, "aten::bmm": 500, "triton_poi_fused_0": 7}
+    product = seen["aten::bmm", ((2, 8, 4), (2, 4, 16)), "bf16"]
+    assert (product.flops, product.bytes) == (2 * 2 * 8 * 4 * 16, 2 * (64 + 128 + 256))
+    assert seen["triton_poi_fused_0", ((8, 4), (8, 4)), "fp32"].bytes == 2 * 4 * 32
+
+
+def test_our_autograd_functions_are_known_by_their_names():
+    own = profile_ops.own_functions()
+    assert {"_LlamaLayer", "_LlamaLayerBackward", "_Direct", "_RMSNorm"} <= own
+    assert not any(profile_ops.is_operator(name) for name in own)
+    assert profile_ops.is_operator("aten::mm") and profile_ops.is_operator("csm_kernels::frame_embed")
+    for host in ("aten::t", "aten::as_strided", "MmBackward0", "autograd::engine::evaluate_function: X", STEP):
+        assert not profile_ops.is_operator(host)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_packs_of_other_sizes_are_the_same_operator_and_floors_follow_from_the_rates():
+    rates = Rates({"fp32": 1000.0, "bf16": 4000.0}, copy=100.0)
+    steps = [
+        {("aten::mm", ((rows, 8), (8, 8)), "bf16"): Seen(2, 0.5, flops=rows * 128, bytes=rows * 10)} for rows in (5, 7)
+    ]
+    steps[0]["aten::add", ((3, 8),), "fp32"] = Seen(1, 0.25, bytes=50)
+    product, add = operator_rows(steps, step_ms=2000.0, scale=1.0, rates=rates, timed="clock")
+    assert product.shapes == [[[5, 7], 8], [8, 8]] and product.kind == "product"
+    assert (product.calls, product.ms, product.share) == (2, 500.0, 0.25)
+    assert product.floor_ms == 1000 * max(6 * 128 / 4000, 60 / 100)
+    assert (add.calls, add.ms, add.kind, add.floor_ms) == (0.5, 125.0, "memory", 250.0)
+    assert "[5-7, 8] [8, 8]" in "\n".join(profile_report.table([product, add]))
+
+
+def test_without_a_product_type_of_its_own_the_best_rate_counts():
+    assert profile_report.product_rate(Rates({"fp32": 1.0, "bf16": 3.0}, 1.0), "complex64") == 3.0
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def tree(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def profiled(folder, capsys, **overrides) -> tuple[list[dict], list[str]]:
+    """Rows written and lines printed by the command."""
+    argv = flags(prepare(folder), keep_freed_memory=False, **overrides)
+    assert cli.main(["profile", *argv, "--output", str(folder / "out")]) == 0
+    written = (folder / "out" / "ops.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in written], capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"steps": 2},
+        {"steps": 1, "method": "lora", "precision": "bf16", "batch_size": 1},
+        {"steps": 1, "method": "dora", "precision": "bf16", "batch_size": 1},
+        {"steps": 1, "batch_rows": 96, "pack_rows": 48, "activation_checkpointing": "full"},
+    ],
+    ids=["full", "lora", "dora", "several packs"],
+)
+def test_a_profile_says_where_a_step_goes_and_writes_nothing_else(tmp_path, capsys, monkeypatch, overrides):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = tree(prepare(tmp_path))
+    rows, printed = profiled(tmp_path, capsys, warmup=1, **overrides)
+    assert tree(tmp_path) - before == {"out", "out/ops.jsonl", "out/trace.json.gz"}
+    *operators, step = rows
+    assert step["row"] == "step" and SUMMARY <= set(step) and step["steps"] == overrides["steps"]
+    assert {row["row"] for row in operators} == {"operator"}
+    assert 0 < sum(row["share"] for row in operators) <= 1 + 1e-9
+    assert step["operators_ms"] + step["host_ms"] + step["loader_ms"] == pytest.approx(step["step_ms"])
+    by_kind = {kind: [row for row in operators if row["kind"] == kind] for kind in ("product", "memory", "python")}
+    for row in by_kind["product"]:
+        rate = step["matmul_flops_per_s"][row["dtypes"].split()[0]]
+        assert row["floor_ms"] == pytest.approx(
+            1000 * max(row["flops"] / rate, row["bytes"] / step["copy_bytes_per_s"])
+        )
+        assert row["floor_ms"] > 0 and row["calls"] > 0
+    names = {row["name"] for row in by_kind["product"]}
+    by_library = overrides.get("precision") == "bf16" and native.function("product", torch.bfloat16) is not None
+    assert ({"csm_kernels::product"} if by_library else {"aten::mm", "aten::bmm"}) <= names
+    assert any(row["floor_ms"] > 0 for row in by_kind["memory"])
+    assert "_DirectBackward" in {row["name"] for row in by_kind["python"]}
+    assert ("_LlamaLayer" in {row["name"] for row in by_kind["python"]}) == (overrides.get("method") != "dora")
+    assert step["floor_ms"] <= step["operators_ms"] * (1 + 1e-9)
+    # The table: a head, the ten costliest, a blank line, three lines on the step.
+    assert len(printed) == 15 and printed[0].startswith("operator")
+    assert [line.split()[0] for line in printed[1:11]] == [r["name"].removeprefix("aten::") for r in operators[:10]]
+    assert printed[-1].startswith("Step") and "under the profiler" in printed[-2]
+    with gzip.open(tmp_path / "out" / "trace.json.gz", "rt") as f:
+        names = {e.get("name") for e in json.load(f)["traceEvents"]}
+    assert {STEP, "csm_kernels::product" if by_library else "aten::mm"} <= names
+
+
+def test_the_newer_profile_stays(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("ops.jsonl", "trace.json.gz"):
+        (tmp_path / "out" / name).write_text("an older one")
+    rows, _ = profiled(tmp_path, capsys, steps=1, warmup=0)
+    assert rows[-1]["steps"] == 1
+    with gzip.open(tmp_path / "out" / "trace.json.gz") as f:
+        assert json.load(f)["traceEvents"]
+
+
+def test_a_run_is_left_alone(tmp_path, capsys):
+    """Neither its directory as the output, nor continued where the settings name it."""
+    folder = prepare(tmp_path)
+    assert cli.main(["train", *flags(folder, keep_freed_memory=False, n_epochs=1, val_every=0)]) == 0
+    capsys.readouterr()
+    before = tree(folder)
+    assert cli.main(["profile", *flags(folder, keep_freed_memory=False), "--output", str(folder / "run")]) == 2
+    assert "holds a training run; choose another --output" in capsys.readouterr().err
+    assert tree(folder) == before
+    profiled(folder, capsys, steps=1, warmup=0)
+    assert {name for name in tree(folder) - before if not name.startswith("out")} == set()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--steps", "0"], "--steps 0; give at least 1"),
+        (["--steps", "few"], "--steps is 'few'; give an integer"),
+        (["--warmup", "-1"], "--warmup -1; give at least 0"),
+        (["--output", ""], "--output is empty"),
+        (["--stepz", "3"], "did you mean --steps?"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--output", "model.yaml"], "model.yaml: the profile could not be written"),
+        (["--pack-rows", "4"], "--pack-rows"),
+    ],
+)
+def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["profile", *flags(prepare(tmp_path), keep_freed_memory=False), *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_every_setting_of_a_training_run_is_taken(tmp_path):
+    taken = build(ProfileConfig, {**values(prepare(tmp_path)), "steps": 2, "output": str(tmp_path / "out")})
+    run = profile.training_config(taken)
+    assert run.data.pack_rows == 64 and run.optimizer.learning_rate == 1e-2
+    assert not run.run.resume and run.run.output_dir == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_profiled(recipe):
+    assert build(ProfileConfig, read_yaml(recipe, ProfileConfig)).steps == 5

@@ -1,0 +1,286 @@
+"""Mimi's encoder for CPUs gives the codes of transformers' Mimi, clips side by side those of clips alone; and the
+benchmark's judgement of codes that differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import pretokenize_speed
+from benchmarks.pretokenize_speed import chosen, differences, marked
+from csm_fast.data.codec import mimi_encoder
+from csm_fast.data.codec import offline as offline_codec
+from csm_fast.data.codec.backends import TransformersCodec
+from csm_fast.data.codec.mimi_encoder import MimiEncoder, encode_packs
+from csm_fast.data.codec.mimi_shape import MIMI, described, supported, weight_shapes
+from csm_fast.data.codec.mimi_weights import flat_name, mapped
+from csm_fast.data.codec.offline import OfflineShape, synthetic_speech
+
+SHAPE = OfflineShape(
+    num_filters=4,
+    hidden_size=128,
+    num_hidden_layers=2,
+    intermediate_size=96,
+    codebook_dim=32,
+    codebook_size=64,
+    num_quantizers=6,
+)
+FRAMES = [40, 3, 1, 17, 26, 9]
+
+
+def mimi(**changes):
+    """A random transformers Mimi with biases, norms and codebooks that all matter."""
+    from transformers import MimiConfig, MimiModel
+
+    model = MimiModel(MimiConfig(**{**SHAPE.mimi(), "sliding_window": 11, **changes})).eval().requires_grad_(False)
+
+    def make(name, size):
+        random = np.random.RandomState(zlib.crc32(name.encode()))
+        if name.endswith("embed_sum"):
+            return random.randn(*size)
+        if name.endswith("cluster_usage"):
+            return random.uniform(0.5, 2, size)
+        if "layer_scale" in name:
+            return random.uniform(0.3, 1, size)
+        if name.endswith("bias"):
+            return 0.1 * random.randn(*size)
+        if "layernorm" in name:
+            return random.uniform(0.5, 2, size)
+        return offline_codec.random_weight(name, size, 0)
+
+    flat = mapped(make, model)
+    model.load_state_dict({name: flat[flat_name(name)] for name in model.state_dict()})
+    for module in model.modules():
+        if hasattr(module, "_embed"):
+            module._embed = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def waves():
+    sounds = [s.astype(np.float32) for s in synthetic_speech(5, len(FRAMES), max(FRAMES))]
+    return [torch.from_numpy(s[: n * 1920].copy()) for s, n in zip(sounds, FRAMES, strict=True)]
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def flat_weights(model):
+    return {flat_name(name): value.float() for name, value in model.state_dict().items()}
+
+
+def encoder_of(model, num_codebooks):
+    return MimiEncoder(flat_weights(model), model.config, num_codebooks)
+
+
+def latents(model, wave):
+    return model.encoder(wave[None, None]).latents[0].T
+
+
+def chains(model):
+    quantizers = (
+        model.quantizer.semantic_residual_vector_quantizer,
+        model.quantizer.acoustic_residual_vector_quantizer,
+    )
+    return [
+        (q.input_proj.weight[..., 0].double().numpy(), [layer.codebook.embed.double().numpy() for layer in q.layers])
+        for q in quantizers
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_residual_layers": 2, "dilation_growth_rate": 3},
+        {"sliding_window": 250, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ],
+    ids=["plain", "dilated", "wide"],
+)
+def test_the_codes_are_transformers_codes(changes, waves, one_thread, monkeypatch):
+    model = mimi(**changes)
+    assert supported(model.config)
+    encoder = encoder_of(model, SHAPE.num_quantizers)
+    with torch.inference_mode():
+        wanted = [model.encode(wave[None, None], return_dict=True).audio_codes[0].T.numpy() for wave in waves]
+        hidden = [latents(model, wave).double().numpy() for wave in waves]
+        for tile in (mimi_encoder._TILE_VALUES, 300):  # 300: every stage in many pieces
+            monkeypatch.setattr(mimi_encoder, "_TILE_VALUES", tile)
+            encoder = encoder_of(model, SHAPE.num_quantizers)
+            lengths = [2 * n for n in FRAMES]
+            rows = encoder.transform(torch.cat([encoder.convolve(wave) for wave in waves]), lengths)
+            found = encoder.downsample(rows, lengths).numpy()
+            np.testing.assert_allclose(found, np.concatenate(hidden), rtol=1e-4, atol=1e-4 * np.abs(found).max())
+            codes = [encoder.encode([wave])[0].numpy() for wave in waves]
+            said = differences(wanted, codes, hidden.__getitem__, chains(model))
+            assert said["first"] == said["near_ties"] and said["share"] < 0.005, said
+    assert len(np.unique(np.concatenate(wanted), axis=0)) > 30
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        SHAPE.mimi(),
+        {"num_residual_layers": 2, "upsampling_ratios": [4, 6, 8, 5], "num_quantizers": 9, "kernel_size": 5},
+        {"head_dim": 32, "compress": 4, "hidden_size": 256, "upsample_groups": 64},
+        {"vector_quantization_hidden_dimension": 512, "codebook_dim": 512, "rope_theta": 500.0},
+        {"frame_rate": None, "head_dim": None},
+        {"use_conv_shortcut": True},
+    ],
+    ids=["Mimi", "offline", "deep", "other heads", "wide codes", "nulls", "not supported"],
+)
+def test_sizes_and_shapes_are_transformers(changes):
+    from transformers import MimiConfig, MimiModel
+
+    with torch.device("meta"):
+        model = MimiModel(MimiConfig(**changes))
+    sizes = described(changes)
+    assert supported(sizes) == supported(model.config) == ("use_conv_shortcut" not in changes)
+    for name, value in vars(sizes).items():
+        assert value == getattr(model.config, name, value), name
+    assert sizes.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert not MIMI.keys() - model.config.to_dict().keys() - {"frame_rate"}
+    if supported(sizes):
+        shapes = {flat_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+        assert weight_shapes(sizes) == shapes
+
+
+def test_coding_on_a_cpu_needs_no_transformers(tmp_path, waves):
+    """Which takes seconds to import."""
+    save_file(flat_weights(mimi(sliding_window=250)), tmp_path / "mimi.safetensors")
+    check = f"""
+import sys, numpy
+from csm_fast.data.codec.base import load_codec
+codec = load_codec("transformers", source={str(tmp_path / "mimi.safetensors")!r}, num_codebooks=6)
+codes = codec.encode([numpy.zeros(4000, numpy.float32)])
+assert codes[0].shape == (3, 6) and "transformers" not in sys.modules
+assert codec.decode(codes[0]).shape == (3 * 1920,) and "transformers" in sys.modules
+assert codec.encode([numpy.zeros(4000, numpy.float32)])[0].tolist() == codes[0].tolist()
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_clips_side_by_side_are_clips_alone(waves, monkeypatch):
+    model = mimi()
+    monkeypatch.setattr(mimi_encoder, "PACK_SAMPLES", 30 * 1920)  # several packs of several clips
+    monkeypatch.setattr(mimi_encoder, "_QUANTIZER_ROWS", 7)
+    encoder = encoder_of(model, 4)
+    before = torch.get_num_threads()
+    seen = []
+    encode = encoder.encode
+    monkeypatch.setattr(
+        encoder, "encode", lambda pack: seen.append((len(pack), torch.get_num_threads())) or encode(pack)
+    )
+    together = encode_packs(encoder, waves, threads=3)
+    assert torch.get_num_threads() == before
+    assert sorted(size for size, _ in seen) == [1, 1, 4] and {threads for _, threads in seen} == {1}
+    assert [tuple(codes.shape) for codes in together] == [(n, 4) for n in FRAMES]
+    alone = [encode([wave])[0].numpy() for wave in waves]
+    hidden = [latents(model, wave).double().numpy() for wave in waves]
+    said = differences(
+        alone,
+        [codes.numpy() for codes in together],
+        hidden.__getitem__,
+        [(p, tables[: (1, 3)[i]]) for i, (p, tables) in enumerate(chains(model))],
+    )
+    assert said["first"] == said["near_ties"] and said["share"] < 0.005, said
+
+
+def test_threads_are_restored_after_a_failure(waves):
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        encode_packs(type("Bad", (), {"encode": lambda self, pack: 1 // 0})(), [w.repeat(9) for w in waves], threads=2)
+    assert torch.get_num_threads() == before
+
+
+def test_the_codec_takes_it_where_it_can(waves, monkeypatch):
+    def codec(**changes):
+        arguments = {**SHAPE.mimi(), "sliding_window": 11, **changes}
+        return TransformersCodec(flat_weights(mimi(**changes)), arguments, name="m", num_codebooks=6)
+
+    plain, other = codec(), codec(use_conv_shortcut=True)
+    assert plain.side_by_side and not other.side_by_side
+    used = []
+    monkeypatch.setattr(
+        mimi_encoder, "encode_packs", lambda encoder, waves: used.append(len(waves)) or encode_packs(encoder, waves)
+    )
+    sounds = [wave.numpy() for wave in waves]
+    together = plain.encode([*sounds, np.zeros(0, np.float32)])
+    assert used == [len(sounds)] and together[-1].shape == (0, 6)
+    for codes, wave in zip(together[:-1], sounds, strict=True):
+        assert codes.dtype == np.uint16 and codes.shape == (len(wave) // 1920, 6)
+        assert (codes == plain.encode([wave])[0]).mean() > 0.995
+    assert [c.shape for c in other.encode(sounds)] == [(n, 6) for n in FRAMES] and used == [len(sounds)]
+    monkeypatch.setattr(plain, "device", "cuda")
+    plain._encoder = None
+    assert not plain.side_by_side
+
+
+def test_a_difference_that_is_no_near_tie_is_found():
+    random = np.random.RandomState(0)
+    projections = [random.randn(4, 8) for _ in range(2)]
+    tables = [[random.randn(16, 4)], [random.randn(16, 4) for _ in range(3)]]
+    tables[1][1][5] = tables[1][1][7] + 1e-9  # twins
+    hidden = random.randn(6, 8)
+
+    def nearest(wanted=None):
+        codes = []
+        for projection, levels in zip(projections, tables, strict=True):
+            left = hidden @ projection.T
+            for table in levels:
+                found = np.linalg.norm(left[:, None] - table, axis=2).argmin(1)
+                if wanted is not None and len(codes) == 2:
+                    found[2] = wanted
+                left = left - table[found]
+                codes.append(found)
+        return np.stack(codes, axis=1)
+
+    def judge(codes, reference):
+        return differences([reference], [codes], lambda clip: hidden, list(zip(projections, tables, strict=True)))
+
+    same = judge(nearest(), nearest())
+    assert same == {"codes": 24, "differ": 0, "share": 0.0, "first": 0, "near_ties": 0, "worst": 0.0}
+    twin = judge(nearest(5), nearest(7))
+    assert twin["differ"] >= 1 and twin["first"] == twin["near_ties"] == 1 and twin["worst"] < 1e-6
+    far = nearest()
+    far[2, 2] = (far[2, 2] + 1) % 16
+    wrong = judge(far, nearest())
+    assert wrong["differ"] == wrong["first"] == 1 and wrong["near_ties"] == 0
+    assert judge(nearest()[:5], nearest())["share"] == 1.0
+    assert marked(np.array([[0, 0], [0, 3]], np.int16)).tolist() == [[0, 1], [0, 3]]
+
+
+def test_recordings_are_chosen_evenly_over_their_lengths(tmp_path):
+    import soundfile
+
+    lengths = [5, 1, 4, 2, 3, 6]
+    for i, seconds in enumerate(lengths):
+        soundfile.write(tmp_path / f"{i}.wav", np.zeros(seconds * 8000, np.float32), 8000)
+    (tmp_path / "m.json").write_text(json.dumps([{"text": "a", "path": f"{i}.wav"} for i in range(6)]))
+    rows, seconds = chosen(tmp_path / "m.json", 0.5)
+    assert [row["path"] for row in rows] == [str(tmp_path / f"{i}.wav") for i in (2, 3, 5)] and seconds == 12
+    assert len(chosen(tmp_path / "m.json", 1.0)[0]) == 6
+    assert pretokenize_speed.summary(
+        [{"process_s": p, "total_s": p - 1, "imports_s": 1.0} for p in (4.0, 9.0, 5.0)], 30.0
+    ) == {
+        "process_s": 5.0,
+        "total_s": 4.0,
+        "imports_s": 1.0,
+        "process_range_s": [4.0, 9.0],
+        "work_s": 3.0,
+        "audio_s_per_s": 6.0,
+        "audio_s_per_s_without_imports": 10.0,
+    }
