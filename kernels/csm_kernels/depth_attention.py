@@ -1,9 +1,8 @@
 """Causal attention over the K codebooks of each frame, with the rotary embedding folded in.
 
-The depth decoder's sequences are K = 32 long and there are thousands of them, a shape that general flash kernels handle
-badly. Here a program owns one (frame, KV head): the rotated K tile and the V tile stay on the chip, and the query heads
-that share them pass by one at a time. A row of scores is whole within one tile, so nothing is saved for the backward
-but the inputs: scores, maximum, sum and the row sums of p dp are recomputed from what the backward loads anyway.
+The depth decoder's sequences have K = 32 positions, and there are thousands of them. General flash kernels are slow at
+this shape, so CUDA has kernels of its own (``gpu.depth_attention``) and a CPU has batched matrix products
+(``cpu.short_attention``).
 """
 
 from __future__ import annotations
@@ -12,33 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_kernels.cpu import short_attention
-from csm_kernels.gpu.depth_attention import _launch_backward, _launch_forward, _why_not_triton, triton
+from csm_kernels.choice import resolve
+from csm_kernels.gpu.depth_attention import launch_backward, launch_forward, why_unsupported
 from csm_kernels.pointwise import rotate_pairs
 
-IMPLS = ("auto", "triton", "torch")
-
-# --- reference ----------------------------------------------------------------------------------------------------
+# --- PyTorch's operators ----------------------------------------------------------------------------------------------
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention; on a CPU batched GEMMs,
-    which sequences this short do not leave empty."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-    if q.device.type == "cpu":
-        return short_attention.short_attention(q, k, v)
+    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention."""
+    q, k = (rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
-# --- autograd -----------------------------------------------------------------------------------------------------
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from csm_kernels.cpu.short_attention import short_attention
+
+    q, k = (rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+    return short_attention(q, k, v)
+
+
+# --- registered operators ---------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("csm_kernels::depth_attention", mutates_args=())
 def _depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _launch_forward(q, k, v, cos, sin)
+    return launch_forward(q, k, v, cos, sin)
 
 
 @_depth_attention.register_fake
@@ -50,7 +50,7 @@ def _(q, k, v, cos, sin):
 def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, wants_q: bool, wants_k: bool, wants_v: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_backward(grad, q, k, v, cos, sin, (wants_q, wants_k, wants_v))
+    return launch_backward(grad, q, k, v, cos, sin, (wants_q, wants_k, wants_v))
 
 
 @_gradients.register_fake
@@ -72,40 +72,36 @@ def _backward(ctx, grad):
 _depth_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- public function ----------------------------------------------------------------------------------------------
+# --- public function --------------------------------------------------------------------------------------------------
 
 
 def depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> Tensor:
     """Causal self-attention inside each frame, grouped-query: rotate q and k, then softmax(q k^T / sqrt(d)) v.
 
-    The rotation turns the interleaved pairs (x[2i], x[2i + 1]) in the table's dtype and rounds to the inputs'.
+    The interleaved pairs (x[2i], x[2i + 1]) are rotated in the table's dtype and rounded to the inputs'.
 
     Args:
-        q: [M, K, H, d], before rotation. Any strides; only columns that are not contiguous are copied.
+        q: [M, K, H, d], before rotation. Any strides; columns that are not contiguous are copied.
         k, v: [M, K, Hkv, d], same dtype as ``q``; H is a multiple of Hkv.
         cos, sin: [K, d / 2], no gradient; float32, or float64 for float64 inputs.
-        impl: ``"triton"``: the kernels, for bfloat16, float16 and float32 on CUDA, K up to 64, d of 32, 64 or 128;
-            ``"torch"``: the rotation, then ``scaled_dot_product_attention``, on a CPU ``short_attention``; ``"auto"``:
-            the kernels where they run.
+        impl: "triton": the kernels, for bfloat16, float16 and float32 on CUDA, K up to 64, d of 32, 64 or 128;
+            "torch": PyTorch's operators; "auto": the kernels where they run; or an answer of
+            ``csm_kernels.choice.resolve``.
 
     Returns:
-        [M, K, H, d] in the inputs' dtype; softmax and sums in float32 (float64 for float64 inputs). Saved for the
-        backward: the inputs. Gradients are deterministic with the kernels.
+        [M, K, H, d] in the inputs' dtype; softmax and sums in float32 (float64 for float64 inputs). Only the inputs are
+        saved for the backward pass. Gradients are deterministic with the kernels.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown ``impl``, or ``"triton"`` where the kernels do not run.
-        ImportError: ``"triton"`` without Triton.
+        ValueError: shapes or dtypes that do not fit, an unknown ``impl``, or ``impl="triton"`` with inputs that the
+            kernels do not support.
+        ImportError: ``impl="triton"`` without Triton.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
+    impl = resolve(impl, q.device, q.dtype, why_unsupported, q, cos).impl
     _check(q, k, v, cos, sin)
-    if impl == "auto":
-        impl = "triton" if triton is not None and q.is_cuda and not _why_not_triton(q, cos) else "torch"
-    if impl == "torch":
-        return _reference(q, k, v, cos, sin)
-    if triton is None:
-        raise ImportError("depth_attention: impl='triton' needs the package triton")
-    return _depth_attention(q, k, v, cos, sin)
+    if impl == "triton":
+        return _depth_attention(q, k, v, cos, sin)
+    return (_on_cpu if impl == "cpu" else _reference)(q, k, v, cos, sin)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -354,7 +354,7 @@ def frame_embed_with_codes(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
     if impl == "auto":
-        known = text_table.dtype in kernels.DTYPES and audio_table.dtype in kernels.DTYPES
+        known = text_table.dtype in kernels.KERNEL_DTYPES and audio_table.dtype in kernels.KERNEL_DTYPES
         impl = "triton" if kernels.triton is not None and audio_table.is_cuda and known else "torch"
     if any(rows is not None for rows in into):
         if impl != "torch" or sparse or not _is_cpu(tokens):

@@ -1,4 +1,9 @@
-"""depth_attention's Triton kernels and their launchers."""
+"""The Triton kernels of ``depth_attention`` and their launchers.
+
+A program owns one key-value head of one frame. It keeps the rotated K tile and the V tile on the chip and goes through
+the query heads that share them. A row of scores fits one tile, so the forward saves nothing but its inputs: the
+backward recomputes the scores, their maxima and their sums from what it loads anyway.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +12,24 @@ import math
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the PyTorch form needs none
-    triton = None
+from csm_kernels.gpu.jit import KERNEL_DTYPES, jit, tl, triton
 
 MAX_LENGTH, HEAD_WIDTHS = 64, (32, 64, 128)
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-# --- kernels ------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 # Prefixes: p_ pointer, s_ stride, o_ offsets, b_ block of values, i_ index. K is LENGTH rounded up for tl.dot.
 #
-# Pairs are separated once, by tl.split on a contiguously loaded tile, and stay separated: a dot over d is the sum of a
-# dot over the even and one over the odd columns, in whatever order both operands agree on. tl.join in front of a dot
-# would undo the split in registers too, but Triton takes it for packed 4-bit operands and gives up ldmatrix. V and the
-# output's gradient come in a left and a right half, so that every dot is [K, d/2] wide or [K, K].
+# A tile is loaded contiguously, tl.split separates its pairs once, and even and odd columns then stay apart: a dot over
+# d is the sum of one over the even and one over the odd columns, in any order that both operands share. A tl.join
+# before a dot would undo the split in registers, but Triton takes it for packed 4-bit operands and then does not use
+# ldmatrix. V and the gradient of the output come in a left and a right half, so that every dot is [K, d/2] or [K, K].
 #
-# The loop over heads is pipelined in two stages. Beside the overlap that keeps the rotation in the layout of its load;
-# unpipelined, the compiler moves it into the layout of the dot's operand, where every warp repeats all of it.
+# The loop over heads is pipelined in two stages. This overlaps loads with arithmetic, and it keeps the rotation in the
+# layout of its load: without it, the compiler moves the rotation into the layout of the dot's operand, where every warp
+# repeats it.
 
 
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit()
 def _load_rotated(p_x, o_x, m_x, b_cos, b_sin, K: tl.constexpr, D: tl.constexpr):
     """Even and odd columns of a [K, D] tile, rotated in float32 and rounded."""
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
@@ -41,7 +37,7 @@ def _load_rotated(p_x, o_x, m_x, b_cos, b_sin, K: tl.constexpr, D: tl.constexpr)
     return (b_even * b_cos - b_odd * b_sin).to(b_x.dtype), (b_odd * b_cos + b_even * b_sin).to(b_x.dtype)
 
 
-@_jit
+@jit()
 def _store_rotated_back(p_x, o_x, m_x, b_even, b_odd, b_cos, b_sin, K: tl.constexpr, D: tl.constexpr):
     """The transposed rotation of a gradient in float32, its pairs interleaved again."""
     dtype = p_x.dtype.element_ty
@@ -49,7 +45,7 @@ def _store_rotated_back(p_x, o_x, m_x, b_even, b_odd, b_cos, b_sin, K: tl.conste
     tl.store(p_x + o_x, tl.reshape(b_x, (K, D)), mask=m_x)
 
 
-@_jit
+@jit()
 def _forward_kernel(
     # data
     p_q,
@@ -76,7 +72,7 @@ def _forward_kernel(
     D: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """softmax(rotate(q) rotate(k)^T scale, causal) v for the GROUP query heads of one KV head of one frame."""
+    """softmax(rotate(q) rotate(k)^T scale, causal) v for the GROUP query heads of one key-value head of one frame."""
     HALF: tl.constexpr = D // 2
     i_frame = tl.program_id(0).to(tl.int64) // KV_HEADS
     i_kv = tl.program_id(0).to(tl.int64) % KV_HEADS
@@ -85,7 +81,7 @@ def _forward_kernel(
     column = tl.arange(0, D)[None, :]
     half = tl.arange(0, HALF)[None, :]
     live = row < LENGTH
-    seen = i_row[None, :] <= i_row[:, None]  # keys past the end too: no row that is kept sees one
+    seen = i_row[None, :] <= i_row[:, None]  # also hides keys past the end from every row that is kept
 
     b_cos = tl.load(p_cos + row * HALF + half, mask=live, other=0.0)
     b_sin = tl.load(p_sin + row * HALF + half, mask=live, other=0.0)
@@ -112,7 +108,7 @@ def _forward_kernel(
         tl.store(p_head + HALF, b_right.to(b_v_left.dtype), mask=live)
 
 
-@_jit
+@jit()
 def _backward_kernel(
     # data
     p_q,
@@ -148,12 +144,13 @@ def _backward_kernel(
     WANTS_K: tl.constexpr,
     WANTS_V: tl.constexpr,
 ):
-    """All gradients of one KV head of one frame; its query heads follow one another, so their sum needs no atomics.
+    """All gradients of one key-value head of one frame. One program adds up its query heads, so no atomics are needed.
 
     With s = rotate(q) rotate(k)^T scale, p = softmax(s) and o = p v:
     dv = p^T do, dp = do v^T, ds = p (dp - rowsum(p dp)), dq = rotate^T(ds rotate(k)) scale, dk = rotate^T(ds^T
-    rotate(q)) scale. Everything here is transposed, [keys, queries]: then k, v, p^T and ds^T are the left operands,
-    which each warp holds whole, q and do only right ones, of which it holds its columns; and a softmax stays in a warp.
+    rotate(q)) scale. The kernel computes the transposes, [keys, queries]. Then k, v, p^T and ds^T are left operands,
+    which each warp holds as a whole, and q and do are right operands, of which it holds its columns. A softmax stays
+    within a warp.
     """
     HALF: tl.constexpr = D // 2
     i_frame = tl.program_id(0).to(tl.int64) // KV_HEADS
@@ -163,7 +160,7 @@ def _backward_kernel(
     column = tl.arange(0, D)[None, :]
     half = tl.arange(0, HALF)[None, :]
     live = row < LENGTH
-    seen = i_row[:, None] <= i_row[None, :]  # queries past the end have a gradient of zero, and so add nothing
+    seen = i_row[:, None] <= i_row[None, :]  # queries past the end have zero gradients and add nothing
 
     b_cos = tl.load(p_cos + row * HALF + half, mask=live, other=0.0)
     b_sin = tl.load(p_sin + row * HALF + half, mask=live, other=0.0)
@@ -215,11 +212,11 @@ def _backward_kernel(
         tl.store(p_dv + o_kv + half + HALF, b_dv_right.to(p_dv.dtype.element_ty), mask=live)
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------
+# --- launchers --------------------------------------------------------------------------------------------------------
 
 
-# Registers per thread and shared memory for csm-1b (K = 32, d = 128), compiled ahead of time by Triton 3.7; Triton 3.6
-# is within 8 registers of it. Nothing of this has been timed.
+# Registers per thread and shared memory for csm-1b (K = 32, d = 128), compiled ahead of time by Triton 3.7; those of
+# Triton 3.6 differ by at most 8 registers. Timings are not part of this table.
 #
 #                      warps   sm_80   sm_86   sm_89   sm_90  sm_100  sm_120   shared     sm_75, fp16
 #   forward   bf16         4     126     128     128     126     128     128   28 KiB    162, 40 KiB
@@ -227,12 +224,13 @@ def _backward_kernel(
 #   forward   fp32         8     198     197     197      80      80      80   64 KiB
 #   backward  fp32         8     254     246     246     248     248     248   84 KiB
 #
-# No spills but that one: Turing has no asynchronous copies, so its loop is not pipelined (see above). The backward on 4
-# warps needs all 255 registers and spills 16 to 32 bytes on sm_100 and 120. Of the sketches before this form, scores as
-# [queries, keys] took the backward 233 to 248 registers on 8 warps (spilling 300 bytes when held to 128, for a second
-# program on a multiprocessor), and two heads in one tile of 64 rows spilled there and cost the forward 190. Where
-# K >= d / 2 Triton lays out the backward's warps worse: K = 64 with d = 128 spills 3 KiB (8 bytes on sm_90), K = 64
-# with d = 64 up to 1.3 KiB, K = 32 with d = 64 up to 16 bytes. Those are right, but not what this file is for.
+# Only sm_75 spills: Turing has no asynchronous copies, so its loop is not pipelined (see above). With 4 warps the
+# backward needs all 255 registers and spills 16 to 32 bytes on sm_100 and sm_120. Two other forms were worse: scores as
+# [queries, keys] took 233 to 248 registers in the backward with 8 warps, and spilled 300 bytes when limited to 128 for
+# a second program on a multiprocessor; two heads in one tile of 64 rows spilled in the backward and took 190 registers
+# in the forward. Where K >= d / 2, Triton lays out the warps of the backward worse: K = 64 with d = 128 spills 3 KiB
+# (8 bytes on sm_90), K = 64 with d = 64 up to 1.3 KiB, K = 32 with d = 64 up to 16 bytes. Their results are right, but
+# this file is not tuned for them.
 
 
 def _num_warps(dtype_bytes: int, backward: bool) -> int:
@@ -247,7 +245,7 @@ def _block(length: int) -> int:
     return block
 
 
-def _meta(q: Tensor, k: Tensor, backward: bool) -> dict:
+def _meta(q: Tensor, k: Tensor, backward: bool) -> dict[str, int | float | bool]:
     _, length, heads, width = q.shape
     return {
         "LENGTH": length,
@@ -261,13 +259,21 @@ def _meta(q: Tensor, k: Tensor, backward: bool) -> dict:
     }
 
 
-def _columns_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _with_contiguous_columns(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check_for_triton(q, cos)
-    q, k, v = _columns_contiguous(q, k, v)
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The output, [M, K, H, d]; shapes as in ``depth_attention``.
+
+    Raises:
+        ValueError: tensors that the kernels do not support.
+    """
+    if not q.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError("depth_attention: impl='triton' needs CUDA tensors, or Triton's interpreter")
+    if reason := why_unsupported(q, cos):
+        raise ValueError(f"depth_attention: impl='triton' is for {reason}")
+    q, k, v = _with_contiguous_columns(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
         grid = (q.shape[0] * k.shape[2],)
@@ -279,11 +285,11 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -
     return out
 
 
-def _launch_backward(
+def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, wants: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; empty where not wanted."""
-    grad, q, k, v = _columns_contiguous(grad, q, k, v)
+    grad, q, k, v = _with_contiguous_columns(grad, q, k, v)
     grads = [
         torch.empty(x.shape if wanted else 0, dtype=x.dtype, device=x.device)
         for x, wanted in zip((q, k, v), wants, strict=True)
@@ -299,29 +305,21 @@ def _launch_backward(
     return grads[0], grads[1], grads[2]
 
 
-def _check_for_triton(q: Tensor, cos: Tensor) -> None:
-    if not q.is_cuda and not triton.knobs.runtime.interpret:
-        raise ValueError("depth_attention: impl='triton' needs CUDA tensors, or Triton's interpreter")
-    reason = _why_not_triton(q, cos)
-    if reason:
-        raise ValueError(f"depth_attention: impl='triton' is for {reason}")
-
-
-def _why_not_triton(q: Tensor, cos: Tensor) -> str:
-    """What the kernels ask for and these inputs are not; empty where they run."""
-    if q.dtype not in _TRITON_DTYPES or cos.dtype != torch.float32:
+def why_unsupported(q: Tensor, cos: Tensor) -> str:
+    """What the kernels support, if these inputs are something else; empty if they support them."""
+    if q.dtype not in KERNEL_DTYPES or cos.dtype != torch.float32:
         return f"bfloat16, float16 and float32 with a float32 table, not {q.dtype} with {cos.dtype}"
     if q.shape[1] > MAX_LENGTH or q.shape[3] not in HEAD_WIDTHS:
         return f"at most {MAX_LENGTH} positions and heads of {HEAD_WIDTHS}, not {q.shape[1]} and {q.shape[3]}"
     if q.is_cuda:
         # Four to six tiles of K or V are in use at once.
-        needed, there = 6 * _block(q.shape[1]) * q.shape[3] * q.element_size(), _shared_memory(str(q.device))
-        if needed > there:
-            return f"tiles that need {there} bytes of shared memory at most, not {needed}"
+        needed, available = 6 * _block(q.shape[1]) * q.shape[3] * q.element_size(), _shared_memory(str(q.device))
+        if needed > available:
+            return f"tiles that need {available} bytes of shared memory at most, not {needed}"
     return ""
 
 
 @torch.compiler.assume_constant_result
 def _shared_memory(device: str) -> int:
-    """Bytes that a block may have: 64 KiB on Turing, at least 99 after it."""
+    """Bytes that a block may use: 64 KiB on Turing, at least 99 KiB on later GPUs."""
     return (99 if torch.cuda.get_device_properties(device).major >= 8 else 64) * 1024
