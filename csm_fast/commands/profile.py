@@ -278,7 +278,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of a few large square products, PyTorch's or the library's own."""
     sizes = SQUARES.get(device.type, SQUARES["cpu"])
     ways: list[Way] = [torch.mm]
-    if device.type == "cpu" and ops.multiplies(dtype):
+    if ops.choose("linear", device, dtype).impl == "cpu":
         ways.append(lambda a, b: ops.linear(a, b.t()))
         # The larger sizes would take PyTorch minutes where the processor has no products of this type.
         rates = [_square_rate(device, dtype, sizes[0], way) for way in ways]

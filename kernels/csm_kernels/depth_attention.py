@@ -20,7 +20,7 @@ from csm_kernels.pointwise import rotate_pairs
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention."""
-    q, k = (rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+    q, k = (rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1), "reference") for x in (q, k))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)

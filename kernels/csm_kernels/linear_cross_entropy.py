@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csm_kernels.choice import resolve
 from csm_kernels.cpu import heads as cpu_heads
 from csm_kernels.cpu import linear as cpu_linear
 from csm_kernels.cpu import passes as cpu_passes
@@ -179,7 +180,11 @@ def _losses_and_gradients(
     wants_grad = wants_hidden or wants_weight
     row_weights = weights.to(wide).masked_fill(targets == IGNORE, 0.0).expand(rows, heads)
     targets = targets.masked_fill(targets == IGNORE, 0)
-    if hidden.device.type == "cpu" and not use_triton and cpu_heads.serves(hidden, weight, targets, byte_budget):
+    if (
+        hidden.device.type == "cpu"
+        and not use_triton
+        and cpu_heads.supports_heads(hidden, weight, targets, byte_budget)
+    ):
         per_head, grad_hidden, grad_weight = cpu_heads.heads_cross_entropy(
             hidden, weight, targets, row_weights, scale, wants_hidden, wants_weight
         )
@@ -197,7 +202,7 @@ def _losses_and_gradients(
     total_bytes = width * columns * torch.finfo(wide).bits // 8 if wants_weight else 0
     rows_per_chunk, heads_per_chunk = _chunks(rows, heads, columns * element, head_bytes, total_bytes, byte_budget)
     whole = rows_per_chunk == rows and columns == vocab
-    by_library = hidden.device.type == "cpu" and cpu_linear.serves(hidden.dtype) and not use_triton
+    by_library = hidden.device.type == "cpu" and cpu_linear.supports_products(hidden.dtype) and not use_triton
     if by_library:  # a product at a time
         heads_per_chunk = 1
     if wants_weight and not (whole and by_library and heads == 1):
@@ -395,19 +400,12 @@ def linear_cross_entropy(
         byte_budget,
         grad_mode and hidden.requires_grad,
         grad_mode and weight.requires_grad,
-        uses_triton(impl, hidden),
+        _resolve(impl, hidden) == "triton",
     )
     return loss, per_head.detach()
 
 
-def uses_triton(impl: str, x: Tensor) -> bool:
-    """Whether ``impl`` means the kernels for a tensor like ``x``."""
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl is {impl!r}; use 'auto', 'triton' or 'torch'")
-    if impl == "triton" and triton is None:
-        raise ImportError("impl='triton' needs Triton; install it, or use impl='torch'")
-    if impl == "triton" and x.dtype == torch.float64:
+def _resolve(impl: str, hidden: Tensor) -> str:
+    if impl == "triton" and hidden.dtype == torch.float64:
         raise ValueError("the Triton kernels compute in float32; use impl='torch' for float64")
-    if impl == "auto":
-        return triton is not None and x.device.type == "cuda" and x.dtype != torch.float64
-    return impl == "triton"
+    return resolve(impl, hidden.device, hidden.dtype).impl

@@ -1,21 +1,26 @@
-"""Where the segments of a pack lie, and how segments of similar length share one call."""
+"""Where the segments of a pack lie, and how segments of similar length share one call.
+
+Every layer attends to the same segments, forward and backward. Their plan is made once, and found again by the bytes of
+``cu_seqlens``.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from csm_kernels.cpu import folded_attention
-from csm_kernels.cpu.attention import Order
-from csm_kernels.cpu.folded_attention import Fold
+if TYPE_CHECKING:
+    from csm_kernels.cpu.attention import Order
+    from csm_kernels.cpu.folded_attention import Fold
 
-# Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
-# call's overhead is not.
+# Segments whose lengths differ by less than this share one call: at speech lengths attention is a small part of the
+# work, and the overhead of a call is not.
 GROUP_RATIO, GROUP_SLACK = 1.25, 8
 
 
@@ -36,6 +41,7 @@ class Groups:
     restore: Tensor | None
 
     def to(self, device: torch.device) -> Groups:
+        """A copy on ``device``."""
         restore = None if self.restore is None else self.restore.to(device)
         return Groups(self.shapes, self.index.to(device), self.padding.to(device), restore)
 
@@ -58,18 +64,20 @@ class SegmentPlan:
 
     @functools.cached_property
     def groups(self) -> Groups:
-        """On the CPU; made on first use, because what runs on CUDA and the CPU's library do without."""
+        """On the CPU; made on first use, because variable-length kernels and the C++ library do not need them."""
         return _groups(self.bounds.numpy())
 
     def groups_on(self, device: torch.device) -> Groups:
-        """Copied there once: a copy from pageable memory waits for the device."""
+        """On ``device``. Copied once, because a copy from pageable memory waits for the device."""
         if device not in self.copies:
             self.copies[device] = self.groups.to(device)
         return self.copies[device]
 
     def fold(self, heads: int, kv_heads: int) -> Fold:
-        """The order of rows in ``folded_attention``, made once."""
+        """The order of rows in ``cpu.folded_attention``, made once."""
         if (heads, kv_heads) not in self.folds:
+            from csm_kernels.cpu import folded_attention
+
             groups = self.groups
             with torch.inference_mode(False), torch.no_grad():
                 live = torch.ones(len(groups.index), dtype=torch.bool).index_fill_(0, groups.padding, False)
@@ -78,17 +86,22 @@ class SegmentPlan:
         return self.folds[heads, kv_heads]
 
     def order(self, heads: int, kv_heads: int) -> Order:
-        """The segments for ``cpu_attention``."""
+        """The segments for ``cpu.attention``."""
+        from csm_kernels.cpu.attention import Order
+
         return Order(self.bounds, self.longest, heads, kv_heads, lambda: self.fold(heads, kv_heads))
 
 
 def plan_segments(cu_seqlens: Sequence[int] | Tensor) -> SegmentPlan:
-    """The plan of segments that end where ``cu_seqlens`` says, on the CPU. Empty segments are left out.
+    """The plan of a pack's segments, on the CPU.
+
+    Args:
+        cu_seqlens: [S + 1] cumulative lengths from 0 to the number of rows; segments may be empty. The host waits for a
+            tensor on another device.
 
     Raises:
-        ValueError: cumulative lengths that do not begin at 0, or decrease, or hold no row.
+        ValueError: lengths that do not begin at 0, or decrease, or hold no row.
     """
-    # A copy of a few hundred bytes; from another device it waits for it.
     return _plan_from_bytes(torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu").numpy().tobytes())
 
 
@@ -98,7 +111,7 @@ def _plan_from_bytes(cu_seqlens: bytes) -> SegmentPlan:
     size = np.diff(cu)
     if cu[0] != 0 or cu[-1] < 1 or size.min() < 0:
         raise ValueError("cu_seqlens must rise from 0 to the number of rows, of which there must be one")
-    # A plan first made under inference_mode must still serve training afterwards.
+    # Under inference_mode the tensors could not be used in training later.
     with torch.inference_mode(False), torch.no_grad():
         return SegmentPlan(int(cu[-1]), torch.from_numpy(cu), int(size.max()))
 

@@ -262,7 +262,7 @@ def test_csm_1b_heads_within_the_budget(monkeypatch, all_threads, wide_model, im
     with_budget(monkeypatch, byte_budget)
     _, pack = batch_and_pack(wide_model.config, CLIPS_1B)
     if impl == "library" and not native.is_built():
-        pytest.skip(native.reason())
+        pytest.skip(native.describe_library())
     form = native.left_out() if impl == "torch" else contextlib.nullcontext()
     with form, interpreted() as launches, ops.using("triton" if impl == "triton" else "torch"):
         t = tracked(wide_model, lambda: heads_alone(wide_model, pack))

@@ -16,10 +16,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 QUANTIZED, SUMMED = 256, 2**16  # numbers that share a scale, numbers of a partial sum: as in adamw.cpp
 
 
-def serves_adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
-    """Whether ``adamw_`` takes these: on a CPU, bf16 or float32, with moments in float32 or 8 bits."""
-    there = weight.device.type == "cpu" and exp_avg.dtype in (FP32, torch.uint8)
-    return there and native.function("adamw", weight.dtype, grad.dtype) is not None
+def supports_update(weight: torch.dtype, grad: torch.dtype | None = None, moments: torch.dtype = FP32) -> bool:
+    """Whether ``adamw_`` updates weights of this dtype by gradients (``weight``'s dtype by default) and moments of
+    these."""
+    return moments in (FP32, torch.uint8) and native.function("adamw", weight, grad or weight) is not None
 
 
 @functools.lru_cache(maxsize=8)
@@ -160,7 +160,7 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
     """[] float64, the same for any number of threads.
 
     Args:
-        x: contiguous, bf16 or float32 (``serves_sum``).
+        x: contiguous, bf16 or float32 (``supports_sums``).
         rows: int64 [n], which rows of x [rows, d] are added up; None: all of x.
     """
     run = native.library_function("sums_of_squares", x.dtype)
@@ -174,6 +174,6 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
     return sums.sum()
 
 
-def serves_sum(x: Tensor) -> bool:
-    """Whether ``sum_of_squares`` takes it."""
-    return x.device.type == "cpu" and x.is_contiguous() and native.function("sums_of_squares", x.dtype) is not None
+def supports_sums(dtype: torch.dtype) -> bool:
+    """Whether ``sum_of_squares`` adds up contiguous tensors of this dtype."""
+    return native.function("sums_of_squares", dtype) is not None

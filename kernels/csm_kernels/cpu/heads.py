@@ -14,7 +14,7 @@ from csm_kernels.cpu.attention import LANES
 from csm_kernels.cpu.passes import operator
 
 
-def serves(hidden: Tensor, weight: Tensor, targets: Tensor, byte_budget: int) -> bool:
+def supports_heads(hidden: Tensor, weight: Tensor, targets: Tensor, byte_budget: int) -> bool:
     """Whether ``heads_cross_entropy`` takes these: a head for every thread, and the logits of so many, which it has
     twice, within the budget."""
     rows, heads, width = hidden.shape

@@ -170,8 +170,8 @@ def _join_kernel(
 # keeps about 4 loads of a round in flight: 96 KiB per SM of an H200, where bandwidth times latency (4.3 TB/s x 1 us /
 # 132) needs 33 KiB. More columns or longer rounds would reduce the number of programs.
 _FORWARD = {"block_d": 1024, "round": 8}
-# Each row of the gradient is read once per codebook. Columns are the slow axis of the grid, so the part in use at once is
-# 512 columns wide and fits the L2 cache (16,384 rows x 1 KiB). Runs are short: 8 on average for that many rows.
+# Each row of the gradient is read once per codebook. Columns are the slow axis of the grid, so the part in use at once
+# is 512 columns wide and fits the L2 cache (16,384 rows x 1 KiB). Runs are short: 8 on average for that many rows.
 _BACKWARD = {"block_d": 512, "round": 8}
 # A piece is at most 256 additions, in 32 consecutive rounds of loads. Scratch is two float32 rows per 256 keys.
 _CHUNK = 256

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 SERVED = native.function("product", BF16) is not None
-needs_products = pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.reason()}")
+needs_products = pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.describe_library()}")
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +234,7 @@ HEADS = [(1, 5, 16, 21), (7, 5, 32, 300), (40, 6, 64, 515), (13, 5, 48, 16), (3,
 @pytest.mark.parametrize("rows, heads, width, vocab", HEADS)
 def test_heads(rows, heads, width, vocab, threads, form):
     case = heads_case(rows, heads, width, vocab)
-    assert cpu_heads.serves(*case[:3], 2**26) == (SERVED and form == "library")
+    assert cpu_heads.supports_heads(*case[:3], 2**26) == (SERVED and form == "library")
     got = run_heads(*case)
     truth = run_heads(*(x.double() if x.is_floating_point() else x for x in case))
     for g, want, bound in zip(got, truth, (1e-3, 3e-3, 6e-3, 6e-3), strict=True):
@@ -251,7 +251,7 @@ def test_heads_as_products(heads, transposed, budget, monkeypatch):
     hidden, weight, targets, weights = heads_case(9, heads, 32, 37)
     if transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    monkeypatch.setattr(cpu_heads, "serves", lambda *_: False)
+    monkeypatch.setattr(cpu_heads, "supports_heads", lambda *_: False)
     got = run_heads(hidden, weight, targets, weights, budget=budget)
     wide = (hidden.double(), weight.double(), targets, weights.double())
     for g, want, bound in zip(got, run_heads(*wide), (1e-3, 3e-3, 6e-3, 6e-3), strict=True):
@@ -289,7 +289,7 @@ def test_a_target_that_is_no_class():
 def test_more_logits_than_the_budget_are_pytorchs():
     hidden, weight, targets, _ = heads_case(6, 5, 32, 37)
     threads = torch.get_num_threads()
-    assert not cpu_heads.serves(hidden, weight, targets, threads * 6 * 37 * 4 - 1)
+    assert not cpu_heads.supports_heads(hidden, weight, targets, threads * 6 * 37 * 4 - 1)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def others() -> dict[str, str]:
     return {"AVX512-BF16": wide, "AMX": f"{wide} {tiles}"}
 
 
-@pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.reason()}")
+@pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.describe_library()}")
 @pytest.mark.parametrize("other", ["AVX2", "AVX512-BF16", "AMX"])
 def test_the_form_for_other_processors(other, tmp_path):
     if other not in others():
