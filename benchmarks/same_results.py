@@ -89,7 +89,7 @@ def main() -> int:
         if not args.results:
             for clone, out in zip((args.before, args.after), folders, strict=True):
                 run_demo(clone, out, args.data)
-        agree = compare(*folders, args.tolerance)
+        agree = compare(folders[0], folders[1], args.tolerance)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}: " + ("the same" if agree else "not the same"))
     return 0 if agree else 1
 
