@@ -156,13 +156,9 @@ def adamw_form(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> str:
     return chosen(weight.device, weight.dtype)[0]
 
 
-def adamw_part(form: str, weight: Tensor, quantized: bool) -> int:
-    """How many elements of a table ``adamw_`` takes or leaves together: a row, or a program's of the kernel. 0: all are
-    taken, because a row is no whole number of scales of moments in 8 bits."""
-    if form == "library":
-        width = weight.shape[-1]
-        return 0 if quantized and width % _adamw.QUANTIZED else width
-    return _adamw.BLOCK
+def adamw_part(form: str, weight: Tensor) -> int:
+    """How many elements of a table ``adamw_`` takes or leaves together: a row, or a program's of the kernel."""
+    return weight.shape[-1] if form == "library" else _adamw.BLOCK
 
 
 def adamw_(
@@ -188,8 +184,6 @@ def adamw_(
         grad,
         moments.exp_avg,
         moments.exp_avg_sq,
-        *(moments.scales or (None, None)),
-        moments.maps,
         compensation,
         live,
         step,

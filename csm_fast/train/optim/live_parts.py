@@ -31,7 +31,7 @@ class LiveParts:
 
     def of(self, form: str, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor | None:
         """uint8, one for each part of ``p``; None where everything changes, as where weights decay."""
-        size = ops.adamw_part(form, p, "exp_avg_absmax" in state) if p.dim() == 2 else 0
+        size = ops.adamw_part(form, p) if p.dim() == 2 else 0
         if not size or group["weight_decay"] or group["eps"] < SMALLEST:
             self.forget(p)
             return None

@@ -31,7 +31,7 @@ import torch
 FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"{noun}.cpp" for noun in NOUNS)
-HEADERS = tuple(FOLDER / name for name in ("common.h", "moments_8bit.h", "lanes.h", "tiles.h", "products.h"))
+HEADERS = tuple(FOLDER / name for name in ("common.h", "lanes.h", "tiles.h", "products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
 SECONDS = 120
@@ -46,7 +46,7 @@ SIGNATURES = {
     "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
-    "adamw": (_VOID,) * 11 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
+    "adamw": (_VOID,) * 6 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
     "sums_of_squares": (_VOID, _VOID, _LONG, _LONG, _VOID, _INT),
     "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
     "attention_scratch": (_LONG, _LONG, _INT),
