@@ -56,8 +56,8 @@ SIGNATURES = {
     "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
     "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
-# These are there only where the library multiplies bf16 faster than PyTorch: on processors that do so in tiles (AMX) or
-# registers (AVX512-BF16), or floats only (AVX2).
+# These are there only where the library multiplies bf16 faster than PyTorch: on processors with instructions for it, in
+# tiles (AMX) or registers (AVX512-BF16).
 OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
 # A row that is not as it must be, or bytes.
 ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
@@ -136,7 +136,7 @@ def _load() -> tuple[Functions | None, str]:
         try:
             functions = _bound(_opened(compiler))
             own = ("product", BF16) in functions
-            rest = "" if own else "; matrix products are PyTorch's (its own need AMX, AVX512-BF16 or AVX2)"
+            rest = "" if own else "; matrix products are PyTorch's (its own need AMX or AVX512-BF16)"
             return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
             why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
