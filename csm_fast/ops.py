@@ -1,4 +1,5 @@
-"""The operators the model is built from, the only importer of ``csm_kernels``, and the one place that chooses.
+"""The operators the model is built from, the only importer of ``csm_kernels`` but for its constants, and the one place
+that chooses.
 
 ``impl`` is "auto" (kernels on CUDA where Triton is installed, PyTorch elsewhere), "triton" or "torch". It can be given
 per call, or for a stretch of code with ``using``. On a CPU the passes between PyTorch's matrix products come from a
@@ -23,6 +24,7 @@ from csm_kernels.cpu.linear import linear
 from csm_kernels.cpu.linear import serves as multiplies
 from csm_kernels.cpu.llama_layer import LayerSetup, llama_layer
 from csm_kernels.cpu.native import reason as cpu_passes
+from csm_kernels.dtypes import wide_dtype
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
@@ -57,6 +59,7 @@ __all__ = [
     "uniform_order",
     "using",
     "varlen_backend",
+    "wide_dtype",
 ]
 
 IMPLS = ("auto", "triton", "torch")

@@ -44,11 +44,6 @@ def rope_spec(attn: Any) -> RopeSpec:
     )
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
     return ops.rms_norm(x, norm.scale, norm.eps)
@@ -114,7 +109,7 @@ def run_stack(
             as keys and values only, so their part of its output projection and MLP is not computed.
     """
     spec = rope_spec(stack.layers[0].attn)
-    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
+    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, ops.wide_dtype(x.dtype), x.device))
     # ``compile.compile_layers`` sets ``run_layer`` on a stack. An attention that keeps state stays eager: a cache's.
     run = getattr(stack, "run_layer", run_layer) if getattr(attend, "traceable", False) else run_layer
     recompute = recompute if torch.is_grad_enabled() else "off"

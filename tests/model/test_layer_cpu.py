@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from csm_fast import ops
 from csm_fast.model import layer_cpu
 from csm_fast.model.rope import rope_table
-from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone, run_layer, wide_dtype
+from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone, run_layer
 from csm_fast.packing.pack import Segments
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
@@ -24,7 +24,7 @@ def packed(dtype: torch.dtype, grad: bool = True):
     """(layer, its inputs x, cos and sin, its attention) of the micro backbone."""
     layer = random_model(MICRO, dtype).backbone.layers[0]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    table = rope_table(layer.attn.rope, 64, wide_dtype(dtype), torch.device("cpu"))
+    table = rope_table(layer.attn.rope, 64, ops.wide_dtype(dtype), torch.device("cpu"))
     x = torch.randn(sum(LENGTHS), 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     cos, sin = (t[positions].unsqueeze(-2) for t in table)
     return layer, x.requires_grad_(grad), cos, sin, PackedAttend(Segments.of(LENGTHS))
@@ -32,7 +32,7 @@ def packed(dtype: torch.dtype, grad: bool = True):
 
 def frames(dtype: torch.dtype):
     layer = random_model(MICRO, dtype).decoder.layers[0]
-    table = rope_table(layer.attn.rope, 6, wide_dtype(dtype), torch.device("cpu"))
+    table = rope_table(layer.attn.rope, 6, ops.wide_dtype(dtype), torch.device("cpu"))
     x = torch.randn(5, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
     cos, sin = (t.unsqueeze(-2) for t in table)
     return layer, x.requires_grad_(), cos, sin, DepthAttend("auto")
@@ -60,7 +60,7 @@ def results(case, written: bool, recompute: bool = False, rows: Tensor | None = 
 def test_it_is_the_layer(monkeypatch, make, some, recompute, blocks):
     if blocks:
         monkeypatch.setattr(folded_attention, "WHOLE", 8)
-        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
     rows = torch.tensor([3, 0, 41, 88]) if some and make is packed else None
     case = make(torch.float64)
     assert layer_cpu.serves(case[0], case[1], case[4])

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm_kernels.constants import PARTIAL_SUM
 from csm_kernels.cpu import native
 from csm_kernels.cpu.passes import nothing, operator
 
 BF16, FP32 = torch.bfloat16, torch.float32
-QUANTIZED, SUMMED = 256, 2**16  # numbers that share a scale, numbers of a partial sum: as in adamw.cpp
 
 
 def serves_adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
@@ -113,7 +113,7 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
         raise RuntimeError(f"there is no sum_of_squares for {x.dtype}, or it is not contiguous")
     width = x.shape[-1] if rows is not None else 1
     count = x.numel() if rows is None else len(rows)
-    sums = torch.empty(-(-count // SUMMED) if rows is None else count, dtype=torch.float64, device=x.device)
+    sums = torch.empty(-(-count // PARTIAL_SUM) if rows is None else count, dtype=torch.float64, device=x.device)
     index: Any = None if rows is None else rows.contiguous().data_ptr()
     run(x.data_ptr(), index, count, width, sums.data_ptr(), native.threads(count * width))
     return sums.sum()

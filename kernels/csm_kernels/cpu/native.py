@@ -28,12 +28,17 @@ from typing import Any
 
 import torch
 
+from csm_kernels.constants import DRAW_TILE, PARTIAL_SUM
+
 FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"{noun}.cpp" for noun in NOUNS)
 HEADERS = tuple(FOLDER / name for name in ("common.h", "lanes.h", "tiles.h", "products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC"),
+    *(f"-DDRAW_TILE={DRAW_TILE}", f"-DPARTIAL_SUM={PARTIAL_SUM}"),
+)
 SECONDS = 120
 
 _VOID, _LONG, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double

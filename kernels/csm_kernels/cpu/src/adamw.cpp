@@ -7,10 +7,11 @@
 
 namespace {
 
-constexpr int64_t PIECE = 1024;      // places whose draws are made at once
-constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/rounding.py
-constexpr int64_t SUMMED = 1 << 16;  // numbers of a partial sum
-constexpr int64_t ROWS = 32;         // rows of a table that a thread takes at once
+// From constants.py, by the compiler's command line.
+constexpr int64_t TILE = DRAW_TILE;      // places with draws of their own: `Draws` in csm_fast/rounding.py
+constexpr int64_t SUMMED = PARTIAL_SUM;  // numbers of a partial sum
+constexpr int64_t PIECE = 1024;          // places whose draws are made at once
+constexpr int64_t ROWS = 32;             // rows of a table that a thread takes at once
 
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 
