@@ -8,11 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json
-from csm_fast.system.tensors import _DTYPES
 
 HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
 
@@ -140,9 +137,6 @@ def _download(name: str) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------------- tensors
-
-
-_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
 
 def shards(file: Path) -> list[str]:
