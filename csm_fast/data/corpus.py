@@ -11,7 +11,7 @@ from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     from csm_fast.config.commands import PretokenizeConfig
-    from csm_fast.data.metadata import Conversation, Turn
+    from csm_fast.data.metadata import Conversation, MetadataTurn
     from csm_fast.data.text import TextTokenizer
 
 MAX_ROWS = 2048  # positions of csm-1b's backbone; one turn must fit, longer conversations are split between turns
@@ -38,7 +38,7 @@ class Corpus:
 
     def __init__(self, config: PretokenizeConfig):
         self._config = config
-        self.turns: list[Turn] = []
+        self.turns: list[MetadataTurn] = []
         self.splits: list[Split] = []
         self.refused: dict[int, InputError] = {}
         self.filtered: set[int] = set()

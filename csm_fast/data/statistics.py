@@ -13,14 +13,14 @@ from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, Tok
 from csm_fast.system.console import counted
 
 if TYPE_CHECKING:
-    from csm_fast.data.metadata import Turn
+    from csm_fast.data.metadata import MetadataTurn
 
 LONG_SILENCE = 0.5  # seconds of trailing silence that teach a model not to stop
 OUTLIER_Z = 4.0
 LISTED = 20  # rows listed of each kind; the counts are whole
 
 
-def split_report(store: TokenStore, turns: Sequence[Turn]) -> dict[str, Any]:
+def split_report(store: TokenStore, turns: Sequence[MetadataTurn]) -> dict[str, Any]:
     """The figures of one split.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csm_fast.packing.draws import lowest
+from csm_fast.packing.draws import select_lowest
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.pack import Pack, Segments
 
@@ -180,7 +180,7 @@ class Draw:
     """How the depth decoder's frames are chosen, and how end-of-speech frames weigh.
 
     Attributes:
-        numbers: random numbers of steps, (their indices, how many of each): ``numbered_draws``.
+        numbers: random numbers of steps, (their indices, how many of each): ``make_step_keys``.
         fraction: share of the supervised frames; at least one.
         eos_weight: of end-of-speech frames; 1 of the others.
     """
@@ -217,7 +217,7 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
     some = np.maximum((supervised * draw.fraction).astype(np.int64), 1)
     wanted = np.minimum(some, supervised)  # at least one where there is one
     keys = draw.numbers(np.arange(index, index + len(steps)), supervised)
-    picked[drawn_from[lowest(keys, supervised, wanted)]] = True
+    picked[drawn_from[select_lowest(keys, supervised, wanted)]] = True
     chosen = np.flatnonzero(picked)
     chosen_in_pack = np.searchsorted(chosen, in_pack)
 

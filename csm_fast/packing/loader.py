@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.packing.draws import FRAMES, ORDER, draw, numbered_draws
+from csm_fast.packing.draws import Purpose, make_step_keys, seeded_generator
 from csm_fast.packing.fit import MAX_POSITIONS, Document, best_fit, best_fit_order, padded_rows, split_documents
 from csm_fast.packing.layout import AUDIO, Draw, Plan, StepBatch, Turns, batches, fill
 from csm_fast.system.errors import InputError
@@ -107,7 +107,7 @@ class Packer:
         """The epoch's order of conversations."""
         order = self._orders.get(epoch)
         if order is None:
-            order = draw(self.data.seed, ORDER, epoch).permutation(self.store.num_conversations)
+            order = seeded_generator(self.data.seed, Purpose.ORDER, epoch).permutation(self.store.num_conversations)
             self._orders = _with_last(self._orders, epoch, order)
         return order
 
@@ -160,7 +160,7 @@ class Packer:
             sizes.append(of_group)
         starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
         # Best-fit deals out the longest conversations first; the order of the packs is drawn again.
-        shuffled = draw(self.data.seed, ORDER, epoch, 1).permutation(len(starts) - 1)
+        shuffled = seeded_generator(self.data.seed, Purpose.ORDER, epoch, 1).permutation(len(starts) - 1)
         plan = _EpochPlan(np.concatenate(packed), starts, shuffled)
         self._steps[epoch] = -(-len(shuffled) // per_step)
         self._plans = _with_last(self._plans, epoch, plan)
@@ -256,14 +256,14 @@ class Packer:
         that of step ``index`` of ``epoch``."""
         fields = [(d.conversation, d.first, d.last, d.rows) for documents in plan for d in documents]
         chosen = Plan(np.array(fields, dtype=np.int32), [len(documents) for documents in plan], [len(plan)])
-        return self._build(chosen, epoch, index, purpose or (FRAMES, epoch))[0]
+        return self._build(chosen, epoch, index, purpose or (Purpose.FRAMES, epoch))[0]
 
     def _laid_out(self, epoch: int, index: int, count: int) -> list[StepBatch]:
-        return self._build(self._planned(epoch, index, count), epoch, index, (FRAMES, epoch))
+        return self._build(self._planned(epoch, index, count), epoch, index, (Purpose.FRAMES, epoch))
 
     def _build(self, plan: Plan, epoch: int, index: int, purpose: tuple[int, ...]) -> list[StepBatch]:
         block = fill(self.store, self._turns, plan.documents, plan.packs, self._size)
-        numbers = numbered_draws(self.data.seed, *purpose)
+        numbers = make_step_keys(self.data.seed, *purpose)
         draws = Draw(numbers, self.loss.amortization_fraction, self.loss.eos_weight)
         return batches(block, plan.steps, draws, epoch, index)
 

@@ -141,14 +141,14 @@ def test_a_packer_and_its_plans_take_a_hundred_bytes_per_conversation():
 
 @pytest.mark.parametrize("section", [{"batch_rows": 2048, "pack_rows": 2048}, {"batch_size": 8}])
 def test_an_epoch_is_planned_once_for_all_its_steps(stores, monkeypatch, section):
-    drawn, draw = [], loader.draw
-    monkeypatch.setattr(loader, "draw", lambda seed, *where: drawn.append(where) or draw(seed, *where))
+    drawn, draw = [], loader.seeded_generator
+    monkeypatch.setattr(loader, "seeded_generator", lambda seed, *where: drawn.append(where) or draw(seed, *where))
     packer = Packer(TokenStore.open(stores["small"]), DataSection(**section), LossSection())
     for epoch in range(2):
         for index in range(packer.steps_in_epoch(epoch)):
             packer.step(epoch, index)
             packer.plan(0, 0)  # as a checkpoint's probe does
-    assert drawn.count((loader.ORDER, 0)) == drawn.count((loader.ORDER, 1)) == 1
+    assert drawn.count((loader.Purpose.ORDER, 0)) == drawn.count((loader.Purpose.ORDER, 1)) == 1
     with pytest.raises(IndexError):
         Packer(packer.store, DataSection(batch_rows=2048), LossSection()).plan(0, 10**6)
 
