@@ -103,12 +103,12 @@ def padded(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:
     packer = Packer(store, DataSection(), LossSection())
     rows = []
     for i in members:
-        (document,) = packer.documents(i)
-        tokens, is_audio = packer.rows_of(document)
-        mask = np.zeros_like(tokens, dtype=bool)
-        mask[:, :-1] = is_audio[:, None]
-        mask[:, -1] = ~is_audio
-        rows.append((torch.from_numpy(tokens).long(), torch.from_numpy(mask)))
+        layout = packer.layout_conversations([i])
+        assert len(layout.documents) == 1, f"conversation {i} is longer than the model's context"
+        (pack,) = packer.build_step(layout, 0, 0).packs
+        mask = pack.is_audio[:, None].repeat(1, pack.tokens.shape[1])
+        mask[:, -1] = ~pack.is_audio
+        rows.append((pack.tokens.long(), mask))
     return (
         nn.utils.rnn.pad_sequence([t for t, _ in rows], batch_first=True),
         nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True),

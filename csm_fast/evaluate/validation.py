@@ -62,9 +62,8 @@ class Validator:
             with torch.inference_mode(), autocast():
                 for first in range(0, self.conversations, CONVERSATIONS):
                     chosen = range(first, min(first + CONVERSATIONS, self.conversations))
-                    documents = [d for c in chosen for d in self.packer.documents(c)]
-                    plan = self.packer.group(documents)
-                    step = self.packer.build(plan, 0, first, (Purpose.VALIDATION,))
+                    layout = self.packer.layout_conversations(chosen)
+                    step = self.packer.build_step(layout, 0, first, (Purpose.VALIDATION,))
                     for pack in step.packs:
                         self._score(model, pack.to(device), sums, totals)
         finally:

@@ -103,7 +103,9 @@ def test_weights_and_draws_by_their_definition(path, name):
         np.testing.assert_allclose(chosen, weights[picked] / max(weights[picked].sum(), 1e-300), rtol=1e-12)
         # The draw goes over the step's frames in the order of the conversations' ids.
         if len(step.packs) == 1:
-            documents = sorted(packer.plan(0, step.index)[0], key=lambda d: (d.rows, d.conversation, d.first))
+            documents = sorted(
+                packer.layout_steps(0, step.index).list_documents()[0], key=lambda d: (d.rows, d.conversation, d.first)
+            )
             owner = np.repeat(np.arange(len(documents)), [d.rows for d in documents])
             of = owner[step.packs[0].target_rows.numpy()]
             ids = np.array([(d.conversation, d.first) for d in documents])[of]
@@ -188,7 +190,7 @@ def test_turns_are_read_end_to_end_and_checked(tmp_path):
 
 def test_a_padded_pack_longer_than_the_context_wraps_its_positions():
     packer = Packer(MemoryStore(conversations_of(1, seed=1)), DataSection(pack_rows=8192), LossSection())
-    packer._size = lambda rows: 8192
+    packer._pad = lambda rows: 8192
     (pack,) = packer.step(0, 0).packs
     assert len(pack.tokens) == 8192 and pack.segments.lengths == (pack.rows, 8192 - pack.rows)
     assert int(pack.positions.max()) == MAX_POSITIONS - 1
