@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.table import (
-    FRAME_SECONDS,
     Row,
     Spreads,
     is_free,
@@ -33,6 +32,7 @@ from benchmarks.compare.table import (
 )
 from benchmarks.report import parts as report_parts
 from benchmarks.report.parts import provenance
+from csm_fast.config.shape import FRAME_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -36,11 +36,11 @@ from csm_fast.data.metadata_files import (
     read_text,
     show,
 )
+from csm_fast.data.text import NO_SPEAKER
 from csm_fast.system.errors import InputError
 
 MAX_TEXT_CHARS = 20_000
 MAX_SPEAKER = 2**31 - 1
-NO_SPEAKER = -1  # the speaker of every turn under omit_speaker_id: the text template then has no "[speaker]" prefix
 FLAT_SPEAKER, CONVERSATION_SPEAKER = 999, 0  # what sesame-finetune and csm-mlx give a row that names no speaker
 
 _LINE_BREAKS = re.compile("\\s*[\t\n\v\f\r\x85\u2028\u2029]\\s*")
