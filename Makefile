@@ -64,7 +64,7 @@ check: setup
 # The 568 recordings of the same speaker that the demo takes most of. Sesame's own code where its clones are named.
 SESAME_CSM ?=
 SESAME_FINETUNE ?=
-COMPARE = $(BIN)/python -m benchmarks.compare.__main__ --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
+COMPARE = $(BIN)/python -m benchmarks.compare --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
 	$(if $(SESAME_CSM),--sesame-csm $(SESAME_CSM)) $(if $(SESAME_FINETUNE),--sesame-finetune $(SESAME_FINETUNE))
 BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
 # Without products of bf16 csm-1b takes the published forward minutes a pass.
@@ -78,7 +78,7 @@ benchmarks: setup
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast $(if $(HAS_BF16),,csm_fast-fp32) transformers
 	$(COMPARE) --shape csm-1b --middle $(MIDDLE) --batches $(MIDDLE) --systems csm_fast $(if $(HAS_BF16),$(BLOG)) \
 		--no-optimizer
-	$(BIN)/python -m benchmarks.report.__main__
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info
