@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from csm_fast.config.shape import FRAME_SECONDS
+
 Row = dict[str, Any]
 MIB = 2**20
 OURS = ("csm_fast-fp32", "csm_fast")  # whose memory the others' is compared with: in float32 where it was measured
-FRAME_SECONDS = 0.08
 
 
 def rows_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:

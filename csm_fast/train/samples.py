@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.generate.generator import Generator
 from csm_fast.model.stacks import stack_limit
 from csm_fast.system.errors import InputError
@@ -40,7 +41,7 @@ class Sampler:
             )
         self.generator = Generator(model, load_text_tokenizer(self.config.tokenizer), codec)
         # Now, not after the first gen_every steps.
-        self.max_frames = max(1, int(self.config.gen_seconds / 0.08))
+        self.max_frames = max(1, int(self.config.gen_seconds / FRAME_SECONDS))
         limit = stack_limit(model.backbone)
         for text in self.sentences:
             rows = len(self.generator.tokenizer.encode(text, self.config.gen_speaker))
@@ -64,5 +65,5 @@ class Sampler:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_wav(path, wave, self.generator.codec.sample_rate)
             end = "ended by EOS" if speech.ended else "cut at the limit"
-            say(f"step {step}: sample {path} ({len(speech.codes) * 0.08:.1f} s, {end})")
+            say(f"step {step}: sample {path} ({len(speech.codes) * FRAME_SECONDS:.1f} s, {end})")
         return time.monotonic() - started
