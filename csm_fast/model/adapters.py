@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import AdapterSection
+from csm_fast.model.layer import wide_dtype
 from csm_fast.model.nf4 import STACKS, quantize_stacks
-from csm_fast.model.stacks import model_config, wide_dtype
+from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.optional import load_peft
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csm_fast.model.stacks import PackedAttend, run_layer
+from csm_fast.model.layer import run_layer
+from csm_fast.model.stacks import PackedAttend
 
 # Variants of one stack's layer: with and without gradients, inputs that need none, a single row, one more of each for
 # an adapter. Past this many, something that should be symbolic is not, and it is better to stop and say so.

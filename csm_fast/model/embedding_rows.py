@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csm_fast.model.stacks import vocabulary, wide_dtype
+from csm_fast.model.layer import wide_dtype
+from csm_fast.model.stacks import vocabulary
 
 TABLES = ("text_embeddings", "audio_embeddings")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,78 +14,19 @@ from torch.utils.checkpoint import checkpoint
 from csm_fast import ops
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model import layer_cpu
-from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
+from csm_fast.model.layer import Attend, Layer, RMSNorm, rms_norm, run_layer, wide_dtype
+from csm_fast.model.rope import apply_rope, rope_spec, rope_table
 from csm_fast.packing.pack import Segments
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
+class Transformer(nn.Module):
+    """Parameters of one Llama stack; ``run_stack`` computes with it."""
 
-def rope_spec(attn: Any) -> RopeSpec:
-    """Rotary parameters of an attention module: ours, or torchtune's ``pos_embeddings``.
-
-    Raises:
-        ValueError: a rotary module without torchtune's attribute names.
-    """
-    if isinstance(getattr(attn, "rope", None), RopeSpec):
-        return attn.rope
-    rope = attn.pos_embeddings
-    if not hasattr(rope, "base") or not hasattr(rope, "dim"):
-        raise ValueError(f"cannot read the rotary parameters of {type(rope).__name__}")
-    if not hasattr(rope, "scale_factor"):
-        return RopeSpec(rope.dim, float(rope.base))
-    return RopeSpec(
-        rope.dim,
-        float(rope.base),
-        float(rope.scale_factor),
-        float(getattr(rope, "low_freq_factor", 1)),
-        float(getattr(rope, "high_freq_factor", 4)),
-        int(getattr(rope, "old_context_len", 8192)),
-    )
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
-    return ops.rms_norm(x, norm.scale, norm.eps)
-
-
-def run_layer(
-    layer: Any,
-    index: int,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    attend: Attend,
-    recompute_mlp: bool = False,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """One pre-norm Llama layer.
-
-    ``x``: [..., D]; ``attend(index, q, k, v, cos, sin)`` rotates and attends [..., heads, head_dim];
-    ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass; ``rows``: [A], of x [T, D],
-    the rows that are wanted: the others serve as keys and values only.
-    """
-    if layer_cpu.serves(layer, x, attend):
-        return layer_cpu.run(layer, x, cos, sin, attend, recompute_mlp, rows)
-    attn = layer.attn
-    y = rms_norm(layer.sa_norm, x)
-    q = attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim))
-    k = attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-    v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-    attended = attend(index, q, k, v, cos, sin).flatten(-2)
-    if rows is not None:
-        x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-    x = x + attn.output_proj(attended)
-    return x + (checkpoint(_mlp, layer, x, use_reentrant=False) if recompute_mlp else _mlp(layer, x))
-
-
-def _mlp(layer: Any, x: Tensor) -> Tensor:
-    mlp, y = layer.mlp, rms_norm(layer.mlp_norm, x)
-    return mlp.w2(F.silu(mlp.w1(y)) * mlp.w3(y))
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.max_seq_len = config.max_seq_len
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
 
 
 def run_stack(

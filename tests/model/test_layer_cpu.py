@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.model import layer_cpu
+from csm_fast.model.layer import run_layer, wide_dtype
 from csm_fast.model.rope import rope_table
-from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone, run_layer, wide_dtype
+from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone
 from csm_fast.packing.pack import Segments
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
