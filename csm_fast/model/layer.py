@@ -101,7 +101,7 @@ def run_layer(
     ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass; ``rows``: [A], of x [T, D],
     the rows that are wanted: the others serve as keys and values only.
     """
-    if layer_cpu.serves(layer, x, attend):
+    if layer_cpu.supports(layer, x, attend):
         return layer_cpu.run(layer, x, cos, sin, attend, recompute_mlp, rows)
     attn = layer.attn
     y = rms_norm(layer.sa_norm, x)

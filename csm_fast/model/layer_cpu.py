@@ -17,7 +17,7 @@ from csm_fast import ops
 from csm_fast.model.linear import dense_weight, is_quantized
 
 
-def serves(layer: Any, x: Tensor, attend: Any) -> bool:
+def supports(layer: Any, x: Tensor, attend: Any) -> bool:
     """Whether ``run`` may take the place of ``model.run_layer``."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "order"):
         return False
@@ -118,7 +118,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def run(
     layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool, rows: Tensor | None
 ) -> Tensor:
-    """``model.run_layer`` for a layer that ``serves``; under autocast its weights are cast here."""
+    """``model.run_layer`` that ``supports`` it; under autocast its weights are cast here."""
     dtype = _compute_dtype(x)
     linears: list[Any] = [_parts(linear) for linear in _linears(layer)]
     dense = tuple(functools.partial(dense_weight, p.base) if is_quantized(p.base) else None for p in linears)

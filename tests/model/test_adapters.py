@@ -37,7 +37,7 @@ def test_dtypes_and_what_is_trained(method, dtype):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_adapter_changes_nothing(monkeypatch, method, dtype):
-    monkeypatch.setattr(layer_cpu, "serves", lambda *_: False)  # a plain layer in one node rounds less often
+    monkeypatch.setattr(layer_cpu, "supports", lambda *_: False)  # a plain layer in one node rounds less often
     plain = random_model()
     for name, parameter in plain.named_parameters():
         parameter.data = parameter.data if name.endswith(".scale") else parameter.data.to(dtype)
@@ -179,7 +179,7 @@ def test_a_layer_compiles_into_one_graph(method, dtype, bound):
     """``compile_layers`` asks for whole graphs; other segments compile nothing anew."""
     model = attached(method, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_cpu, "serves", lambda *_: False)  # the form that is compiled
+        patch.setattr(layer_cpu, "supports", lambda *_: False)  # the form that is compiled
         if (
             dtype == torch.bfloat16
         ):  # with its roundings: in so small a model others move gradients by more than a tenth
