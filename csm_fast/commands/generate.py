@@ -12,7 +12,7 @@ from csm_fast.data.audio import read_audio, write_wav
 from csm_fast.data.codec.load import load_codec
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.text import load_text_tokenizer
-from csm_fast.generate.generator import Generator, Speech, Turn
+from csm_fast.generate.generator import Generator, Speech, Utterance
 from csm_fast.model.stacks import vocabulary
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
@@ -66,7 +66,7 @@ def speak(config: GenerateConfig) -> Speech:
     if config.context:
         for turn in load_metadata(config.context, speaker_map=config.speaker_map)[0].turns:
             wave = read_audio(turn.audio_path, start=turn.start, end=turn.end, row=turn.row, metadata_file=turn.file)
-            context.append(Turn(tokenizer.encode(turn.text, turn.speaker), codec.encode([wave])[0]))
+            context.append(Utterance(tokenizer.encode(turn.text, turn.speaker), codec.encode([wave])[0]))
     wave, speech = Generator(model, tokenizer, codec).speak(
         config.text,
         config.speaker,

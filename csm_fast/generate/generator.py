@@ -41,7 +41,7 @@ class KVCache:
 
 
 @dataclass
-class Turn:
+class Utterance:
     """Context, or the turn to speak (without codes).
 
     Attributes:
@@ -53,7 +53,7 @@ class Turn:
     codes: np.ndarray | None = None
 
 
-def prompt_rows(turns: Sequence[Turn], num_codebooks: int) -> tuple[Tensor, Tensor]:
+def prompt_rows(turns: Sequence[Utterance], num_codebooks: int) -> tuple[Tensor, Tensor]:
     """Rows of a prompt: for each turn its text, its frames and the EOS row; the last turn has only text.
 
     Returns:
@@ -132,7 +132,7 @@ class Generator:
 
     def generate_codes(
         self,
-        turns: Sequence[Turn],
+        turns: Sequence[Utterance],
         *,
         max_frames: int = 125,
         temperature: float = 0.9,
@@ -186,9 +186,11 @@ class Generator:
         empty = np.zeros((0, stepper.num_codebooks), dtype=np.int64)
         return Speech(torch.stack(frames).numpy() if frames else empty, ended)
 
-    def speak(self, text: str, speaker: int, context: Sequence[Turn] = (), **options: Any) -> tuple[np.ndarray, Speech]:
+    def speak(
+        self, text: str, speaker: int, context: Sequence[Utterance] = (), **options: Any
+    ) -> tuple[np.ndarray, Speech]:
         """(waveform float32 [samples] at the codec's rate, frames) of ``text`` in the voice of ``speaker``."""
-        turn = Turn(self.tokenizer.encode(text, speaker))
+        turn = Utterance(self.tokenizer.encode(text, speaker))
         speech = self.generate_codes([*context, turn], **options)
         if not len(speech.codes):
             return np.zeros(0, dtype=np.float32), speech

@@ -7,12 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json
-from csm_fast.system.tensors import _DTYPES
 
 HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
 
@@ -120,12 +117,6 @@ def _download(name: str) -> Path:
         file=name,
         mend="connect and run it again, or give a local directory with model.safetensors and config.json",
     )
-
-
-# -------------------------------------------------------------------------------------------------------- tensors
-
-
-_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
 
 def shards(file: Path) -> list[str]:

@@ -24,7 +24,7 @@ from csm_fast.weights.adapter_formats import SavedAdapter, check_base, read_adap
 from csm_fast.weights.config_json import config_from_json
 from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, locate, shards
 from csm_fast.weights.merge import add_adapters, replace_whole
-from csm_fast.weights.names import _Plan
+from csm_fast.weights.names import NameMap
 
 # -------------------------------------------------------------------------------------------------------- loading
 
@@ -59,33 +59,33 @@ def load_model(
             parameter.data = parameter.data.to(device=device, dtype=kind)
         return model
     file = locate(os.fspath(name_or_path))
-    plan = _Plan([entry for part in shards(file) for entry in read_entries(file.with_name(part))], file)
-    config = _read_config(file.with_name("config.json"), plan)
-    plan.account(config)
+    names = NameMap([entry for part in shards(file) for entry in read_entries(file.with_name(part))], file)
+    config = _read_config(file.with_name("config.json"), names)
+    names.account(config)
     with torch.device("meta"):
         model = CSM(config)
-    for name in plan.sources:
+    for name in names.sources:
         # A copy in every case: the file may be replaced while the model lives.
         kind = dtype(name) if callable(dtype) else dtype or torch.float32
-        tensor = plan.read(name, config).to(device=device, dtype=kind, copy=True)
+        tensor = names.read(name, config).to(device=device, dtype=kind, copy=True)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.contiguous()))
     return model
 
 
-def _read_config(file: Path, plan: _Plan) -> CSMConfig:
+def _read_config(file: Path, names: NameMap) -> CSMConfig:
     """The shape from the config.json beside the weights, or, where it says nothing, from the weights' shapes."""
     config = config_from_json(read_json(file), file) if file.is_file() else None
     if config is not None:
         return config
-    shapes = {name: tuple(entries[0].shape) for name, entries in plan.sources.items()}
+    shapes = {name: tuple(entries[0].shape) for name, entries in names.sources.items()}
     for make in NAMED_SHAPES.values():
         if shapes == parameter_shapes(make()):
             return make()
     raise InputError(
         "cannot tell the model's shape: no config.json of a CSM lies beside the weights, and they are not of the "
         f"known shapes ({', '.join(NAMED_SHAPES)})",
-        file=plan.where,
+        file=names.where,
         mend="put the config.json that came with the weights into the same directory",
     )
 

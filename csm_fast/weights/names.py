@@ -106,9 +106,11 @@ def transformers_to_sesame(state: Mapping[str, Tensor], config: CSMConfig) -> di
     Raises:
         InputError: missing or unexpected names, wrong shapes, or untied audio embeddings.
     """
-    plan = _Plan([Entry(name, t.shape, "F32", partial(_same, t)) for name, t in state.items()], "transformers weights")
-    plan.account(config)
-    return {name: plan.read(name, config) for name in plan.sources}
+    names = NameMap(
+        [Entry(name, t.shape, "F32", partial(_same, t)) for name, t in state.items()], "transformers weights"
+    )
+    names.account(config)
+    return {name: names.read(name, config) for name in names.sources}
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> di
     return result
 
 
-class _Plan:
+class NameMap:
     """Which tensors of a checkpoint make up which parameters."""
 
     def __init__(self, entries: list[Entry], where: str | os.PathLike[str]):

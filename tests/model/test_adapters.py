@@ -8,7 +8,7 @@ from model_cases import MICRO, random_conversations, random_model, relative
 
 from csm_fast.config.train import AdapterSection
 from csm_fast.data.token_store import open_split
-from csm_fast.generate.generator import Generator, Turn
+from csm_fast.generate.generator import Generator, Utterance
 from csm_fast.model import adapters, layer_cpu, loss
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
@@ -199,7 +199,7 @@ def test_a_layer_compiles_into_one_graph(method, dtype, bound):
 @pytest.mark.parametrize("settings", [{"target_modules": EVERYWHERE}, {"train_heads": True, "train_embeddings": "all"}])
 def test_generation_computes_in_the_adapters_type(method, settings):
     model = attached(method, torch.bfloat16, **settings)
-    speech = Generator(model).generate_codes([Turn([1, 2, 3])], max_frames=3, temperature=0)
+    speech = Generator(model).generate_codes([Utterance([1, 2, 3])], max_frames=3, temperature=0)
     assert speech.codes.shape == (3, MICRO.num_codebooks) or speech.ended
     assert model.training
 
