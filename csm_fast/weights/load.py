@@ -21,12 +21,10 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json
 from csm_fast.system.tensors import read_entries
 from csm_fast.weights.adapter_formats import SavedAdapter, check_base, read_adapter
-from csm_fast.weights.config_json import config_from_json
+from csm_fast.weights.config_json import read_shape
 from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, locate, shards
 from csm_fast.weights.merge import add_adapters, replace_whole
 from csm_fast.weights.names import NameMap
-
-# -------------------------------------------------------------------------------------------------------- loading
 
 
 def load_model(
@@ -60,7 +58,7 @@ def load_model(
         return model
     file = locate(os.fspath(name_or_path))
     names = NameMap([entry for part in shards(file) for entry in read_entries(file.with_name(part))], file)
-    config = _read_config(file.with_name("config.json"), names)
+    config = read_shape(file.parent) or _shape_of_weights(names)
     names.account(config)
     with torch.device("meta"):
         model = CSM(config)
@@ -73,11 +71,8 @@ def load_model(
     return model
 
 
-def _read_config(file: Path, names: NameMap) -> CSMConfig:
-    """The shape from the config.json beside the weights, or, where it says nothing, from the weights' shapes."""
-    config = config_from_json(read_json(file), file) if file.is_file() else None
-    if config is not None:
-        return config
+def _shape_of_weights(names: NameMap) -> CSMConfig:
+    """The named shape whose parameters the weights are."""
     shapes = {name: tuple(entries[0].shape) for name, entries in names.sources.items()}
     for make in NAMED_SHAPES.values():
         if shapes == parameter_shapes(make()):
@@ -88,9 +83,6 @@ def _read_config(file: Path, names: NameMap) -> CSMConfig:
         file=names.where,
         mend="put the config.json that came with the weights into the same directory",
     )
-
-
-# --------------------------------------------------------------------------------------------------------- saving
 
 
 def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> CSM:
@@ -105,12 +97,6 @@ def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> C
     replace_whole(model, saved)
     add_adapters(model, saved)
     return model
-
-
-def adapter_shape(directory: str | os.PathLike[str]) -> CSMConfig | None:
-    """The base's shape, where the adapter's directory says it."""
-    file = Path(directory).expanduser() / "config.json"
-    return config_from_json(read_json(file), file) if file.is_file() else None
 
 
 def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tuple[CSM, SavedAdapter]:
@@ -132,7 +118,7 @@ def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tup
     if not name:
         raise InputError("does not name its base", file=path / ADAPTER_CONFIG, mend="give it with --base")
     seed = re.fullmatch(r".*, random, seed (\d+)", name)
-    if seed and (shape := adapter_shape(path)):
+    if seed and (shape := read_shape(path)):
         model = CSM(shape).init_weights(int(seed[1]))
     else:
         try:
