@@ -14,14 +14,15 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.model.rope import apply_rope
-from csm_fast.model.stacks import run_stack, stack_limit, vocabulary
+from csm_fast.model.run_options import run_options_of
+from csm_fast.model.stacks import call_stack, stack_limit, vocabulary
 from csm_fast.system.errors import InputError
 
 Choose = Callable[[int, Tensor], Tensor]
 
 
 class KVCache:
-    """Keys and values of one stack for one sequence; usable as the ``attend`` of ``run_stack``."""
+    """Keys and values of one stack for one sequence; ``attend`` is that of ``run_stack``."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -89,7 +90,7 @@ class Stepper:
         x = ops.frame_embed(tokens, is_audio, self.model.text_embeddings.weight, self.model.audio_embeddings.weight)
         positions = torch.arange(self.position, self.position + len(tokens), device=device)
         self.position += len(tokens)
-        return run_stack(self.model.backbone, x, positions, self.limit, self.cache.attend)[-1]
+        return call_stack(self.model.backbone, x, positions, self.limit, self.cache.attend)[-1]
 
     def frame(self, hidden: Tensor, choose: Choose) -> Tensor:
         """One frame [K] from the state that predicts it: ``choose(codebook, logits [V])`` picks each code."""
@@ -101,7 +102,7 @@ class Stepper:
         for k in range(1, self.num_codebooks):
             first = 0 if k == 1 else k
             x = model.projection(x)
-            state = run_stack(model.decoder, x, positions[first : k + 1], self.num_codebooks, cache.attend)[-1]
+            state = call_stack(model.decoder, x, positions[first : k + 1], self.num_codebooks, cache.attend)[-1]
             codes.append(choose(k, state @ model.audio_head[k - 1]))
             x = self._embed(k, codes[k]).unsqueeze(0)
         return torch.stack(codes)
@@ -151,7 +152,7 @@ class Generator:
         Raises:
             InputError: the prompt leaves no room for ``max_frames``.
         """
-        stepper, adapter = Stepper(self.model), getattr(self.model, "adapter", None)
+        stepper, adapter = Stepper(self.model), run_options_of(self.model).adapter
         tokens, is_audio = prompt_rows(turns, stepper.num_codebooks)
         room = stepper.limit - len(tokens)
         if room < max_frames:

@@ -16,13 +16,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csm_fast.model.layer import run_layer
+from csm_fast.model.layer import LayerFunction, run_layer
+from csm_fast.model.run_options import run_options_of
 from csm_fast.model.stacks import PackedAttend
 
 # Variants of one stack's layer: with and without gradients, inputs that need none, a single row, one more of each for
@@ -46,12 +48,21 @@ def compile_layers(model: Any, choice: str = "on", backend: str = "inductor") ->
     on = choice == "on"
     if choice == "auto":
         on = next(model.parameters()).device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    for stack in (model.backbone, model.decoder):
-        if on:
-            stack.run_layer = _compiled(backend)
-        elif hasattr(stack, "run_layer"):
-            del stack.run_layer
+    options = run_options_of(model)
+    options.backbone_layer, options.decoder_layer = (_compiled(backend), _compiled(backend)) if on else (None, None)
     return on
+
+
+@contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Within it, the layers of a model run eagerly."""
+    options = run_options_of(model)
+    compiled = options.backbone_layer, options.decoder_layer
+    options.backbone_layer = options.decoder_layer = None
+    try:
+        yield
+    finally:
+        options.backbone_layer, options.decoder_layer = compiled
 
 
 def _limits() -> dict[str, Any]:
@@ -86,7 +97,7 @@ def _longest_is_symbolic() -> None:
         config.dynamic_sources = ",".join(filter(None, (config.dynamic_sources, LONGEST)))
 
 
-def _compiled(backend: str) -> Callable[..., Tensor]:
+def _compiled(backend: str) -> LayerFunction:
     _longest_is_symbolic()
     options = _inductor_options() if backend == "inductor" else {}
     compiled = torch.compile(run_layer, fullgraph=True, backend=backend, options=options or None, **_limits())

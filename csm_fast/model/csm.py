@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 
 from csm_fast.config.shape import CSMConfig
+from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.layer import plain_linear, uninitialised
+from csm_fast.model.loss import forward, packed_loss
+from csm_fast.model.run_options import ATTRIBUTES, RunOptions
 from csm_fast.model.stacks import Transformer
+from csm_fast.packing.pack import Pack
+
+
+def _option(attribute: str) -> Any:
+    """A property of ``CSM`` that reads and sets an option under its name in ``ATTRIBUTES``."""
+    name = ATTRIBUTES[attribute]
+    return property(lambda self: getattr(self.run, name), lambda self, value: setattr(self.run, name, value))
 
 
 class CSM(nn.Module):
     """Sesame's Conversational Speech Model.
 
-    ``forward(tokens, tokens_mask)`` is the drop-in training forward (``csm_fast.forward``). Parameters are
-    uninitialised storage until ``init_weights`` or a checkpoint fills them.
+    Parameters are uninitialised storage until ``init_weights`` or a checkpoint fills them.
+
+    Attributes:
+        run: the options that are no parameters; ``activation_checkpointing`` and the others below read and set them.
+        embedding_rows: float32 masters of the tables' rows, where only some rows are trained.
     """
+
+    embedding_rows: EmbeddingRows | None
+    activation_checkpointing = _option("activation_checkpointing")
+    adapter = _option("adapter")
+    decoder_loss_weight = _option("decoder_loss_weight")
+    amortization_fraction = _option("amortization_fraction")
 
     def __init__(self, config: CSMConfig):
         super().__init__()
@@ -30,11 +51,23 @@ class CSM(nn.Module):
         self.audio_head = nn.Parameter(
             torch.empty(config.num_codebooks - 1, config.decoder.embed_dim, config.audio_vocab_size)
         )
-        self.activation_checkpointing = "off"  # "selective", "full"
+        self.run = RunOptions()
+        self.register_module("embedding_rows", None)
 
-    def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
-        from csm_fast.model.loss import forward
+    @overload
+    def forward(self, tokens: Pack, *, a: float, b: float) -> tuple[Tensor, Tensor]: ...
 
+    @overload
+    def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor: ...
+
+    def forward(
+        self, tokens: Tensor | Pack, tokens_mask: Tensor | None = None, *, a: float = 0.5, b: float = 0.5
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``packed_loss`` of a pack, or the drop-in training forward ``csm_fast.forward`` of a padded batch."""
+        if isinstance(tokens, Pack):
+            return packed_loss(self, tokens, a, b)
+        if tokens_mask is None:
+            raise TypeError("tokens need a tokens_mask")
         return forward(self, tokens, tokens_mask)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from csm_fast.model import layer_cpu
 from csm_fast.model.rope import RopeSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+LayerFunction = Callable[..., Tensor]  # ``run_layer``, or a compiled form of it
 
 
 def uninitialised(kind: type[nn.Module], *shape: int, **settings: Any) -> Any:
@@ -74,6 +75,20 @@ class Layer(nn.Module):
         self.sa_norm = RMSNorm(config.embed_dim, config.norm_eps)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
 
+    def forward(
+        self,
+        index: int,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        recompute: str = "off",
+        rows: Tensor | None = None,
+        run: LayerFunction | None = None,
+    ) -> Tensor:
+        """See ``run_checkpointed``. Checkpoints and compiled functions are inside, so that hooks run once."""
+        return run_checkpointed(self, index, x, cos, sin, attend, recompute, rows, run)
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
@@ -113,6 +128,31 @@ def run_layer(
         x, attended = x.index_select(0, rows), attended.index_select(0, rows)
     x = x + attn.output_proj(attended)
     return x + (checkpoint(_mlp, layer, x, use_reentrant=False) if recompute_mlp else _mlp(layer, x))
+
+
+def run_checkpointed(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+    recompute: str = "off",
+    rows: Tensor | None = None,
+    run: LayerFunction | None = None,
+) -> Tensor:
+    """``run_layer``, or its compiled form ``run``, with what ``recompute`` names computed again in the backward pass:
+    nothing for "off", the MLP for "selective", the layer for "full"."""
+    run = run or run_layer
+    if recompute == "full":
+        return checkpoint(run, layer, index, x, cos, sin, attend, False, rows, use_reentrant=False)
+    return run(layer, index, x, cos, sin, attend, recompute == "selective", rows)
+
+
+def call_layer(layer: Any, *inputs: Any) -> Tensor:
+    """``run_checkpointed``, by calling the module where it is a ``Layer``; of another module's layer, ``forward`` means
+    something else."""
+    return layer(*inputs) if isinstance(layer, Layer) else run_checkpointed(layer, *inputs)
 
 
 def _mlp(layer: Any, x: Tensor) -> Tensor:

@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from csm_fast import ops
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model import layer_cpu
-from csm_fast.model.layer import Attend, Layer, RMSNorm, rms_norm, run_layer, wide_dtype
+from csm_fast.model.layer import Attend, Layer, LayerFunction, RMSNorm, call_layer, rms_norm, wide_dtype
 from csm_fast.model.rope import apply_rope, rope_spec, rope_table
+from csm_fast.model.run_options import run_options_of
 from csm_fast.packing.pack import Segments
 
 
 class Transformer(nn.Module):
-    """Parameters of one Llama stack; ``run_stack`` computes with it."""
+    """A Llama stack: layers and a final norm."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.max_seq_len = config.max_seq_len
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        length: int,
+        attend: Attend,
+        recompute: str = "off",
+        rows: Tensor | None = None,
+        run: LayerFunction | None = None,
+    ) -> Tensor:
+        """See ``run_stack``."""
+        return run_stack(self, x, positions, length, attend, recompute, rows, run)
+
+
+def call_stack(stack: Any, *inputs: Any) -> Tensor:
+    """``run_stack``, by calling the module where it is a ``Transformer``; of another module's stack, ``forward`` means
+    something else."""
+    return stack(*inputs) if isinstance(stack, Transformer) else run_stack(stack, *inputs)
 
 
 def run_stack(
@@ -37,6 +56,7 @@ def run_stack(
     attend: Attend,
     recompute: str = "off",
     rows: Tensor | None = None,
+    run: LayerFunction | None = None,
 ) -> Tensor:
     """All layers and the final norm.
 
@@ -46,24 +66,23 @@ def run_stack(
         positions: integers that index the rotary table, broadcastable to x's leading dimensions.
         length: size of the rotary table; above every position.
         attend: the attention, called with the layer's index, q, k and v before rotation, and the cosines and sines
-            of the positions, [..., 1, head_dim / 2]. One with a true attribute ``traceable`` depends on nothing but
-            these and tensors that it holds, so a compiled layer may take it in.
+            of the positions, [..., 1, head_dim / 2].
         recompute: what runs again in the backward pass so that its activations need not be kept: "off" nothing,
             "selective" the MLP of each layer, 17 of some 23 D per row and half of the time of a layer, "full" all.
         rows: [A], of x [T, D], all different: those whose states are wanted, [A, D]. The last layer takes the others
             as keys and values only, so their part of its output projection and MLP is not computed.
+        run: a compiled form of ``run_layer``. Its ``attend`` may depend on nothing but its arguments and tensors that
+            it holds, so attention with a cache runs eagerly.
+
+    Returns:
+        [..., D], or [A, D].
     """
     spec = rope_spec(stack.layers[0].attn)
     cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
-    # ``compile.compile_layers`` sets ``run_layer`` on a stack. An attention that keeps state stays eager: a cache's.
-    run = getattr(stack, "run_layer", run_layer) if getattr(attend, "traceable", False) else run_layer
     recompute = recompute if torch.is_grad_enabled() else "off"
     for index, layer in enumerate(stack.layers):
         some = rows if index == len(stack.layers) - 1 else None
-        if recompute == "full":
-            x = checkpoint(run, layer, index, x, cos, sin, attend, False, some, use_reentrant=False)
-        else:
-            x = run(layer, index, x, cos, sin, attend, recompute == "selective", some)
+        x = call_layer(layer, index, x, cos, sin, attend, recompute, some, run)
     return rms_norm(stack.norm, x)
 
 
@@ -72,7 +91,6 @@ class PackedAttend:
     """The attention of a pack, for ``run_stack``."""
 
     segments: Segments
-    traceable: ClassVar[bool] = True
 
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
@@ -87,13 +105,8 @@ def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, r
     of ``rows`` [A]."""
     limit, longest = stack_limit(model.backbone), segments.max_seqlen
     length = -(-max(limit, longest) // limit) * limit  # few tables, also where a pack's padding is long
-    return run_stack(model.backbone, x, positions, length, PackedAttend(segments), checkpointing(model), rows)
-
-
-def checkpointing(model: Any) -> str:
-    """``model.activation_checkpointing``: "off", "selective" or "full"; booleans mean the ends."""
-    asked = getattr(model, "activation_checkpointing", "off")
-    return asked if isinstance(asked, str) else ("full" if asked else "off")
+    attend, options = PackedAttend(segments), run_options_of(model)
+    return call_stack(model.backbone, x, positions, length, attend, options.recompute, rows, options.backbone_layer)
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,6 @@ class DepthAttend:
     """The attention of the depth decoder, for ``run_stack``: [M, K, heads, d] -> [M, K, heads, d]."""
 
     impl: str
-    traceable: ClassVar[bool] = True
 
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
@@ -147,8 +159,11 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded:
             projected = layer_cpu.project(model.projection, F.embedding(index, table))
     x = torch.cat([layer_cpu.project(model.projection, hidden).unsqueeze(1), projected], dim=1)
     positions = torch.arange(num_codebooks, device=codes.device)
-    attend = DepthAttend(ops.asked())
-    return run_stack(model.decoder, x, positions, num_codebooks, attend, checkpointing(model))[:, 1:]
+    attend, options = DepthAttend(ops.asked()), run_options_of(model)
+    states = call_stack(
+        model.decoder, x, positions, num_codebooks, attend, options.recompute, None, options.decoder_layer
+    )
+    return states[:, 1:]
 
 
 def stack_limit(stack: Any) -> int:

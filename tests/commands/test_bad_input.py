@@ -463,7 +463,7 @@ def test_no_memory(tmp_path, refused, monkeypatch, words):
     def loss(*args, **options):
         raise RuntimeError(words)
 
-    monkeypatch.setattr("csm_fast.train.loop.packed_loss", loss)
+    monkeypatch.setattr("csm_fast.model.csm.packed_loss", loss)
     refused(
         train(prepare(tmp_path)),
         "not enough memory (",

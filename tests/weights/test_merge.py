@@ -284,7 +284,7 @@ def test_saving_a_probe_disturbs_nothing(tmp_path):
     compile_layers(model, "on", backend="eager")
     assert probe.save_probe(model, pack, tmp_path) == values[0]
     assert not torch._dynamo.utils.counters["frames"]
-    assert hasattr(model.backbone, "run_layer") and hasattr(model.decoder, "run_layer")
+    assert model.run.backbone_layer is not None and model.run.decoder_layer is not None
     quantised = attached("qlora")
     want = loss_of(quantised).detach()
     probe.save_probe(quantised, pack, tmp_path)
