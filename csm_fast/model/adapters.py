@@ -111,6 +111,8 @@ def _inject(peft: Any, model: Any, section: AdapterSection, targets: tuple[str, 
         target_modules=list(targets),
         bias="none",
     )
+    if not config.use_dora:
+        config._register_custom_module({nn.Linear: _lora_layer()})
     # PEFT would take a model's ``config`` for transformers'.
     ours = model.__dict__.pop("config", None)
     try:
@@ -162,15 +164,19 @@ def _dora_layer() -> type:
 
 
 @functools.cache
-def _lora_layer(kind: Any) -> type:
-    """One of PEFT's classes of layers, with a forward of its own where one adapter is added to the base."""
+def _lora_layer() -> type:
+    """The class of LoRA layers; made on first use, as PEFT is imported no sooner."""
+    lora = importlib.import_module("peft.tuners.lora.layer")
 
-    class Lora(kind):  # type: ignore[misc, valid-type]
-        """The scale enters between A and B, on [rows, rank].
+    class Lora(lora.Linear):  # type: ignore[name-defined]
+        """PEFT's layer, with a forward of its own where one adapter is added to the base.
 
-        PEFT scales [rows, out], in the backward pass too: a gradient more of that size beside the base's. Where nothing
-        is compiled, B's product adds to the base's result here, one result instead of four.
+        The scale enters between A and B, on [rows, rank]. PEFT scales [rows, out], and so the gradient: one more tensor
+        of that size beside the base's. Where nothing is compiled, B's product adds to the base's result: one result
+        instead of four.
         """
+
+        fuses_on_cpu = True  # see ``layer_cpu``
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """[..., in] -> [..., out]."""
@@ -204,9 +210,6 @@ def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int)
         if ADAPTER in layer.lora_magnitude_vector:
             norm = torch.linalg.norm(layer.base_layer.weight.detach().to(dtype), dim=1)
             layer.lora_magnitude_vector[ADAPTER] = _dora_layer()(norm)
-        else:
-            kind: Any = type(layer)
-            layer.__class__ = _lora_layer(kind)
         if name.partition(".")[0] not in STACKS:
             # The loss reads codebook0_head as one matrix, where an input's dropout has no place.
             layer.lora_dropout[ADAPTER] = nn.Identity()

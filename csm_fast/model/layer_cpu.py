@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.model.linear import dense_weight, is_quantized
+from csm_fast.system.optional import load_peft
 
 
 def supports(layer: Any, x: Tensor, attend: Any) -> bool:
@@ -56,10 +57,6 @@ def _is_plain(linear: Any) -> bool:
     return plain and linear.bias is None and not _listens(linear)
 
 
-# Where the layers are that compute what ``_parts`` says.
-LORA = ("csm_fast.model.adapters", "peft.tuners.lora.layer", "peft.tuners.lora.bnb")
-
-
 class _Parts(NamedTuple):
     """A linear layer's weight or 4-bit layer, and its adapter's matrices and factor."""
 
@@ -79,7 +76,7 @@ def _parts(linear: Any) -> _Parts | None:
     """Of a layer that is all of what it computes; else None."""
     if _is_plain(linear) or _is_plain_in_4_bits(linear):
         return _Parts(linear)
-    if type(linear).__module__ not in LORA or _listens(linear):
+    if not _is_lora(linear) or _listens(linear):
         return None
     base = linear.base_layer
     if not (_is_plain(base) or _is_plain_in_4_bits(base)):
@@ -95,6 +92,20 @@ def _parts(linear: Any) -> _Parts | None:
     if drops or _listens(dropout) or not (_is_plain(a) and _is_plain(b)):
         return None
     return _Parts(base, a.weight, b.weight, linear.scaling[name])
+
+
+def _is_lora(linear: Any) -> bool:
+    """Whether a layer adds LoRA to its base and nothing else: ours, whose class says so, or one of PEFT's own. A class
+    derived from these may compute something else."""
+    kind = type(linear)
+    return vars(kind).get("fuses_on_cpu", False) or (hasattr(linear, "lora_A") and kind in _peft_linears())
+
+
+@functools.cache
+def _peft_linears() -> tuple[type, ...]:
+    peft = load_peft()
+    kinds = (getattr(peft.tuners.lora, name, None) for name in ("Linear", "Linear4bit"))
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 def _is_plain_in_4_bits(linear: Any) -> bool:
