@@ -77,11 +77,11 @@ ATTRIBUTES = {
 def run_options_of(model: Any) -> RunOptions:
     """The options of a ``CSM``, or of another module with Sesame's tree.
 
-    Another module gets its ``run`` on first use. ``ATTRIBUTES`` that are set on it count, whenever they are set.
+    Another module gets its options on first use; ``ATTRIBUTES`` that are set on it count, whenever they are set.
     """
     options = getattr(model, "run", None)
     if not isinstance(options, RunOptions):
-        options = model.run = RunOptions()
+        options = vars(model).setdefault("csm_fast_run", RunOptions())
     for attribute, option in ATTRIBUTES.items():
         if hasattr(model, attribute):
             setattr(options, option, getattr(model, attribute))

@@ -107,7 +107,7 @@ def test_a_wrong_base_is_refused(tmp_path):
     other = fill(random_model(), seed=1)
     with pytest.raises(InputError, match=r"belongs to the base micro \(weights \w{16}\), not to the given model"):
         adapter_files.load_adapters(other, tmp_path)
-    assert not hasattr(other, "adapter")
+    assert other.adapter is None
     adapters.attach(other, AdapterSection(method="lora", lora_rank=4), compute_dtype=torch.float32, base="other")
     with pytest.raises(InputError, match="not to other"):
         adapter_files.load_into(other, tmp_path)
