@@ -1,7 +1,8 @@
 # make setup   a .venv with everything
 # make demo    recordings -> tokens -> a trained model -> a sample, on real speech
 # make test    the tests
-# make check   formatting, lint, types
+# make test-fast   those for the inner loop, in a minute and a half
+# make check   formatting, lint, types, imports between rooms
 # make benchmarks   csm_fast against what others train with (20 minutes), and README's tables from that
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ DATA ?=
 CODEC ?= offline
 DEMO := demo
 
-.PHONY: setup demo test check benchmarks clean
+.PHONY: setup demo test test-fast check benchmarks clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -56,15 +57,19 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The 568 recordings of the same speaker that the demo takes most of. Sesame's own code where its clones are named.
 SESAME_CSM ?=
 SESAME_FINETUNE ?=
-COMPARE = $(BIN)/python -m benchmarks.compare.__main__ --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
+COMPARE = $(BIN)/python -m benchmarks.compare --data $(DEMO)/corpus-tokens --results benchmarks/results/compare.jsonl \
 	$(if $(SESAME_CSM),--sesame-csm $(SESAME_CSM)) $(if $(SESAME_FINETUNE),--sesame-finetune $(SESAME_FINETUNE))
 BLOG = $(if $(and $(SESAME_CSM),$(SESAME_FINETUNE)),blog,padded)
 # Without products of bf16 csm-1b takes the published forward minutes a pass.
@@ -78,7 +83,7 @@ benchmarks: setup
 	$(COMPARE) --checkpointing --memory-only --systems csm_fast $(if $(HAS_BF16),,csm_fast-fp32) transformers
 	$(COMPARE) --shape csm-1b --middle $(MIDDLE) --batches $(MIDDLE) --systems csm_fast $(if $(HAS_BF16),$(BLOG)) \
 		--no-optimizer
-	$(BIN)/python -m benchmarks.report.__main__
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info

@@ -9,7 +9,7 @@ on the same batches, at a constant learning rate: float32 master weights; bf16 w
 nearest, rounded stochastically, or summed with a Kahan term; and stochastic rounding under 8-bit moments. Everything
 else is the trainer's own step, bf16 autocast included. The embedding tables stay as they are: in a few hundred steps
 most of their rows have no gradient or a rare one. A weight counts as one that never changed where it had a gradient in
-some step, and ends as it began.
+some step and ends as it began.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.build import cast_weights
 from csm_fast.train.step import Update
 
-WAYS = {  # name -> optimizer, weights; colour and width of the line: most of them lie on one another
+WAYS = {  # name -> optimizer, weights, colour and width of its line (most lines coincide)
     "float32 masters": ("adamw", "fp32", "0.75", 6.0),
     "bf16, Kahan": ("adamw", "bf16-kahan", "#1f77b4", 3.2),
     "bf16, stochastic rounding": ("adamw", "bf16-stochastic", "#2ca02c", 1.2),
     "bf16, stochastic, 8-bit moments": ("adamw-8bit", "bf16-stochastic", "#ff7f0e", 1.2),
     "bf16, to nearest": ("adamw", "bf16-nearest", "#d62728", 1.2),
 }
-SMOOTHING = 60  # steps in a point of the training curves, about an epoch of the demo's data: batches differ
+SMOOTHING = 60  # steps averaged into a point of the training curves: about an epoch of the demo's data
 
 
 class Bench:
@@ -73,7 +73,7 @@ class Bench:
         return self.packer.step(epoch, index)
 
     def train(self, model: Any, section: OptimizerSection, steps: int, first: int, name: str) -> dict[str, Any]:
-        """Losses of each step and of validations, and which weights had a gradient; from batch ``first`` on."""
+        """Train from batch ``first`` on; returns losses of steps and validations, and which weights had a gradient."""
         a, b = coefficients(self.loss, vocabulary(model)[0])
 
         def loss(model: Any, pack: Any) -> Any:
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     base.audio_embeddings.requires_grad_(False)
     section = OptimizerSection(learning_rate=args.base_lr, lr_decay="cosine", warmup_ratio=0.05)
     bench.train(base, section, args.base_steps, 0, "base")
-    base.to(torch.bfloat16).float()  # one start for all
+    base.to(torch.bfloat16).float()  # every way starts from weights that bf16 can hold
     found = []
     for name, (optimizer, weights, *_) in WAYS.items():
         model = copy.deepcopy(base)
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Shares of the weights with a gradient that never changed: of all, and of the norms' scales."""
+    """Of the weights that had a gradient, the share that never changed: of all, and of the norms' scales."""
     still, counted = {"all": 0, "scales": 0}, {"all": 0, "scales": 0}
     for name, seen in reached.items():
         same = (model.get_parameter(name).float() == base.get_parameter(name)) & seen
@@ -149,7 +149,7 @@ def unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str
 
 
 def bytes_per_weight(update: Update) -> float:
-    """Of weights and optimizer state, as they are stored."""
+    """Bytes of the weights and of the optimizer's state, as they are stored, per weight."""
     tensors = [t for state in update.optimizer.state.values() for t in state.values()] + update.parameters
     return round(sum(t.nbytes for t in tensors) / sum(p.numel() for p in update.parameters), 2)
 

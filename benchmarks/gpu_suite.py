@@ -177,7 +177,7 @@ def compare_command(args: argparse.Namespace, results: Path, ways: bool = False)
         systems += ["csm_fast-lora", "csm_fast-qlora"]
     needs = {"csm_fast-lora": "peft", "csm_fast-qlora": "bitsandbytes", "transformers": "transformers"}
     systems = [name for name in systems if name not in needs or importlib.util.find_spec(needs[name])]
-    command = [sys.executable, "-m", "benchmarks.compare.__main__", "--results", str(results)]
+    command = [sys.executable, "-m", "benchmarks.compare", "--results", str(results)]
     command += ["--precision", "fp32" if args.rehearse else "bf16", "--repeats"]  # what every CPU multiplies fast
     if args.rehearse:
         command += ["1", "--synthetic", "4", "--device", "cpu", "--shape", "small", "--batches", "4"]
@@ -195,7 +195,7 @@ def optimizers_command(args: argparse.Namespace, results: Path) -> list[str]:
 
 def kernels_command(args: argparse.Namespace, results: Path, seconds: float) -> list[str]:
     dtype = "fp32" if args.rehearse else "bf16"
-    command = [sys.executable, "-m", "benchmarks.kernels.__main__", "--dtype", dtype, "--results", str(results)]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--dtype", dtype, "--results", str(results)]
     command += ["--limit-seconds", f"{max(1.0, seconds):.0f}"]
     if args.rehearse:
         command += ["--device", "cpu", "--shape", "small", "--rows", "256", "--fractions", "1/16", "--repeats", "1"]
@@ -409,7 +409,7 @@ def main() -> int:
         append(results / "gpu_summary.jsonl", {"benchmark": "gpu_suite", **asdict(line), **about})
     print(
         f"\nrows: {results}/gpu_*.jsonl"
-        + ("" if args.rehearse else "; python -m benchmarks.report.__main__ shows them on the pages")
+        + ("" if args.rehearse else "; python -m benchmarks.report shows them on the pages")
     )
     print_table(f"{label}: {about['device']}, torch {about['torch']}, commit {about['commit'] or '?'}", lines)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""Time, memory and ceilings of a device, for ``benchmarks.kernels.__main__``."""
+"""Time, memory and ceilings of a device, for ``benchmarks.kernels``."""
 
 from __future__ import annotations
 

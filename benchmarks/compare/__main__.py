@@ -2,9 +2,9 @@
 
     python -m csm_fast.data.demo corpus --sounds
     csm-fast pretokenize --train-data corpus/metadata.json --codec offline --output corpus/tokens
-    python -m benchmarks.compare.__main__ --data corpus/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
+    python -m benchmarks.compare --data corpus/tokens --sesame-csm ../csm --sesame-finetune ../sesame-finetune
 
-    python -m benchmarks.compare.__main__ --synthetic 200 --device cuda --shape csm-1b
+    python -m benchmarks.compare --synthetic 200 --device cuda --shape csm-1b
 
 Every system runs in a process of its own, one at a time, as its users would run it: csm_fast as ``csm-fast-train`` sets
 its process up (on a CPU it keeps freed memory, in huge pages), the others in plain PyTorch; a process that runs all of
@@ -81,7 +81,7 @@ class Worker:
         variables = dict(os.environ)
         if keeps_memory(args, name):
             variables.update(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8192", THP_MEM_ALLOC_ENABLE="1")
-        command = [sys.executable, "-m", "benchmarks.compare.__main__", *sys.argv[1:], "--worker", name]
+        command = [sys.executable, "-m", "benchmarks.compare", *sys.argv[1:], "--worker", name]
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables

@@ -1,4 +1,4 @@
-"""The systems that ``benchmarks.compare.__main__`` races, by name, and how much of an epoch each of them runs."""
+"""The systems that ``benchmarks.compare`` races, by name, and how much of an epoch each of them runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of ``benchmarks.compare.__main__``, from its rows: printed after a run, and in Markdown for a page."""
+"""The tables of ``benchmarks.compare``, from its rows: printed after a run, and in Markdown for a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The systems of ``benchmarks.compare.__main__``, each as its users run it, and what a process of one of them
+"""The systems of ``benchmarks.compare``, each as its users run it, and what a process of one of them
 answers."""
 
 from __future__ import annotations

@@ -1,22 +1,20 @@
 """The data path from 1 to 1,000 hours: opening a token store, planning, streaming, and whether steps ever wait for it.
 
-    python -m benchmarks.data_path.__main__ --results benchmarks/results/data_path.jsonl
-    python -m benchmarks.data_path.__main__ --hours 1 10 --seconds 1 --repeats 1 --dir /tmp/stores --keep
+    python -m benchmarks.data_path --results benchmarks/results/data_path.jsonl
+    python -m benchmarks.data_path --hours 1 10 --seconds 1 --repeats 1 --dir /tmp/stores --keep
 
 The stores are synthetic (``synthetic_store``), alike in all but their size. Without ``--dir`` they lie in memory
 (/dev/shm) where that has the room, because some machines take pages back from the page cache though memory is free, and
 the figures would be the disk's. What this run wrote is deleted at its end unless ``--keep``; what is there already is
 used again.
 
-*What a row costs* the loader, over stores and pack sizes: ``row_time``. Repetitions are processes of their own, medians
-are shown.
-
-*Streaming.* Each case in a process of its own that is set up as ``csm-fast-train`` sets up its own, repetitions
-interleaved, medians. It opens the store, makes the ``Packer``, plans the first epoch, counts the steps of ten epochs
-(as the trainer does for its schedule), asks for the first step, checks the remaining shards' hashes (each shard is
-hashed on its first use; so later figures are without it), and then takes steps from ``read_ahead()`` without doing
-anything with them. Steps hold ``--pack-rows`` rows in one pack, or 8 conversations (the default). "cpu" is the
-processor time of the loader's thread.
+*Streaming.* Each case runs in a process of its own that is set up as ``csm-fast-train`` sets up its own; repetitions
+are interleaved and medians shown. The process opens the store, makes the ``Packer``, plans the first epoch, counts the
+steps of ten epochs (as the trainer does for its schedule), asks for the first step, checks the remaining shards' hashes
+(each shard is hashed on its first use, so later figures exclude it), and then takes steps from ``read_ahead()`` without
+using them. Steps hold ``--pack-rows`` rows in one pack, or 8 conversations (the default). "cpu" is the processor time
+of the loader's thread. Times are summed over turns of at least 65,536 rows; a turn that took twice the median or more
+is left out and counted, because another process had the core or a page came from the disk.
 
 "private" are the private pages beyond those after the imports, of /proc/self/smaps_rollup; they include the store's
 mapped pages, which the system takes back when it needs them. "anonymous" is without those. With ``--cold`` the page
@@ -45,9 +43,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import append, environment
-from benchmarks.data_path.row_time import WARM_UP, Turns, disk_bytes, row_time, section, show_row_times
 from benchmarks.data_path.synthetic_store import BYTES_PER_HOUR, forget, write_store
-from csm_fast.config.train import LossSection
+from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
@@ -55,11 +52,45 @@ from csm_fast.system.device import keep_freed_memory, resolve_precision
 from csm_fast.system.errors import InputError
 
 EPOCHS = 10
-PARTS = ["stream", "row-time", "wait"]
+TURN_ROWS, WARM_UP = 65_536, 20
+PARTS = ["stream", "wait"]
 STEP_ROWS = Path(__file__).parents[1] / "results" / "compare.jsonl"
 
 
 # ------------------------------------------------------------------------------------------- one process, one store
+
+
+def disk_bytes() -> int:
+    """Bytes that this process has read from the disk so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def section(pack_rows: int, by: str) -> DataSection:
+    """Settings for steps of one full pack ("rows"), or of 8 conversations ("conversations")."""
+    return DataSection(pack_rows=pack_rows, batch_rows=pack_rows if by == "rows" else None)
+
+
+class Turns:
+    """Seconds of work and rows, in turns of at least ``TURN_ROWS`` rows."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[float, int]] = []
+        self.now = (0.0, 0)
+
+    def add(self, seconds: float, rows: int) -> None:
+        """Add work to the current turn, and end the turn if that fills it."""
+        self.now = (self.now[0] + seconds, self.now[1] + rows)
+        if self.now[1] >= TURN_ROWS:
+            self.ended.append(self.now)
+            self.now = (0.0, 0)
+
+    def us_per_row(self) -> tuple[float, int]:
+        """Microseconds per row, and how many turns were left out as disturbed."""
+        turns = self.ended or [self.now]
+        most = 2 * statistics.median(s / rows for s, rows in turns)
+        kept = [(s, rows) for s, rows in turns if s / rows < most]
+        return 1e6 * sum(s for s, _ in kept) / sum(rows for _, rows in kept), len(turns) - len(kept)
 
 
 def private_memory() -> tuple[int, int]:
@@ -72,7 +103,7 @@ def private_memory() -> tuple[int, int]:
 
 
 class Watch:
-    """Seconds and growth of memory and reading from one look to the next."""
+    """Seconds since the last measurement, and growth of memory since the start."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -112,7 +143,7 @@ def stream(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> d
     batches = read_ahead(timed(packer.blocks(0, 0), built))
     next(batches)
     watch.seconds("first_step")
-    for _ in store.code_blocks():  # views: only the hashes are read
+    for _ in store.code_blocks():  # blocks are views, so this only checks hashes
         pass
     watch.seconds("hash")
     watch.figures["open_disk"] = disk_bytes() - read
@@ -154,7 +185,7 @@ def timed(blocks: Iterable[list[StepBatch]], built: Turns) -> Iterator[list[Step
 
 
 def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dict[str, Any]:
-    """Train the tiny model for a few steps; how much of the time it waited for the next step."""
+    """Train the tiny model for a few steps; returns the share of the time in which it waited for the next step."""
     from benchmarks.memory_plan import quick_model, settings
     from csm_fast import CSMConfig
     from csm_fast.model.loss import packed_loss
@@ -172,7 +203,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     update = Update(model, config.optimizer, device, precision, loss, 1000, 0)
     waited: list[float] = []
     batches, rows = read_ahead(packer.blocks(0, 0)), 0
-    for number in range(2):  # shapes that come for the first time
+    for number in range(2):  # warm up: the first steps build kernels for new shapes
         update(next(batches), number)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(waited) < 5:
@@ -192,7 +223,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
 
 def ask(kind: str, **case: Any) -> Any:
     """The figures of one case, from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.data_path.__main__", "--worker", json.dumps({"kind": kind, **case})]
+    command = [sys.executable, "-m", "benchmarks.data_path", "--worker", json.dumps({"kind": kind, **case})]
     variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables)
     if done.returncode:
@@ -203,9 +234,6 @@ def ask(kind: str, **case: Any) -> Any:
 def work(case: dict[str, Any]) -> None:
     keep_freed_memory()
     kind = case.pop("kind")
-    if kind == "row_time":
-        print(json.dumps(row_time(**case)))
-        return
     path = Path(case.pop("path"))
     if case["cold"]:
         forget(path)
@@ -213,7 +241,7 @@ def work(case: dict[str, Any]) -> None:
 
 
 def middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure's median; what is no number is the same in all."""
+    """The median of each figure; values that are not numbers are the same in all answers."""
     return {
         name: statistics.median(a[name] for a in answers) if isinstance(value, (int, float)) else value
         for name, value in answers[0].items()
@@ -221,7 +249,7 @@ def middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def newest_step() -> tuple[float, str]:
-    """Rows per second of csm_fast's training step in benchmarks/results/compare.jsonl, and which row that is."""
+    """Rows per second of csm_fast's newest training step in benchmarks/results/compare.jsonl, and that row's name."""
     rows = [json.loads(line) for line in STEP_ROWS.read_text().splitlines()] if STEP_ROWS.is_file() else []
     ours = [row for row in rows if row["system"].startswith("csm_fast") and "median_s" in row]
     if not ours:
@@ -253,20 +281,22 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, nargs="+", default=[1.0, 10.0, 100.0, 1000.0])
     parser.add_argument("--pack-rows", type=int, nargs="+", default=[2048, 16384])
-    parser.add_argument("--dir", type=Path, help="of the stores; default: a temporary one, in memory")
-    parser.add_argument("--keep", action="store_true", help="leave the stores that were written")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of streaming, and of training, per case")
+    parser.add_argument("--dir", type=Path, help="directory of the stores; default: a temporary one, in memory")
+    parser.add_argument("--keep", action="store_true", help="do not delete the stores that were written")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of streaming, and of training, per case")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--cold", action="store_true", help="the page cache forgets the store first")
-    parser.add_argument("--step-rows-per-second", type=float, help="of a training step; default: the newest recorded")
+    parser.add_argument("--cold", action="store_true", help="drop the stores from the page cache first")
+    parser.add_argument(
+        "--step-rows-per-second", type=float, help="speed of a training step; default: the newest recorded"
+    )
     parser.add_argument("--results", type=Path, help="append the figures to this .jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def show_streams(found: dict[tuple[str, float, int], dict[str, Any]], rate: float, where: str) -> None:
-    """A line per case; the share that the loader's time would have of a training step is added to the figures."""
+    """Print a line per case, and add to the figures the share of a training step that the loader's time would take."""
     if rate:
         print(f"share: the loader's time per row of a training step at {rate:,.0f} rows/s ({where})")
     print(HEADER)
@@ -295,14 +325,10 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
     cases = [("rows", h, rows) for rows in args.pack_rows for h in paths]
     cases += [("conversations", h, max(args.pack_rows)) for h in paths]
     answers: dict[tuple[str, float, int], list[dict[str, Any]]] = {case: [] for case in cases}
-    row_times: list[list[dict[str, Any]]] = []
     for _ in range(args.repeats):
         for by, hours, rows in cases if "stream" in args.parts else ():
             answer = ask("stream", path=str(paths[hours]), pack_rows=rows, by=by, **common)
             answers[by, hours, rows].append(answer)
-        if "row-time" in args.parts and not args.cold:
-            named = {f"{hours:g}": str(path) for hours, path in paths.items()}
-            row_times.append(ask("row_time", paths=named, pack_rows=args.pack_rows, seconds=args.seconds))
     print(
         f"{'cold' if args.cold else 'warm'} page cache, stores in {next(iter(paths.values())).parent} | memory in MiB"
     )
@@ -311,12 +337,6 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
         show_streams(found, rate, where)
         for (by, hours, rows), figures in found.items():
             record("stream", hours, by, rows, figures)
-    if row_times:
-        cells = [middle(list(some)) for some in zip(*row_times, strict=True)]
-        show_row_times(cells)
-        for cell, some in zip(cells, zip(*row_times, strict=True), strict=True):
-            cell["us_per_row_of_each"] = [one["us_per_row"] for one in some]
-            record("row_time", cell["hours"], "rows", cell["pack_rows"], cell)
     for hours, path in paths.items() if "wait" in args.parts else ():
         rows = min(args.pack_rows)
         figures = ask("wait", path=str(path), pack_rows=rows, by="rows", **common)
@@ -328,7 +348,7 @@ def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
 
 
 def in_memory(hours: float) -> str | None:
-    """A file system in memory, if it has room for stores of so many hours and as much again."""
+    """A file system in memory, if it and the memory have room for twice the stores of so many hours."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 2 * BYTES_PER_HOUR * hours:
         return None
@@ -338,7 +358,7 @@ def in_memory(hours: float) -> str | None:
 
 
 def place_of(path: Path) -> str:
-    """Where a store lies: "memory" or "disk"."""
+    """Whether a store lies in "memory" or on "disk"."""
     memory = Path("/dev/shm")
     return "memory" if memory.is_dir() and path.stat().st_dev == memory.stat().st_dev else "disk"
 

@@ -83,14 +83,6 @@ def write_store(path: Path, hours: float) -> None:
             writer.add_conversation(turns)
 
 
-def read_through(path: Path) -> None:
-    """Have the page cache hold the store's files, as far as the system lets it."""
-    for shard in path.glob("*.safetensors"):
-        with open(shard, "rb") as file:
-            while file.read(1 << 22):
-                pass
-
-
 def forget(path: Path) -> None:
     """Have the page cache forget the store's files, but for pages that a process has mapped."""
     for shard in path.glob("*.safetensors"):

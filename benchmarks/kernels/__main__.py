@@ -1,7 +1,7 @@
 """Every operator against what one would write or pick instead, in one run.
 
-    python -m benchmarks.kernels.__main__ --results kernels.jsonl --plot kernels.png
-    python -m benchmarks.kernels.__main__ --from kernels.jsonl --plot kernels.png        # tables and plot, nothing
+    python -m benchmarks.kernels --results kernels.jsonl --plot kernels.png
+    python -m benchmarks.kernels --from kernels.jsonl --plot kernels.png        # tables and plot, nothing
     measured
 
 A point is an operator, a number of backbone rows, an amortization fraction where it matters, and a direction: forward
@@ -335,7 +335,7 @@ def _rows(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.__main__",
+        prog="python -m benchmarks.kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

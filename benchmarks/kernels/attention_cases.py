@@ -1,4 +1,4 @@
-"""The attention operators, as cases of ``benchmarks.kernels.__main__``."""
+"""The attention operators, as cases of ``benchmarks.kernels``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators that ``benchmarks.kernels.__main__`` measures: their inputs, their competitors, and the work they
+"""The operators that ``benchmarks.kernels`` measures: their inputs, their competitors, and the work they
 cannot avoid.
 
 A case is one operator at one size. Its systems all start from the same inputs and are all checked against the same

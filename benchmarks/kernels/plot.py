@@ -1,4 +1,4 @@
-"""Tables, summary and plot of ``benchmarks.kernels.__main__``, made from its rows alone."""
+"""Tables, summary and plot of ``benchmarks.kernels``, made from its rows alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement of ``benchmarks.kernels.__main__`` is made of: a point, a case, its systems, their inputs and
+"""What a measurement of ``benchmarks.kernels`` is made of: a point, a case, its systems, their inputs and
 work."""
 
 from __future__ import annotations

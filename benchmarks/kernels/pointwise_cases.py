@@ -1,4 +1,4 @@
-"""What lies between the large products, as cases of ``benchmarks.kernels.__main__``."""
+"""What lies between the large products, as cases of ``benchmarks.kernels``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every operator of ``csm_fast.ops``, forward and forward with backward, at a small and a middle size.
 
 The sizes are packs of 448 rows (eight clips) and of 2,048 rows of CSMConfig.small; a sixteenth of the frames reaches
-the depth decoder. Inputs are those of ``benchmarks.kernels.__main__``, which also compares the operators with others
+the depth decoder. Inputs are those of ``benchmarks.kernels``, which also compares the operators with others
 and checks their numbers; here they are only timed, against their own past.
 """
 
@@ -35,7 +35,7 @@ KERNELS = {
     "rotate_pairs": "rope",
     "frame_embed": "frame_embed",
 }
-"""Names here, and of the cases of ``benchmarks.kernels.__main__``."""
+"""Names here, and of the cases of ``benchmarks.kernels``."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LongPoint(Point):
 
 
 def from_case(case: str, system: str, point: Point) -> tuple[Callable[..., Any], Inputs]:
-    """(operator, inputs) of a system of ``benchmarks.kernels.__main__``."""
+    """(operator, inputs) of a system of ``benchmarks.kernels``."""
     made = CASES[case](point)
     (chosen,) = (s for s in made.systems if s.name == system)
     return chosen.run, made.make()

@@ -1,25 +1,26 @@
-"""Parts of the pages that ``benchmarks.report.__main__`` writes beside the comparison: encoding, loader, profile,
-scaling."""
+"""The parts of the pages beside the comparison: encoding, optimizers, loader, profile, scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.compare.table import Row, markdown, rows_of
 
 MIB = 2**20
-LARGEST = 15  # operators of a profile
+NOT_MEASURED = "Not measured.\n"
+EIGHT_BITS = "bf16, stochastic, 8-bit moments"  # name of an update in benchmarks.optimizers
 
 
 def provenance(row: Row) -> str:
-    """Where figures come from."""
+    """Device, versions, commit and date of a row."""
     versions = f"torch {row['torch']}, Python {row['python']}, csm_fast {row['csm_fast']} ({row['commit']})"
     return f"{row['device']}, {row['threads']} threads; {versions}; {row['date']}"
 
 
 def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
-    """The last row of each setting, in the order of the settings' first ones."""
+    """The last row of each setting, in the order in which the settings first occur."""
     found: dict[tuple, Row] = {}
     for row in rows:
         found[tuple(row[key] for key in keys)] = row
@@ -27,17 +28,26 @@ def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
 
 
 def pretokenize(rows: list[Row]) -> str:
-    """Audio seconds per second and where the time goes, a line per system, the last run on each device."""
+    """Speed and memory of encoding, one line per system, the last run on each device."""
     by_device: dict[str, list[Row]] = {}
     for row in latest(rows, "system", "device"):
         by_device.setdefault(row["device"], []).append(row)
-    return "\n".join(map(_encodings, by_device.values())) or "Not measured.\n"
+    return "\n".join(map(_encodings, by_device.values())) or NOT_MEASURED
 
 
 def _encodings(rows: list[Row]) -> str:
     (moshi,) = rows_of(rows, system="moshi")
-    head = ["system", "s", "times moshi's speed", "with imports, s", "range", "times moshi's speed", "audio s/s"]
-    head += ["decode", "encode", "write", "MiB", "codes unlike moshi's", "first levels", "near ties"]
+    head = [
+        "system",
+        "s",
+        "with imports, s",
+        "range",
+        "times moshi's speed",
+        "audio s/s",
+        "MiB",
+        "codes unlike moshi's",
+    ]
+    head += ["near ties"]
     lines = []
     for row in rows:
         codes = row["against_moshi"]
@@ -46,14 +56,12 @@ def _encodings(rows: list[Row]) -> str:
             [
                 row["system"],
                 f"{row['work_s']:.1f}",
-                f"{moshi['work_s'] / row['work_s']:.2f}x",
                 f"{row['process_s']:.1f}",
                 f"{low:.1f}-{high:.1f} ({row['repeats']})",
                 f"{moshi['process_s'] / row['process_s']:.2f}x",
                 f"{row['audio_s_per_s_without_imports']:.0f}",
-                *(f"{row.get(part, 0.0):.1f}" for part in ("decode_s", "encode_s", "write_s")),
                 f"{row['peak_rss'] / MIB:.0f}",
-                *([f"{codes['share']:.4%}", str(codes["first"]), str(codes["near_ties"])] if codes else [""] * 3),
+                *([f"{codes['share']:.4%}", f"{codes['near_ties']} of {codes['first']}"] if codes else ["", ""]),
             ]
         )
     return (
@@ -63,8 +71,9 @@ def _encodings(rows: list[Row]) -> str:
 
 
 def optimizer_lines(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """A line per way to make an update."""
-    head = ["update of", "", "ms", "spread", "needs, bytes a weight", "floor, ms", "of the floor", "small updates"]
+    """Head and lines of a table, one line per kind of update."""
+    head = ["update by", "weights", "ms", "spread", "needs, bytes a weight", "floor, ms", "of the floor"]
+    head += ["small updates"]
     lines = []
     for row in rows:
         low, high = min(row["seconds"]) * 1e3, max(row["seconds"]) * 1e3
@@ -84,14 +93,10 @@ def optimizer_lines(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def optimizers(rows: list[Row]) -> str:
-    """Updates with clipping, of the last run on each device."""
+    """Updates with clipping, of the last run."""
     if not rows:
-        return "Not measured.\n"
-    runs = {row["device"]: row["run"] for row in rows}
-    return "\n".join(_updates(rows_of(rows, run=run, device=device)) for device, run in runs.items())
-
-
-def _updates(some: list[Row]) -> str:
+        return NOT_MEASURED
+    some = rows_of(rows, run=rows[-1]["run"], device=rows[-1]["device"])
     first, (text, audio) = some[0], some[0]["read"]
     return (
         f"{first['weights'] / 1e6:,.0f} million weights, `{first['shape']}` shape; {text:.2%} of the text table's rows "
@@ -101,21 +106,21 @@ def _updates(some: list[Row]) -> str:
 
 
 def data_path(rows: list[Row]) -> str:
-    """Opening, memory and time per row of stores of many sizes."""
+    """Opening, memory and time per row of the smallest and the largest store."""
     streams = latest(rows_of(rows, kind="stream", cold=False), "hours", "by", "pack_rows")
     if not streams:
-        return "Not measured.\n"
+        return NOT_MEASURED
+    hours = [row["hours"] for row in streams]
+    streams = [row for row in streams if row["hours"] in (min(hours), max(hours))]
     head = ["hours", "steps of", "open, s", "private MiB", "packer and plan, s", "private MiB", "streaming, us/row"]
     head += ["grown in streaming, MiB"]
     lines = []
     for row in streams:
-        what = (
-            f"{row['pack_rows']:,} rows" if row["by"] == "rows" else f"8 conversations, packs of {row['pack_rows']:,}"
-        )
+        packs = f"{row['pack_rows']:,}"
         lines.append(
             [
                 f"{row['hours']:g}",
-                what,
+                f"{packs} rows" if row["by"] == "rows" else f"8 conversations, packs of {packs}",
                 f"{row['open_s']:.3f}",
                 f"{row['open_private'] / MIB:.0f}",
                 f"{row['packer_s'] + row['plan_s']:.3f}",
@@ -126,9 +131,6 @@ def data_path(rows: list[Row]) -> str:
         )
     place = streams[-1].get("stores", "the page cache")
     text = f"Stores in {place}; {provenance(streams[-1])}.\n\n{markdown(head, lines)}\n"
-    cells = latest(rows_of(rows, kind="row_time"), "hours", "pack_rows")
-    if cells:
-        text += f"\n{row_times(cells)}\n"
     waits = latest(rows_of(rows, kind="wait"), "hours")
     if waits:
         shares = ", ".join(f"{row['hours']:g} hours {row['waited_share']:.3%}" for row in waits)
@@ -137,65 +139,22 @@ def data_path(rows: list[Row]) -> str:
     return text
 
 
-def row_times(cells: list[Row]) -> str:
-    """What a row costs the loader, and how far that is from flat over the hours and over the pack sizes."""
-    hours, sizes = (sorted({cell[name] for cell in cells}) for name in ("hours", "pack_rows"))
-
-    def flat(some: list[Row]) -> str:
-        values = [cell["us_per_row"] for cell in some]
-        return f"{max(values) / min(values) - 1:.1%}"
-
-    def figure(cell: Row) -> str:
-        each = cell["us_per_row_of_each"]
-        return f"{cell['us_per_row']:.3f} ({min(each):.3f}-{max(each):.3f})"
-
-    head = ["hours", *(f"packs of {size:,}, us/row" for size in sizes), "slowest over fastest"]
-    lines = [[f"{some:g}", *map(figure, of), flat(of)] for some in hours if (of := rows_of(cells, hours=some))]
-    lines.append(["slowest over fastest", *(flat(rows_of(cells, pack_rows=size)) for size in sizes), ""])
-    turns, left_out = (sum(cell[name] for cell in cells) for name in ("turns", "left_out"))
-    disk = max(cell["disk"] for cell in cells) / MIB
-    return (
-        f"{markdown(head, lines)}\n\nMedians of {cells[0]['repeats']} repetitions, each of {turns:,.0f} turns, "
-        f"{left_out:,.0f} of them left out as disturbed; {disk:.0f} MiB came from the disk."
-    )
-
-
-def profile(rows: list[Row]) -> str:
-    """The costliest operators of a step, and the step as a whole."""
-    steps = rows_of(rows, row="step")
-    if not steps:
-        return "Not measured.\n"
-    step, operators = steps[-1], rows_of(rows, row="operator")
-    operators.sort(key=lambda row: -row["ms"])
-    head = ["operator", "inputs", "calls", "ms", "share", "reached", "floor, ms"]
+def profiles(files: list[list[Row]]) -> str:
+    """Where the time of a step goes, one line per profile."""
+    head = ["processor", "date", "rows", "step, ms", "matrix products", "their floor", "other operators"]
+    head += ["Python and dispatch", "waiting for the loader"]
     lines = []
-    for row in operators[:LARGEST]:
-        seconds = row["ms"] * 1e-3
-        reached = f"{row['flops'] / seconds / 1e9:,.0f} GFLOP/s" if row["kind"] == "product" else ""
-        reached = f"{row['bytes'] / seconds / 1e9:,.1f} GB/s" if row["kind"] == "memory" else reached
-        shapes = " ".join(str(shape).replace(" ", "") for shape in row["shapes"][:3])
-        lines.append(
-            [f"`{row['name']}`", shapes, f"{row['calls']:.1f}", f"{row['ms']:.1f}", f"{row['share']:.1%}", reached]
-            + [f"{row['floor_ms']:.1f}"]
-        )
-    rest = operators[LARGEST:]
-    lines.append(
-        [f"{len(rest)} others", "", f"{sum(r['calls'] for r in rest):.0f}", f"{sum(r['ms'] for r in rest):.1f}"]
-        + [f"{sum(r['share'] for r in rest):.1%}", "", f"{sum(r['floor_ms'] for r in rest):.1f}"]
-    )
-    versions = f"torch {step['torch']}, Python {step['python']}, csm_fast {step['csm_fast']}"
-    where = f"{step['device']}, {step['threads']} threads; {versions}; {step['date']}."
-    return (
-        f"`{step['model']}` shape, {step['weights']} weights. {where}\n\n{markdown(head, lines)}\n\n"
-        f"A step of {step['rows']:,.0f} rows: {step['step_ms']:.1f} ms, of which "
-        f"{step['products_ms']:.1f} in matrix products (their floor {step['products_floor_ms']:.1f}), "
-        f"{step['operators_ms'] - step['products_ms']:.1f} in other operators, {step['host_ms']:.1f} in Python and "
-        f"dispatch, {step['loader_ms']:.2f} waiting for the loader; floors in all {step['floor_ms']:.1f}.\n"
-    )
+    steps = [rows_of(rows, row="step")[-1] for rows in files]
+    for step in sorted(steps, key=lambda step: (step["device"], step["rows"])):
+        others = step["operators_ms"] - step["products_ms"]
+        parts = [step["products_ms"], step["products_floor_ms"], others, step["host_ms"], step["loader_ms"]]
+        times = [f"{step['step_ms']:.0f}", *(f"{ms:.1f}" for ms in parts)]
+        lines.append([step["device"], step["date"], f"{step['rows']:,.0f}", *times])
+    return f"{markdown(head, lines)}\n" if lines else NOT_MEASURED
 
 
 def last_runs(rows: list[Row]) -> list[Row]:
-    """Of each axis the rows of its last run; a run may have had some of the axes only."""
+    """The rows of the last run of each axis; a run may cover some of the axes only."""
     newest: dict[str, str] = {}
     for row in rows:
         newest[row["axis"]] = max(row["run"], newest.get(row["axis"], ""))
@@ -203,46 +162,42 @@ def last_runs(rows: list[Row]) -> list[Row]:
 
 
 def scaling(rows: list[Row]) -> str:
-    """Time and memory along each axis, of its last run."""
+    """Time and memory at the ends of each axis, from its last run, and how the time grows in between."""
     rows = last_runs(rows)
     if not rows:
-        return "Not measured.\n"
-    text = f"`{rows[0]['shape']}` shape. {provenance(rows[0])}.\n"
+        return NOT_MEASURED
+    head = ["axis", "values", "ms", "us/row", "MiB besides", "time grows like", "in the upper half"]
+    lines = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         some = rows_of(rows, axis=axis)
-        head = [axis, "ms", "us/row", "GFLOP/s", "MiB besides", "of which"]
-        lines = []
-        for row in some:
-            value = f"{row['value']:g}" if isinstance(row["value"], (int, float)) else row["value"]
-            memory = sorted(((v, k) for k, v in row["memory"].items() if k != "besides"), reverse=True)
-            parts = ", ".join(f"{name} {size / MIB:,.0f}" for size, name in memory if size > MIB / 2)
-            per_row = row["median_s"] / row["rows"] * 1e6
-            lines.append(
-                [
-                    value,
-                    f"{row['median_s'] * 1e3:,.0f}",
-                    f"{per_row:,.0f}",
-                    f"{row['flops'] / row['median_s'] / 1e9:,.0f}",
-                ]
-                + [f"{row['memory']['besides'] / MIB:,.0f}", parts]
-            )
-        text += f"\n{markdown(head, lines)}\n"
-        if "exponent" in some[0]:
-            text += f"\nTime grows like {axis}^{some[0]['exponent']:.2f}"
-            upper = some[0]["exponent_upper"]
-            text += f", in the upper half ^{upper:.2f}.\n" if upper is not None else ".\n"
-    return text
+        first, last = some[0], some[-1]
+        exponents = [some[0].get(name) for name in ("exponent", "exponent_upper")]
+        lines.append(
+            [
+                axis,
+                f"{_shown(first['value'])} to {_shown(last['value'])}",
+                f"{first['median_s'] * 1e3:,.0f} to {last['median_s'] * 1e3:,.0f}",
+                " to ".join(f"{row['median_s'] / row['rows'] * 1e6:,.0f}" for row in (first, last)),
+                " to ".join(f"{row['memory']['besides'] / MIB:,.0f}" for row in (first, last)),
+                *(f"{axis}^{exponent:.2f}" if exponent is not None else "" for exponent in exponents),
+            ]
+        )
+    return f"`{rows[0]['shape']}` shape. {provenance(rows[0])}.\n\n{markdown(head, lines)}\n"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else value
 
 
 def tick(value: float) -> str:
-    """Of an axis of powers of two: 65536 is 64k, 0.0625 is 1/16."""
+    """The label of a value on an axis of powers of two: 65536 is 64k, 0.0625 is 1/16."""
     if 0 < value < 1 and (1 / value).is_integer():
         return f"1/{1 / value:.0f}"
     return f"{value / 1024:.0f}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
 
 
 def draw_scaling(rows: list[Row], path: Path) -> None:
-    """A panel per axis: milliseconds over the value, memory by part below it."""
+    """Draw a panel per axis: milliseconds over the value, and below it memory by part of the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,7 +217,7 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
         top.plot(labels, [r["median_s"] * 1e3 for r in some], marker="o", color="black")
         top.set_title(axis + slope, fontsize=9)
         top.set_ylabel("forward + backward, ms")
-        if is_number:  # values double from one to the next, so that a power of them is a straight line
+        if is_number:  # values double, so a power law is a straight line on a logarithmic axis
             top.set_yscale("log")
             top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             top.yaxis.set_minor_locator(NullLocator())

@@ -3,7 +3,26 @@
 Imports ``system`` only, and no torch.
 """
 
-from csm_fast.config.shape import CSMConfig, TransformerConfig
-from csm_fast.config.train import TrainConfig
+from csm_fast.config.shape import NAMED_SHAPES, CSMConfig, TransformerConfig
+from csm_fast.config.train import (
+    AdapterSection,
+    DataSection,
+    LossSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    TrainConfig,
+)
 
-__all__ = ["CSMConfig", "TrainConfig", "TransformerConfig"]
+__all__ = [
+    "NAMED_SHAPES",
+    "AdapterSection",
+    "CSMConfig",
+    "DataSection",
+    "LossSection",
+    "ModelSection",
+    "OptimizerSection",
+    "RunSection",
+    "TrainConfig",
+    "TransformerConfig",
+]

@@ -388,9 +388,9 @@ def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert gpu_suite.main() == 1  # pytest showed no test
     assert [c[2] for c in commands] == [
-        "benchmarks.compare.__main__",
+        "benchmarks.compare",
         "benchmarks.optimizers",
-        "benchmarks.kernels.__main__",
+        "benchmarks.kernels",
     ]
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"gpu_tests.jsonl", "gpu_summary.jsonl"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "gpu_summary.jsonl").read_text().splitlines()]

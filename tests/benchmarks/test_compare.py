@@ -32,7 +32,7 @@ def command(tmp_path, *extra):
     return [
         sys.executable,
         "-m",
-        "benchmarks.compare.__main__",
+        "benchmarks.compare",
         *settings,
         "--results",
         str(tmp_path / "out.jsonl"),

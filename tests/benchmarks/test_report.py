@@ -1,4 +1,4 @@
-"""benchmarks.report: pages say what the results say, and of several runs the last one."""
+"""benchmarks.report: the pages say what the results say, and show the last of several runs."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ import pytest
 from paths import ROOT
 
 from benchmarks.report import __main__ as report
+from benchmarks.report import parts as report_parts
 
 
 def row(system, label, seconds, run="2026-01-01T10:00:00", **more):
@@ -40,36 +41,70 @@ def test_the_last_run_is_shown(tmp_path):
     ]
     text = report.PARTS["compare-cpu"](write(tmp_path, rows))
     assert "9.00" not in text and "7.00" not in text and "2026-02-01" in text and "abcdef0" in text
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    equal = {line[0]: line for line in lines[2:5]}
-    assert equal["csm_fast"][2:4] == ["1.25", "1.00-1.50 (3)"] and "40%" in equal["csm_fast"]  # 4e9 / 1.25 s / 8e9
-    assert equal["blog"][4] == "2.00x (1.7-2.5)" and equal["transformers"][4] == "not ranked"
-    free = {line[0]: line for line in lines[7:10]}
-    # The spread is that of earlier races, too.
-    before = [
-        row("csm_fast", "batches of 8", [1.0, 2.0], "2026-01-15"),
-        row("blog", "batches of 8", [1.0, 4.0], "2026-01-15"),
+    lines = cells(text)
+    found = {line[0]: line for line in lines[2:5]}
+    assert found["csm_fast"][2] == "1.2" and found["blog"][2] == "2.5, 2.00x (1.7-2.5)"
+    assert found["blog"][3:] == ["1.71x (8)", "2.50x (2.5-2.5) of 8", "3, 3.0x (8)"]  # half a second of optimizer each
+    assert found["transformers"][2] == "5.0, not ranked"
+    more = {line[0]: line for line in lines[7:]}
+    assert list(more) == [
+        *(f"{system}, batches of 8" for system in ("csm_fast", "blog", "transformers")),
+        "csm_fast, packs of 2,048 rows",
     ]
-    assert "2.00x (0.5-4.0)" in report.PARTS["compare-cpu"](write(tmp_path, [*before, *rows]))
-    assert free["blog, batches of 8"][4] == "2.50x (2.5-2.5)"
-    assert equal["csm_fast"][-2] == "1.8" and equal["blog"][-2] == "3.0 (1.71x)"  # half a second of optimizer each
-    assert [line[-1] for line in lines[-2:]] == ["", "3.00x"]
+    ours = more["csm_fast, batches of 8"]
+    assert ours[2:4] == ["1.25", "1.00-1.50 (3)"] and "40%" in ours  # 4e9 / 1.25 s / 8e9
+    assert "not ranked" not in more["transformers, batches of 8"] and lines[5][-1] == "loss differs by"
+    checkpointing = [{**r, "checkpointing": True} for r in rows if "memory" in r]
+    table = cells(report.PARTS["compare-cpu-checkpointing"](write(tmp_path, checkpointing)))
+    assert [line[-1] for line in table[2:]] == ["", "3.00x"]
 
 
-def test_one_table_for_the_first_page(tmp_path):
-    memory = {"besides": 2**20, "peak": 2**22, "weights": 2**21, "gradients": 2**20, "rows": 300}
+def cells(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+MEMORY = {"besides": 2**20, "peak": 2**22, "weights": 2**21, "gradients": 2**20, "rows": 300}
+
+
+def test_readme_has_one_small_table(tmp_path):
     rows = [
-        row("csm_fast", "batches of 8", [1.0], memory=memory),
-        row("csm_fast", "batches of 32", [2.0], memory={**memory, "besides": 2**21}),
+        row("csm_fast", "batches of 8", [1.0], memory=MEMORY),
+        row("csm_fast", "batches of 32", [2.0], memory={**MEMORY, "besides": 2**21}),
         row("csm_fast", "packs of 2,048 rows", [0.5]),
-        row("csm_fast-fp32", "packs of 2,048 rows", [0.75], recipe="float32"),
-        row("blog", "batches of 8", [2.0, 2.5, 4.0], memory={**memory, "besides": 3 * 2**20}),
-        row("blog", "batches of 32", [5.0], optimizer_s=2.5, memory={**memory, "besides": 2**23}),
+        row("blog", "batches of 8", [2.0, 2.5, 4.0], memory={**MEMORY, "besides": 3 * 2**20}),
+        row("blog", "batches of 32", [5.0]),
+        row("blog-fp32", "batches of 8", [99.0]),
         row("transformers", "batches of 8", [5.0], ranked=False),
     ]
-    before = [row("csm_fast", "batches of 32", [2.0], "2025-12-01"), row("blog", "batches of 32", [8.0], "2025-12-01")]
-    text = report.PARTS["speed-cpu"](write(tmp_path, [*before, *rows]))
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    text = report.PARTS["speed"](write(tmp_path, rows))
+    assert cells(text)[2:] == [
+        ["csm_fast", "1.0 s", "2.0 s", "0.5 s", "1 MiB / 2 MiB"],
+        ["blog", "2.5 s (2.5x)", "5.0 s (2.5x)", "", "3 MiB"],
+        ["transformers", "5.0 s", "", "", ""],
+    ]
+    assert cells(text)[0][1:] == ["batches of 8", "batches of 32", "packs of 2,048 rows", cells(text)[0][-1]]
+    assert "over the last" not in text
+    # Of several runs the last one is shown, and how far the ratios moved, over the last four.
+    for number, theirs in enumerate((9.0, 3.0, 2.0, 4.0)):
+        day = f"2025-12-0{number + 1}"
+        rows += [row("csm_fast", "batches of 8", [1.0], day), row("blog", "batches of 8", [theirs], day)]
+    text = report.PARTS["speed"](write(tmp_path, rows))
+    assert ["blog", "2.5 s (2.5x)", "5.0 s (2.5x)", "", "3 MiB"] in cells(text)
+    assert "over the last 4 runs: blog 2.0 to 4.0 in batches of 8, 2.5 to 2.5 in batches of 32.\n" in text
+
+
+def test_a_summary_has_one_line_per_system(tmp_path):
+    device = {"device": "an Intel (AMX)"}
+    rows = [
+        row("csm_fast", "batches of 8", [1.0], memory=MEMORY, **device),
+        row("csm_fast", "batches of 32", [2.0], memory={**MEMORY, "besides": 2**21}, **device),
+        row("csm_fast", "packs of 2,048 rows", [0.5], **device),
+        row("csm_fast-fp32", "packs of 2,048 rows", [0.75], recipe="float32", **device),
+        row("blog", "batches of 8", [2.0, 2.5, 4.0], memory={**MEMORY, "besides": 3 * 2**20}, **device),
+        row("blog", "batches of 32", [5.0], optimizer_s=2.5, memory={**MEMORY, "besides": 2**23}, **device),
+        row("transformers", "batches of 8", [5.0], ranked=False, **device),
+    ]
+    lines = cells(report.PARTS["compare-cpu-amx"](write(tmp_path, rows)))
     assert [name for name in lines[0] if name] == [
         "system", "recipe", "batches of 8, s", "batches of 32, s", "with optimizer",
         "csm_fast in packs of 2,048 rows, s", "MiB besides",
@@ -78,80 +113,63 @@ def test_one_table_for_the_first_page(tmp_path):
     assert found["csm_fast"] == ["1.0", "2.0", "1.5, 2.5", "0.5", "1 (8); 2 (32)"]
     assert found["csm_fast-fp32"] == ["", "", "", "0.8, 1.50x (1.5-1.5)", ""]
     assert found["blog"] == [
-        "2.5, 2.50x (2.0-4.0)", "5.0, 2.50x (2.5-4.0)", "2.00x (8), 3.00x (32)",
+        "2.5, 2.50x (2.0-4.0)", "5.0, 2.50x (2.5-2.5)", "2.00x (8), 3.00x (32)",
         "5.00x (4.0-8.0) of 8, 10.00x (10.0-10.0) of 32", "3, 3.0x (8); 8, 4.0x (32)",
     ]  # fmt: skip
     assert found["transformers"] == ["5.0, not ranked", "", "5.5", "not ranked of 8", ""]
-    # Nothing was packed freely, and nobody updated.
+    # Without free packing and without an optimizer, their columns are absent.
     bare = [{k: v for k, v in r.items() if k != "optimizer_s"} for r in rows if "packs" not in r["label"]]
-    short = report.PARTS["speed-cpu"](write(tmp_path, bare))
+    short = report.PARTS["compare-cpu-amx"](write(tmp_path, bare))
     assert "| system | recipe | batches of 8, s | batches of 32, s | MiB besides |" in short
 
 
-def test_processors_without_bf16_have_tables_of_their_own(tmp_path):
+def test_processors_without_bf16_have_a_table_of_their_own(tmp_path):
     here = {"precision": "fp32", "device": "a small one"}
     rows = [
         row("csm_fast", "batches of 8", [1.0]),
         row("blog", "batches of 8", [2.0]),
         row("csm_fast", "batches of 8", [5.0], "2026-12-01T10:00:00", **here),
-        row("csm_fast-fp32", "batches of 8", [6.0], "2026-12-01T10:00:00", **here),
-        row("blog-fp32", "batches of 8", [15.0], "2026-12-01T10:00:00", **here),
+        row("csm_fast-fp32", "batches of 8", [6.0], "2026-12-01T10:00:00", recipe="float32", **here),
+        row("blog-fp32", "batches of 8", [15.0], "2026-12-01T10:00:00", recipe="float32", **here),
         row("csm_fast", "batches of 8", [1.0], "2026-03-02T10:00:00", precision="bf16"),
         row("blog", "batches of 8", [4.0], "2026-03-02T10:00:00", precision="bf16"),
     ]
     results = write(tmp_path, rows)
     wide, narrow = (report.PARTS[name](results) for name in ("compare-cpu", "compare-cpu-fp32"))
-    assert "4.00x (2.0-4.0)" in wide and "small one" not in wide
-    assert "3.00x (3.0-3.0)" in narrow and "1.20x" in narrow and "2.00x" not in narrow and "small one" in narrow
-    later = [{**r, "run": "2026-12-05T10:00:00"} for r in rows[2:5]]
-    side = report.PARTS["compare-cpu-fp32-runs"](write(tmp_path, rows + later))
-    assert "| blog-fp32, batches of 8 | 3.00x | 3.00x |" in side and "csm_fast-fp32" not in side
-    assert "1 of 1 medians of 2026-12-05 lie within" in side
-    # Those of the first ones are estimates of another kind.
-    first = [{**r, "run": "2026-11-28T03:55:00+00:00"} for r in rows[2:5]]
-    assert report.PARTS["compare-cpu-fp32"](write(tmp_path, first)) == "Not measured.\n"
-
-
-def test_runs_side_by_side(tmp_path):
-    assert report.PARTS["compare-cpu-runs"](write(tmp_path, [row("csm_fast", "batches of 8", [1.0])])) == "Run once.\n"
-    rows = []
-    days = [("2026-01-01T10:00", 1.0, 2.1), ("2026-01-02T10:00", 2.0, 8.0), ("2026-01-02T12:00", 1.0, 2.15)]
-    for run, ours, theirs in days:
-        rows += [
-            row("csm_fast", "batches of 8", [ours, 1.1 * ours], run),
-            row("csm_fast", "packs of 2,048 rows", [ours], run),
-            row("blog", "batches of 8", [theirs], run),
-            row("transformers", "batches of 8", [1.0], run, ranked=False),
-        ]
-    text = report.PARTS["compare-cpu-runs"](write(tmp_path, rows))
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert [head[:16] for head in lines[0][2:5]] == ["2026-01-02 12:00", "2026-01-02 10:00", "2026-01-01 10:00"]
-    assert lines[2:] == [
-        ["batches of 8", "blog, batches of 8", "1.95x", "3.64x", "1.91x", "1.9-2.1"],
-        ["packs of 2,048 rows", "blog, batches of 8", "2.15x", "4.00x", "2.10x", "2.1-2.1"],
+    assert "4.00x (4.0-4.0)" in wide and "small one" not in wide
+    assert "small one" in narrow
+    # csm_fast trains in float32 there, whatever older runs timed beside it.
+    assert [line[:3] for line in cells(narrow)[2:]] == [
+        ["csm_fast", "float32", "6.0"],
+        ["blog-fp32", "float32", "15.0, 2.50x (2.5-2.5)"],
     ]
-    # What was known the day before; the new day's own spread says nothing of its medians.
-    assert lines[0][-1] == "spread before 2026-01-02" and "1 of 4 medians of 2026-01-02 lie within" in text
-    assert "of a run, over the last 1 before 2026-01-02." in text
-    text = report.PARTS["compare-cpu-runs"](write(tmp_path, rows[4:]))
-    assert "spread on 2026-01-02" in text and "| 2.0-4.0 |" in text and "lie within" not in text
 
 
-def test_spreads_are_not_of_one_day():
-    """Where there are runs of another: an hour's runs are alike."""
-    times = [
-        ("2026-01-01T10:00", 9.0),
-        ("2026-01-01T11:00", 3.0),
-        *((f"2026-01-02T1{i}:00", 4.0 + i) for i in range(5)),
+def test_profiles_and_updates_have_one_line_each(tmp_path):
+    step = {"row": "step", "device": "a device", "date": "2026-01-01", "rows": 2048.0, "step_ms": 100.4}
+    step |= {"operators_ms": 90.0, "products_ms": 70.0, "products_floor_ms": 60.0, "host_ms": 9.0, "loader_ms": 0.06}
+    for name, rows in (("a", 2048.0), ("b", 400.0)):
+        lines = [{"row": "operator"}, {**step, "rows": rows}]
+        (tmp_path / f"profile_{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    lines = cells(report.PARTS["profile-cpu"](tmp_path))[2:]
+    assert [line[2] for line in lines] == ["400", "2,048"]
+    assert lines[1] == ["a device", "2026-01-01", "2,048", "100", "70.0", "60.0", "20.0", "9.0", "0.1"]
+    update = row("x", "", [0.002, 0.001, 0.003], bytes=1e6, weights=1e6, copy_bytes_per_s=1e9, learns=True, read=[1, 1])
+    ways = [["csm_fast", "bf16, stochastic"], ["csm_fast", report_parts.EIGHT_BITS]]
+    lines = [json.dumps({**update, "way": way}) + "\n" for way in ways]
+    (tmp_path / "optimizers.jsonl").write_text("".join(lines))
+    assert cells(report.PARTS["optimizers-cpu"](tmp_path))[2:] == [
+        ["csm_fast", "bf16, stochastic", "2.0", "1.0-3.0 (3)", "1.0", "1.0", "2.0x", "survive"]
     ]
-    rows = []
-    for run, theirs in times:
-        rows += [row("csm_fast", "batches of 8", [1.0], run), row("blog", "batches of 8", [theirs], run)]
-    spread = [*report._spreads([], rows).values()]
-    assert spread == [(3.0, 9.0)]  # the day's last four are 5.0 to 8.0
-    assert [*report._spreads([], rows[4:]).values()] == [(5.0, 8.0)]
-    assert [*report._spreads([], rows[:10]).values()] == [(3.0, 6.0)]  # three of one day, one of another
-    assert report._spreads([], []) == {}
+
+
+def test_what_a_gpu_showed_is_one_part(tmp_path):
+    assert report.PARTS["gpu"](tmp_path) == "Not measured.\n"
+    for name in ("gpu_compare", "gpu_ways"):
+        rows = [row("csm_fast", "batches of 64", [1.0], device=f"a GPU of {name}", shape="csm-1b")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = report.PARTS["gpu"](tmp_path)
+    assert text.index("a GPU of gpu_compare") < text.index("a GPU of gpu_ways") and "Not measured" not in text
 
 
 def test_pages_are_filled_and_checked(tmp_path, monkeypatch, capsys):
@@ -160,25 +178,24 @@ def test_pages_are_filled_and_checked(tmp_path, monkeypatch, capsys):
     page.write_text("a\n<!-- report: compare-cpu -->\nold\n<!-- end of report -->\nb\n")
     asked = ["report", "--results", str(results), "--root", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*asked, "--check"])
-    assert report.main() == 1 and "README.md is not what" in capsys.readouterr().out
+    assert report.main() == 1 and "README.md differs from" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", asked)
     assert report.main() == 0
     text = page.read_text()
     assert "old" not in text and "1.00-1.00 (1)" in text and text.startswith("a\n<!--") and text.endswith("-->\nb\n")
-    assert (tmp_path / "docs" / "compare-cpu.png").stat().st_size > 5000
     monkeypatch.setattr(sys, "argv", [*asked, "--check"])
     assert report.main() == 0
     with pytest.raises(SystemExit, match="no part is called x"):
-        report.filled("<!-- report: x -->\n<!-- end of report -->", results)
+        report.fill_page("<!-- report: x -->\n<!-- end of report -->", results)
 
 
 @pytest.mark.parametrize("name", report.PAGES)
 def test_our_pages_say_what_the_results_say(name):
     page = (ROOT / name).read_text(encoding="utf-8")
     assert report.PART.search(page)
-    assert report.filled(page, report.RESULTS) == page
+    assert report.fill_page(page, report.RESULTS) == page
 
 
 def test_every_part_says_when_nothing_was_measured(tmp_path):
     for name, part in report.PARTS.items():
-        assert part(tmp_path) in ("Not measured.\n", "Run once.\n"), name
+        assert part(tmp_path) == "Not measured.\n", name

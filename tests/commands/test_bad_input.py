@@ -607,7 +607,9 @@ def no_space(*args, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["model_files.os.fsync", "checkpoint.write_tensors", "checkpoint.os.symlink"])
+@pytest.mark.parametrize(
+    "place", ["system.tensors.os.fsync", "train.checkpoint.write_tensors", "train.checkpoint.os.symlink"]
+)
 def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
     """The checkpoint before it stays, nothing half is left, and the same command goes on to the same end."""
     assert cli.main(train(prepare(tmp_path), max_steps=3, save_every=1, output_dir="alone")) == 0
@@ -637,7 +639,7 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
 def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
     assert cli.main(train(prepare(tmp_path), max_steps=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.report.summary.ckpt.write_text", no_space)
+        patch.setattr("csm_fast.report.summary.write_text", no_space)
         refused(train(tmp_path, max_steps=2), "run: the disk is full: the run could not be started", "free space")
     with monkeypatch.context() as patch:
         patch.setattr("csm_fast.report.summary.plot", no_space)

@@ -1,5 +1,6 @@
-"""The README's commands and snippets run as written, but for the model hub."""
+"""The commands and snippets of the README and of the pages it links to run as written, but for the model hub."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -23,15 +24,18 @@ from csm_fast.config.parse import Parser, add_flags, from_flags
 from csm_fast.config.train import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("adapters", "performance"))]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [
     shlex.split(line, comments=True)
-    for language, block in BLOCKS
+    for page in PAGES
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page, re.M | re.S)
     if not language
     for line in block.splitlines()
     if line.strip()
 ]
 OURS = [c for c in COMMANDS if c[0].startswith("csm-fast") and c[1] != "doctor"]
+MODULES = sorted({c[2] for c in COMMANDS if c[:2] == ["python", "-m"]})
 MODEL = textwrap.dedent("""\
     backbone: {num_layers: 1, num_heads: 2, num_kv_heads: 1, embed_dim: 16, intermediate_dim: 16}
     decoder: {num_layers: 1, num_heads: 2, num_kv_heads: 1, embed_dim: 12, intermediate_dim: 16}
@@ -39,12 +43,17 @@ MODEL = textwrap.dedent("""\
 
 
 def test_there_are_commands_and_make_knows_its_targets():
-    assert len(OURS) >= 5
+    assert len(OURS) >= 5 and {"profile", "verify-adapter", "merge", "plan"} <= {c[1] for c in OURS}
     makefile = (ROOT / "Makefile").read_text()
     targets = [c[1] for c in COMMANDS if c[0] == "make"]
     assert {"setup", "demo", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), f"no make {target}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_that_are_run_exist(name):
+    assert importlib.util.find_spec(name) is not None
 
 
 @pytest.mark.parametrize("command", OURS, ids=lambda c: " ".join(c)[:60])

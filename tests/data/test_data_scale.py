@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from benchmarks.data_path import row_time, synthetic_store
+from benchmarks.data_path import __main__ as data_path
+from benchmarks.data_path import synthetic_store
 from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
@@ -200,22 +201,20 @@ def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
 
 @linux
 def test_the_benchmark_says_where_its_figures_come_from(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.data_path.__main__", "--hours", "0.05", "--pack-rows", "2048"]
-    command += ["--parts", "stream", "row-time"]
+    command = [sys.executable, "-m", "benchmarks.data_path", "--hours", "0.05", "--pack-rows", "2048"]
+    command += ["--parts", "stream"]
     command += ["--seconds", "0.01", "--repeats", "1", "--dir", tmp_path / "stores", "--results", tmp_path / "r.jsonl"]
     command += ["--step-rows-per-second", "5000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "5,000 rows/s (--step-rows-per-second)" in done.stdout and "slowest over fastest" in done.stdout
+    assert "5,000 rows/s (--step-rows-per-second)" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["by"], r["hours"], r["pack_rows"]) for r in rows] == [
         ("stream", "rows", 0.05, 2048),
         ("stream", "conversations", 0.05, 2048),
-        ("row_time", "rows", 0.05, 2048),
     ]
-    assert rows[2]["turns"] >= 3 and rows[2]["us_per_row_of_each"] == [rows[2]["us_per_row"]]
-    assert rows[2]["cpu_us_per_row"] > 0 and rows[2]["stores"] in ("memory", "disk")
-    for row in rows[:2]:
-        assert row["streamed_steps"] >= 50 and row["us_per_row"] > 0 and row["cpu_us_per_row"] > 0
+    for row in rows:
+        assert row["stores"] in ("memory", "disk") and row["streamed_steps"] >= 50
+        assert row["us_per_row"] > 0 and row["cpu_us_per_row"] > 0
         assert row["loader_share"] == pytest.approx(row["us_per_row"] * 5000e-6)
         assert 0.05 * 45_000 <= row["frames"] < 0.08 * 45_000 and row["commit"] is not None
     assert not list((tmp_path / "stores").iterdir())  # what it wrote is gone
@@ -231,13 +230,15 @@ def test_every_hour_of_a_synthetic_store_holds_the_same_conversations():
 
 
 def test_the_time_of_a_row_is_that_of_turns_which_nobody_disturbed():
-    turns = row_time.Turns()
-    for seconds in (1.0, 1.2, 1.1, 9.0, 0.9):
-        assert turns.add(seconds / 2, row_time.TURN_ROWS // 2) is False
-        assert turns.add(seconds / 2, row_time.TURN_ROWS // 2) is True
+    turns = data_path.Turns()
+    for number, seconds in enumerate((1.0, 1.2, 1.1, 9.0, 0.9)):
+        turns.add(seconds / 2, data_path.TURN_ROWS // 2)
+        assert len(turns.ended) == number
+        turns.add(seconds / 2, data_path.TURN_ROWS // 2)
+        assert len(turns.ended) == number + 1
     turns.add(100.0, 1)  # a turn that is not over
     us, left_out = turns.us_per_row()
-    assert left_out == 1 and us == pytest.approx(1e6 * 4.2 / (4 * row_time.TURN_ROWS))
+    assert left_out == 1 and us == pytest.approx(1e6 * 4.2 / (4 * data_path.TURN_ROWS))
 
 
 def test_a_store_that_does_not_fit_is_refused_beforehand(tmp_path):

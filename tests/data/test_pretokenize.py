@@ -285,7 +285,7 @@ def test_a_full_disk(data, monkeypatch):
 def test_a_file_size_limit_while_the_store_is_written(data):
     """The real system call failing, in a process of its own."""
     script = (
-        "import resource, sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+        "import resource, sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/cases']\n"
         "from pretokenize_fakes import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try: run(Path(sys.argv[2]))\n"

@@ -29,9 +29,9 @@ def data(tmp_path):
 
 CHILD = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/cases"]
 from pathlib import Path
-from csm_fast import code_cache
+from csm_fast.data import code_cache
 from pretokenize_fakes import FakeCodec, run
 code_cache.FLUSH_SECONDS = float(sys.argv[4])
 codec = FakeCodec(pause=float(sys.argv[3]), log=sys.argv[2] + "/log")
@@ -174,10 +174,13 @@ def test_a_damaged_store_is_not_reused(data, capsys):
 def test_a_decoder_that_crashes_fails_one_clip(data, monkeypatch):
     fake = data / "fake"
     (fake / "csm_fast").mkdir(parents=True)
-    for path in (ROOT / "csm_fast").glob("*.py"):
-        (fake / "csm_fast" / path.name).symlink_to(path)
-    (fake / "csm_fast" / "audio.py").unlink()
-    (fake / "csm_fast" / "audio.py").write_text(
+    for path in (ROOT / "csm_fast").rglob("*.py"):
+        link = fake / path.relative_to(ROOT)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    audio = fake / "csm_fast" / "data" / "audio.py"
+    audio.unlink()
+    audio.write_text(
         "import os\ndef content_hash(path):\n    print('noise')\n"
         "    if path.endswith('crash.wav'): os.abort()\n    return 'h' * 64\n"
     )

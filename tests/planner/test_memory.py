@@ -288,8 +288,8 @@ def test_the_largest_pack_is_the_largest():
 
 def test_an_estimate_needs_no_pytorch():
     code = (
-        "import sys; from csm_fast import memory; from csm_fast.config import *; "
-        "memory.estimate(CSMConfig.csm_1b(), TrainConfig(), rows=4096); "
+        "import sys; from csm_fast.planner.estimate import estimate; from csm_fast.config import *; "
+        "estimate(CSMConfig.csm_1b(), TrainConfig(), rows=4096); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(), cwd=ROOT)

@@ -33,8 +33,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 SERVER = """
 import faulthandler, json, os, signal, sys, time
 from pathlib import Path
-import csm_fast.train, csm_fast.report, csm_fast.generate, torch._dynamo
-from csm_fast import checkpoint, cli
+import csm_fast.train.loop, csm_fast.report.summary, csm_fast.train.samples, torch._dynamo
+from csm_fast import cli
+from csm_fast.train import checkpoint
 
 def watch(run_dir, die_at, pause):
     calls = 0
