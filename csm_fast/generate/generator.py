@@ -165,7 +165,7 @@ class Generator:
         self.model.eval()
 
         def choose(_: int, logits: Tensor) -> Tensor:
-            return sample(logits, temperature, top_k, random)
+            return sample_code(logits, temperature, top_k, random)
 
         frames: list[Tensor] = []
         ended = False
@@ -200,7 +200,7 @@ class Generator:
         return self.codec.decode(codes), speech
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> Tensor:
+def sample_code(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> Tensor:
     """One code from logits [V], in float32 on the CPU's generator; greedy at temperature 0."""
     if temperature <= 0:
         return logits.argmax()

@@ -65,7 +65,7 @@ def _pickled(file: str) -> InputError:
     )
 
 
-def locate(name: str) -> Path:
+def locate_weights(name: str) -> Path:
     """The weights file or index that ``name`` means, downloaded if it is a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -91,7 +91,7 @@ def _download(name: str) -> Path:
         files, revision = hub.list_files(name, HUB_TIMEOUT)
         entry = _select(files, name)
         path = hub.download_file(name, entry, revision=revision, etag_timeout=HUB_TIMEOUT)
-        for other in (*shards(path), *({"config.json"} & files)):
+        for other in (*list_shards(path), *({"config.json"} & files)):
             hub.download_file(name, other, revision=revision, etag_timeout=HUB_TIMEOUT)
         return path
     except hub.HubError as error:
@@ -110,7 +110,7 @@ def _download(name: str) -> Path:
         reason = f"{error.error_type}: {error.reason}"
     for entry in _PREFERRED:
         cached = hub.cached_file(name, entry)
-        if cached is not None and all(hub.cached_file(name, other) for other in (*shards(cached), "config.json")):
+        if cached is not None and all(hub.cached_file(name, other) for other in (*list_shards(cached), "config.json")):
             return cached
     raise InputError(
         f"no such directory here, and the Hugging Face hub cannot be reached ({reason[:200]})",
@@ -119,7 +119,7 @@ def _download(name: str) -> Path:
     )
 
 
-def shards(file: Path) -> list[str]:
+def list_shards(file: Path) -> list[str]:
     """The files that hold the tensors: those an index lists, or the file itself."""
     if file.suffix != ".json":
         return [file.name]

@@ -22,7 +22,7 @@ from csm_fast.system.files import read_json
 from csm_fast.system.tensors import read_entries
 from csm_fast.weights.adapter_formats import SavedAdapter, check_base, read_adapter
 from csm_fast.weights.config_json import read_shape
-from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, locate, shards
+from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, list_shards, locate_weights
 from csm_fast.weights.merge import add_adapters, replace_whole
 from csm_fast.weights.names import NameMap
 
@@ -56,10 +56,10 @@ def load_model(
             kind = dtype(name) if callable(dtype) else dtype or torch.float32
             parameter.data = parameter.data.to(device=device, dtype=kind)
         return model
-    file = locate(os.fspath(name_or_path))
-    names = NameMap([entry for part in shards(file) for entry in read_entries(file.with_name(part))], file)
+    file = locate_weights(os.fspath(name_or_path))
+    names = NameMap([entry for part in list_shards(file) for entry in read_entries(file.with_name(part))], file)
     config = read_shape(file.parent) or _shape_of_weights(names)
-    names.account(config)
+    names.check_parameters(config)
     with torch.device("meta"):
         model = CSM(config)
     for name in names.sources:

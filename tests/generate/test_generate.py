@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from csm_fast import CSM, CSMConfig, InputError, TransformerConfig
-from csm_fast.generate.generator import Generator, Stepper, Utterance, prompt_rows, sample
+from csm_fast.generate.generator import Generator, Stepper, Utterance, prompt_rows, sample_code
 from csm_fast.model.stacks import run_backbone, run_decoder
 from csm_fast.ops import frame_embed
 from csm_fast.packing.pack import Segments
@@ -109,10 +109,10 @@ def test_a_prompt_without_room_is_refused(model):
 def test_top_k_and_temperature():
     logits = torch.tensor([0.0, 1.0, 5.0, 4.0])
     random = torch.Generator().manual_seed(0)
-    assert int(sample(logits, 0.0, 50, random)) == 2
-    draws = [int(sample(logits, 1.0, 2, random)) for _ in range(4000)]
+    assert int(sample_code(logits, 0.0, 50, random)) == 2
+    draws = [int(sample_code(logits, 1.0, 2, random)) for _ in range(4000)]
     assert set(draws) == {2, 3}
     expected = 1 / (1 + np.exp(-1.0))
     assert abs(np.mean(np.array(draws) == 2) - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000)
-    cold = [int(sample(logits, 0.1, 0, random)) for _ in range(500)]
+    cold = [int(sample_code(logits, 0.1, 0, random)) for _ in range(500)]
     assert np.mean(np.array(cold) == 2) > 0.99
