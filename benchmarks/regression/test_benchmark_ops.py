@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.points import BOTH, FORWARD, Inputs, Layout, Point, perform, random_tensor
 from csm_fast import CSM, CSMConfig, ops
-from csm_fast.model.rope import rope_table
-from csm_fast.model.stacks import DepthAttend, PackedAttend, rope_spec, run_layer
+from csm_fast.model.layer import run_layer
+from csm_fast.model.rope import rope_spec, rope_table
+from csm_fast.model.stacks import DepthAttend, PackedAttend
 from csm_fast.packing.pack import Segments
 
 ROWS = (448, 2048)

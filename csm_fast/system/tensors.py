@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csm_fast.system.errors import InputError
 
+# safetensors' names.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
