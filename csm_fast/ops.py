@@ -1,9 +1,9 @@
 """The operators that the model is built from, and the one place that chooses their implementations.
 
-This is the only module of ``csm_fast`` that imports ``csm_kernels``. Each operator here chooses with ``choose`` and
-passes the answer on. "auto" means the Triton kernels on CUDA, the forms of ``csm_kernels.cpu`` on a CPU, and PyTorch's
-operators elsewhere; ``using`` asks for "triton" or "torch" instead. Nothing of ``csm_kernels.cpu`` is imported before
-the first operator runs on a CPU.
+This is the only module of ``csm_fast`` that imports more of ``csm_kernels`` than its constants. Each operator here
+chooses with ``choose`` and passes the answer on. "auto" means the Triton kernels on CUDA, the forms of
+``csm_kernels.cpu`` on a CPU, and PyTorch's operators elsewhere; ``using`` asks for "triton" or "torch" instead. Nothing
+of ``csm_kernels.cpu`` is imported before an operator runs on a CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from csm_kernels import pointwise as _pointwise
 from csm_kernels.adamw import Moments
 from csm_kernels.adamw import Settings as AdamWSettings
 from csm_kernels.choice import IMPLS, Choice, resolve
+from csm_kernels.dtypes import wide_dtype
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.gpu import depth_attention as _gpu_depth_attention
 from csm_kernels.segments import plan_segments
@@ -61,6 +62,7 @@ __all__ = [
     "sum_of_squares",
     "uniform_order",
     "using",
+    "wide_dtype",
 ]
 
 # Names that run on a CPU only: their module, and their name there.
@@ -263,13 +265,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return _pointwise.rms_norm(x, scale, eps, choose("pointwise", x.device, x.dtype).impl)
 
 
-def adamw_part(impl: str, weight: Tensor, quantized: bool) -> int:
+def adamw_part(impl: str, weight: Tensor) -> int:
     """How many elements of a table ``adamw_`` updates or skips together: a row on a CPU, those of a program of the
-    kernel on CUDA. 0: it updates all, because a row is no whole number of scales of 8-bit moments."""
-    if impl == "cpu":
-        width = weight.shape[-1]
-        return 0 if quantized and width % _adamw.QUANTIZED else width
-    return _adamw.BLOCK
+    kernel on CUDA."""
+    return weight.shape[-1] if impl == "cpu" else _adamw.BLOCK
 
 
 def adamw_(

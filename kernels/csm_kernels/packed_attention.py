@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from csm_kernels.choice import Choice
+from csm_kernels.constants import GROUP_SCORES
+from csm_kernels.dtypes import wide_dtype
 from csm_kernels.segments import Groups, SegmentPlan, plan_segments
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ def attention_backward_reference(
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """[g, Hkv, H / Hkv, L, L], masked, in the wide dtype."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     length, head_dim = q.shape[-2:]
     scores = q.to(wide).unflatten(1, (k.shape[1], -1)) @ k.to(wide).unsqueeze(2).transpose(-1, -2) * head_dim**-0.5
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -85,17 +87,14 @@ def _join(parts: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> Tensor
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, groups.restore)
 
 
-MOST_SCORES = 2**24  # of a group that exist at once, in a handful of float32 matrices: 64 MiB each
-
-
 def _in_pieces(form: Callable[..., tuple[Tensor, ...]], kv_heads: int, *group: Tensor) -> tuple[Tensor, ...]:
     """``form`` of a group's tensors [g, heads or kv heads, length, ...], piece by piece.
 
-    The first tensor has all heads. A piece has at most ``MOST_SCORES`` scores, or one segment and one key-value head.
+    The first tensor has all heads. A piece has at most ``GROUP_SCORES`` scores, or one segment and one key-value head.
     """
     _, heads, length, _ = group[0].shape
-    some = max(1, MOST_SCORES // (heads * length * length))
-    parts = min(kv_heads, -(-heads * length * length // MOST_SCORES)) if some == 1 else 1
+    some = max(1, GROUP_SCORES // (heads * length * length))
+    parts = min(kv_heads, -(-heads * length * length // GROUP_SCORES)) if some == 1 else 1
     while kv_heads % parts:
         parts += 1
     results = []
@@ -130,7 +129,7 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, on_cp
 
 @_packed_attention.register_fake
 def _(q, k, v, cu_seqlens, on_cpu):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
 
 

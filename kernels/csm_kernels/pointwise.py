@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_kernels.choice import Choice
+from csm_kernels.dtypes import wide_dtype
 
 
 def choose_pointwise(device: torch.device) -> Choice:
@@ -55,8 +56,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float, impl: str = "auto") -> Tensor
     """
     if (choose_pointwise(x.device).impl if impl == "auto" else impl) == "cpu":
         return _RMSNorm.apply(x, scale, eps)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.rms_norm(x.to(wide), (x.shape[-1],), eps=eps).to(x.dtype) * scale
+    return F.rms_norm(x.to(wide_dtype(x.dtype)), (x.shape[-1],), eps=eps).to(x.dtype) * scale
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -63,7 +63,7 @@ def implementation(monkeypatch, form: str) -> str:
     """``impl`` of a form; "formula": as on a device that has no variable-length kernels."""
     if form == "blocks":
         monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
     return "reference" if form == "formula" else "auto"
 
 
@@ -122,21 +122,21 @@ def test_scores_in_pieces(monkeypatch):
     lengths = (30, 28, 29, 30, 4, 27)
     inputs, grad = case(lengths)
     want = packed_attention(*inputs, cumulative(lengths), 30, "reference")
-    monkeypatch.setattr(module, "MOST_SCORES", 2 * 6 * 30 * 30)
+    monkeypatch.setattr(module, "GROUP_SCORES", 2 * 6 * 30 * 30)
     sizes = []
     form = module.attention_reference
     monkeypatch.setattr(module, "attention_reference", lambda q, *kv: sizes.append(len(q)) or form(q, *kv))
     got = packed_attention(*inputs, cumulative(lengths), 30, "reference")
     assert sizes == [1, 2, 2, 1]
     sizes.clear()
-    monkeypatch.setattr(module, "MOST_SCORES", 2 * 30 * 30)  # a key-value head of a segment at a time
+    monkeypatch.setattr(module, "GROUP_SCORES", 2 * 30 * 30)  # a key-value head of a segment at a time
     by_head = packed_attention(*inputs, cumulative(lengths), 30, "reference")
     assert sizes == [1] + [1] * 5 * inputs[1].shape[1]
     torch.testing.assert_close(by_head, want, rtol=1e-12, atol=1e-12)
     both = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in (by_head, want))
     for g, w in zip(*both, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(module, "MOST_SCORES", 2 * 6 * 30 * 30)
+    monkeypatch.setattr(module, "GROUP_SCORES", 2 * 6 * 30 * 30)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     grads = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in (got, want))
     for g, w in zip(*grads, strict=True):

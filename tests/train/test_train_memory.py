@@ -65,7 +65,7 @@ def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
         needed = {"off": 3, "selective": 2, "full": 1}[tried.model.activation_checkpointing]
         return type("Estimate", (), {"needed": needed * 10**6, "moment": "", "peak": 0})()
 
-    monkeypatch.setattr("csm_fast.planner.estimate.estimate", estimate)
+    monkeypatch.setattr("csm_fast.planner.fit.estimate", estimate)
     settings = config(tmp_path, max_steps=1, memory="auto", memory_limit="2MB")
     assert Trainer(settings).model.activation_checkpointing == "selective"
     assert asked["rows"] <= 64 and asked["packs"] >= 1 and 0 < asked["audio_share"] < 1

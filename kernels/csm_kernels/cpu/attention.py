@@ -1,6 +1,6 @@
 """Causal grouped-query attention of a pack on a CPU with its rotation, without autograd.
 
-In bf16, on processors with AVX512-BF16 or AVX2, one call of the library built for this processor
+In bf16, on processors with AMX or AVX512-BF16, one call of the library built for this processor
 (``attention.cpp``), over the rows as they lie; elsewhere batched products over folded rows (``folded_attention``).
 """
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu.folded_attention import Fold
 from csm_kernels.cpu.passes import gathered, operator, rotated, rotated_back
+from csm_kernels.dtypes import wide_dtype
 
 # Columns of a register: what a head's width must be a multiple of.
 LANES = 16
@@ -300,7 +301,7 @@ def forward_with_sums(q: Tensor, k: Tensor, v: Tensor, order: Order) -> tuple[Te
     """Attention of q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d], and for ``backward_with_sums`` the
     logarithms of the rows' sums of exponentials, [T, heads] in the wide dtype: zeros where rows are folded."""
     kept, out = forward(q.flatten(1), k.flatten(1), v.flatten(1), None, None, order, q.shape[-1])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     sums = q.new_zeros(q.shape[:2], dtype=wide) if kept.logs is None else kept.logs.t().contiguous()
     return out.view(q.shape), sums
 
