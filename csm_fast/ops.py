@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from csm_kernels import adamw as _adamw
 from csm_kernels import depth_attention as _depth_attention
 from csm_kernels import frame_embed as _frame_embed
 from csm_kernels import linear_cross_entropy as _linear_cross_entropy
 from csm_kernels import packed_attention as _packed_attention
 from csm_kernels import pointwise as _pointwise
-from csm_kernels.adamw import Moments
+from csm_kernels.adamw import Moments, adamw_, adamw_part
 from csm_kernels.adamw import Settings as AdamWSettings
 from csm_kernels.choice import IMPLS, Choice, resolve
 from csm_kernels.dtypes import wide_dtype
@@ -263,54 +262,6 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension; shapes as in ``csm_kernels.pointwise``."""
     return _pointwise.rms_norm(x, scale, eps, choose("pointwise", x.device, x.dtype).impl)
-
-
-def adamw_part(impl: str, weight: Tensor) -> int:
-    """How many elements of a table ``adamw_`` updates or skips together: a row on a CPU, those of a program of the
-    kernel on CUDA."""
-    return weight.shape[-1] if impl == "cpu" else _adamw.BLOCK
-
-
-def adamw_(
-    impl: str,
-    weight: Tensor,
-    grad: Tensor,
-    moments: Moments,
-    compensation: Tensor | None,
-    live: Tensor | None,
-    step: Tensor,
-    found_inf: Tensor | None,
-    grad_scale: Tensor | None,
-    settings: AdamWSettings,
-) -> None:
-    """An update in one pass by ``impl``, "triton" or "cpu"; arguments and errors as in ``csm_kernels.adamw.adamw_``.
-    ``live`` has a mark for each ``adamw_part`` elements."""
-    if impl == "triton":
-        _adamw.adamw_(weight, grad, moments, compensation, live, step, found_inf, grad_scale, settings)
-        return
-    from csm_kernels.cpu import adamw as cpu_adamw
-
-    lr, beta1, beta2, weight_decay, eps, draws = settings
-    cpu_adamw.adamw_(
-        weight,
-        grad,
-        moments.exp_avg,
-        moments.exp_avg_sq,
-        *(moments.scales or (None, None)),
-        moments.maps,
-        compensation,
-        live,
-        step,
-        found_inf,
-        grad_scale,
-        lr,
-        beta1,
-        beta2,
-        weight_decay,
-        eps,
-        draws is not None,
-        *(draws or (0, 0, 0)),
-    )
 
 
 def sum_of_squares(x: Tensor, rows: Tensor | None = None) -> Tensor | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ def _varlen(backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, m
         return flash_attn_varlen_func(q, k, v, cu, cu, n, n, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, bool | tuple[int, int]] = {"window_size": (-1, 0)}
+    options: dict[str, Any] = {"window_size": (-1, 0)}
     if _needs_enable_gqa():
         options["enable_gqa"] = True
     out = varlen_attn(q, k, v, cu, cu, n, n, **options)

@@ -61,7 +61,7 @@ def results(case, written: bool, recompute: bool = False, rows: Tensor | None = 
 def test_it_is_the_layer(monkeypatch, make, some, recompute, blocks):
     if blocks:
         monkeypatch.setattr(folded_attention, "WHOLE", 8)
-        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
     rows = torch.tensor([3, 0, 41, 88]) if some and make is packed else None
     case = make(torch.float64)
     assert layer_cpu.supports(case[0], case[1], case[4])

@@ -1,5 +1,5 @@
-"""An update of AdamW on a CPU in one pass over memory, and the norm of gradients, by the library built for this
-processor (``adamw.cpp``). Where there is none, PyTorch's operators do both, in the callers."""
+"""An update of AdamW and sums of squares on a CPU, each in one pass over memory of the C++ library (``adamw.cpp``).
+Without the library the callers use PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def supports_update(weight: torch.dtype, grad: torch.dtype | None = None, moment
 
 
 def _is(x: Tensor, dtype: torch.dtype, numel: int) -> bool:
-    """Whether the library may read ``numel`` numbers of this type from where it begins."""
+    """Whether the library may read ``numel`` elements of this type from its memory."""
     return x.dtype == dtype and x.numel() == numel and x.is_contiguous() and x.device.type == "cpu"
 
 
@@ -52,23 +52,10 @@ def adamw_(
     salt: int,
     tiles: int,
 ) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) in float32, in place; the mathematics of ``torch.optim.AdamW``.
-
-    Args:
-        weight: any shape, contiguous, bf16 or float32.
-        grad: like ``weight``.
-        exp_avg, exp_avg_sq: like ``weight`` in float32.
-        compensation: like ``weight`` in bf16, what rounding took off it (Kahan); or None.
-        live: uint8 [rows] or None: rows of ``weight`` [rows, ...] that never had a gradient are not updated, which is
-            the same where nothing decays. Those that now have one are marked.
-        step: [] float32, the number of this update, from 1.
-        found_inf: [] float32; where it is 1, nothing happens.
-        grad_scale: [] float32 that the gradient is divided by.
-        stochastic: round bf16 weights stochastically, by the draws of ``counters``, ``salt`` and ``tiles``
-            (``csm_fast.train.optim.rounding.Draws``), and else to nearest.
+    """As in ``csm_kernels.adamw``, with moments in float32; ``live`` has a mark for each row of ``weight``.
 
     Raises:
-        RuntimeError: types that there is no form for, or tensors that are not contiguous.
+        RuntimeError: types that the library does not support, or tensors that are not contiguous.
     """
     run = native.library_function("adamw", weight.dtype, grad.dtype)
     n = weight.numel()
@@ -106,7 +93,10 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
 
     Args:
         x: contiguous, bf16 or float32 (``supports_sums``).
-        rows: int64 [n], which rows of x [rows, d] are added up; None: all of x.
+        rows: int64 [n], the rows of x [rows, d] to add up; None: all of x.
+
+    Raises:
+        RuntimeError: another type, or not contiguous.
     """
     run = native.library_function("sums_of_squares", x.dtype)
     if run is None or not x.is_contiguous():
