@@ -67,8 +67,8 @@ def _nearest_code(x, p_map):
     return tl.where(tl.load(p_map + above) - x < x - tl.load(p_map + code), above, code)
 
 
-# Settings change from step to step, so they are not specialised; n is, because loads are 16 bytes wide only where it is a
-# multiple of 16.
+# Settings change from step to step, so they are not specialised; n is, because loads are 16 bytes wide only where it is
+# a multiple of 16.
 @jit("keep", "size", "log_beta1", "log_beta2", "fresh", "fresh_square", "eps", "counters", "salt", "tiles")
 def _adamw_kernel(
     # data
