@@ -144,7 +144,7 @@ def _heads_cross_entropy(
     vocab = weight.shape[-1]
     losses = hidden.new_empty(heads, dtype=torch.float32)
     grad_hidden, grad_weight = _empty_gradients(hidden, weight, wants_hidden, wants_weight)
-    run = native.library_function("heads_cross_entropy", hidden.dtype)
+    run = native.required_function("heads_cross_entropy", hidden.dtype)
     bad = run(
         hidden.data_ptr(),
         hidden.stride(0),
@@ -193,7 +193,7 @@ def heads_cross_entropy(
         RuntimeError: a target outside of [0, V).
     """
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    run = native.library_function("heads_scratch", hidden.dtype)
+    run = native.required_function("heads_scratch", hidden.dtype)
     scratch = torch.empty(torch.get_num_threads() * run(*hidden.shape, weight.shape[-1]), dtype=torch.uint8)
     return _heads_cross_entropy(
         hidden, weight, targets.contiguous(), weights.contiguous(), scale, wants_hidden, wants_weight, scratch
