@@ -21,14 +21,7 @@ from csm_fast import ops
 from csm_fast.config.train import LossSection
 from csm_fast.model.linear import adapted_weight
 from csm_fast.model.run_options import run_options_of
-from csm_fast.model.stacks import (
-    Transformer,
-    projects_table,
-    run_backbone,
-    run_decoder,
-    stack_limit,
-    vocabulary,
-)
+from csm_fast.model.stacks import Transformer, projects_table, run_backbone, run_decoder, stack_limit, vocabulary
 from csm_fast.packing.pack import Pack, pack_padded
 
 

@@ -31,21 +31,11 @@ from csm_fast.system.files import disk_error, write_text
 from csm_fast.system.lock import Lock
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.announce import announce, out_of_memory
+from csm_fast.train.checks import check_adapter, check_data, check_position, check_precision, position_identity
 from csm_fast.train.optim.build import cast_weights
 from csm_fast.train.optim.schedule import peak_learning_rate
 from csm_fast.train.run_marker import RunMarker
-from csm_fast.train.setup import (
-    attach_adapters,
-    base_dtypes,
-    check_adapter,
-    check_data,
-    check_position,
-    check_precision,
-    open_optional_split,
-    plan_memory,
-    position_identity,
-    starting_model,
-)
+from csm_fast.train.setup import attach_adapters, base_dtypes, open_optional_split, plan_memory, starting_model
 from csm_fast.train.signals import StopSignals
 from csm_fast.train.step import LossFunction, Update
 from csm_fast.train.window import Window
