@@ -83,7 +83,7 @@ def training_config(config: ProfileConfig) -> TrainConfig:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_written(error, output) from None
-    if ckpt.checkpoints(output):
+    if ckpt.list_checkpoints(output):
         raise InputError("holds a training run", file=output, mend="choose another --output")
     config.run.output_dir, config.run.resume, config.run.gen_every = str(output), False, 0
     sections = {name: getattr(config, name) for name in ("model", "data", "loss", "adapter", "optimizer", "run")}

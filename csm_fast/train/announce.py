@@ -93,6 +93,6 @@ def _method(config: TrainConfig) -> str:
 def out_of_memory(error: BaseException, config: TrainConfig) -> OutOfMemory:
     """The line for it: what ran out, what is left, and the smallest change that helps."""
     reason = next(iter(str(error).strip().splitlines()), "")[:160]
-    found = ckpt.checkpoints(Path(config.run.output_dir).expanduser())
+    found = ckpt.list_checkpoints(Path(config.run.output_dir).expanduser())
     left = f"{found[-1].name} is intact and the same command continues from it" if found else "nothing was saved yet"
     return OutOfMemory(f"not enough memory ({reason}); {left}", mend=memory.advice(config))

@@ -91,7 +91,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, self.run_dir, "the run directory could not be made") from None
-        found = ckpt.checkpoints(self.run_dir)
+        found = ckpt.list_checkpoints(self.run_dir)
         if found and not config.run.resume:
             raise InputError(
                 f"holds a run already ({found[-1].name})",
@@ -103,7 +103,7 @@ class Trainer:
         self.resumed = found[-1] if found else None
         adapts = config.adapter.method != "full"
         if self.resumed:
-            self.state = {k: v for k, v in (ckpt.complete(self.resumed) or {}).items() if k not in ("format", "files")}
+            self.state = {k: v for k, v in (ckpt.read_if_complete(self.resumed) or {}).items() if k not in ("format", "files")}
             check_position(self.state.get("data", {}), position_identity(config, self.store), self.resumed)
         shape = model.config if model is not None else shape_beforehand(config, self.resumed)
         if shape is not None:
@@ -202,7 +202,7 @@ class Trainer:
     def _run(self) -> dict:
         run = self.config.run
         self._open_run()
-        ckpt.check_space(self.run_dir, ckpt.size(self.model, self.update.optimizer))
+        ckpt.check_space(self.run_dir, ckpt.checkpoint_bytes(self.model, self.update.optimizer))
         announce(self)
         self.marker.beat(self.state["step"])
         if self.state["step"] == 0:
@@ -277,7 +277,7 @@ class Trainer:
         count, first, streak = self.window.take_bad()
         if not count:
             return streak > 0
-        good = ckpt.checkpoints(self.run_dir)
+        good = ckpt.list_checkpoints(self.run_dir)
         sources = ", ".join(self._sources(first))
         message = (
             f"step {first}: the loss or a gradient was not finite; the update was skipped"
@@ -345,7 +345,7 @@ class Trainer:
         best_step = self.state["best_step"]
         try:
             self._link_best()
-            ckpt.prune(self.run_dir, self.config.run.keep, best_step and ckpt.directory_name(best_step))
+            ckpt.remove_older(self.run_dir, self.config.run.keep, best_step and ckpt.directory_name(best_step))
         except OSError as error:
             raise disk_error(error, self.run_dir, "older checkpoints could not be removed") from None
         self.window.pause(time.monotonic() - started)
@@ -353,8 +353,8 @@ class Trainer:
     def _link_best(self) -> None:
         """``best`` follows the best validation; without a validation split, the last checkpoint."""
         step = self.state["best_step"] or self.state["step"]
-        if ckpt.complete(self.run_dir / ckpt.directory_name(step)):
-            ckpt.link(self.run_dir, "best", ckpt.directory_name(step))
+        if ckpt.read_if_complete(self.run_dir / ckpt.directory_name(step)):
+            ckpt.link_or_copy(self.run_dir, "best", ckpt.directory_name(step))
 
     # --------------------------------------------------------------------------------------------- the run directory
 
@@ -374,7 +374,7 @@ class Trainer:
     def _open_run(self) -> None:
         """Settle the run directory: what a crash left is removed, metrics after the checkpoint come again."""
         try:
-            ckpt.clean(self.run_dir)
+            ckpt.remove_partial(self.run_dir)
             settings = self.run_dir / "config.yaml"
             if settings.exists() and not settings.read_bytes().startswith(RESOLVED.encode()):
                 settings = self.run_dir / "config.resolved.yaml"  # the other one is the user's own, with its comments
@@ -385,12 +385,12 @@ class Trainer:
             write_text(path, "".join(map(metrics_line, rows)))
             if self.resumed:
                 best = self.state["best_step"]
-                if best and not ckpt.complete(self.run_dir / ckpt.directory_name(best)):
+                if best and not ckpt.read_if_complete(self.run_dir / ckpt.directory_name(best)):
                     log.warning(
                         "warning: the best checkpoint, of step %d, is gone or damaged; the next takes over", best
                     )
                     self.state.update(best_val_loss=None, best_step=None)
-                ckpt.link(self.run_dir, "last", self.resumed.name)
+                ckpt.link_or_copy(self.run_dir, "last", self.resumed.name)
                 self._link_best()
         except OSError as error:
             raise disk_error(error, self.run_dir, "the run could not be started") from None

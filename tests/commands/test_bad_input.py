@@ -628,7 +628,7 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
             "free space and run the same command again",
             keep=saved,
         )
-    assert ckpt.complete(saved) and ckpt.complete(tmp_path / "run" / "last")
+    assert ckpt.read_if_complete(saved) and ckpt.read_if_complete(tmp_path / "run" / "last")
     assert not list((tmp_path / "run").glob(".step*"))
     assert cli.main(train(tmp_path, max_steps=3, save_every=1)) == 0
     whole, pieces = contents(tmp_path / "alone"), contents(tmp_path / "run")
