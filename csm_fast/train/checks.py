@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +116,6 @@ POSITIONAL = (
 def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
     """What the position (epoch, index) of a run refers to: the data and how it is dealt out."""
     data = dataclasses.asdict(config.data)
-    shards = json.dumps(store.manifest["shards"], sort_keys=True).encode()
     identity = {**{key: data[key] for key in POSITIONAL}, "method": config.adapter.method}
     # Losses of two formulas cannot be compared, so there would be no best checkpoint.
     a, b = coefficients(config.loss, store.num_codebooks)
@@ -129,7 +126,7 @@ def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
         identity["model"] = config.model.model
     if config.data.batch_rows is not None:
         identity["pack_rows"] = config.data.pack_rows
-    return {**identity, "tokens": hashlib.sha256(shards).hexdigest()[:16]}
+    return {**identity, "tokens": store.content_hash()[:16]}
 
 
 def check_position(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:

@@ -133,7 +133,9 @@ def outcome(run: Path) -> dict:
 def assert_holds(run: Path) -> None:
     """Whatever a killed run leaves: links to whole checkpoints only, and nothing half called a checkpoint."""
     for name in ("last", "best"):
-        assert not (run / name).is_symlink() or ckpt.read_if_complete(run / name), f"{name} -> {os.readlink(run / name)}"
+        assert not (run / name).is_symlink() or ckpt.read_if_complete(run / name), (
+            f"{name} -> {os.readlink(run / name)}"
+        )
     assert all(ckpt.read_if_complete(path) for path in run.glob("step-*"))
 
 
