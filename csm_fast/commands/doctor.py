@@ -21,6 +21,11 @@ OPTIONAL = {
 }
 
 
+def run() -> None:
+    """Print the findings."""
+    print("\n".join(report(examine())))
+
+
 def examine() -> dict[str, Any]:
     """Everything ``report`` prints, JSON-able."""
     import torch

@@ -28,6 +28,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from csm_fast import ops
+from csm_fast.commands.train import set_up_training
 from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.model.compile import compile_layers
@@ -60,6 +61,7 @@ def run(config: ProfileConfig) -> None:
     Raises:
         InputError: what the trainer refuses; an output that holds a run or cannot be written; neither CPU nor CUDA.
     """
+    set_up_training(config.run)
     training = training_config(config)
     try:
         rows, step = profile_steps(Trainer(prepare(training)), config.warmup, config.steps)
@@ -96,7 +98,7 @@ def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[
     """Run the steps and write the trace; no other function here knows the trainer's attributes. The operators, the
     costliest first, and the step as a whole: without the profiler ``step_ms`` = ``operators_ms`` + ``host_ms`` +
     ``loader_ms``; ``first_ms`` is a step of packs that come for the first time."""
-    device, config = trainer.device, trainer.config
+    device, config, run = trainer.device, trainer.config, trainer.prepared
     if device.type not in SQUARES:
         raise InputError(f"--device {device.type} cannot be profiled", mend="use cpu or cuda")
     logging.getLogger("csm_fast").info("%d warm-up steps, then %d, four times; to %s", warmup, steps, trainer.run_dir)
@@ -116,9 +118,7 @@ def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[
         started = time.perf_counter()
         for number, batch in enumerate(some, 1):
             with record_function(STEP):
-                outcome = trainer.update(
-                    batch, number % trainer.prepared.total_steps
-                )  # past its end the schedule begins again
+                outcome = trainer.update(batch, number % run.total_steps)  # past its end the schedule begins again
                 trainer.window.add(number, outcome, batch)
         float(trainer.window.loss)  # waits for the device
         return 1000 * (time.perf_counter() - started) / steps
@@ -143,7 +143,7 @@ def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[
     # On a CPU the profiler slows operators and Python alike; it leaves a GPU's own times as they are.
     whole = profiled_ms if device.type == "cpu" else sum(row["ms"] for row in rows)
     types = {row["dtypes"].split()[0] for row in rows if row["flops"]} & {"fp32", "bf16", "fp16"}
-    rates, copies = machine_rates(device, types or {trainer.prepared.precision})
+    rates, copies = machine_rates(device, types or {run.precision})
     for row in rows:
         row["ms"] *= min(1.0, plain_ms / whole)
         row["share"] = row["ms"] / (plain_ms + loader_ms)
@@ -156,15 +156,13 @@ def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[
     step |= {"floor_ms": step.pop("operators_floor_ms"), "host_ms": max(0.0, plain_ms - step["operators_ms"])}
     step |= {"step_ms": plain_ms + loader_ms, "first_ms": first_ms, "profiled_ms": profiled_ms, "loader_ms": loader_ms}
     step |= {"matmul_flops_per_s": rates, "copy_bytes_per_s": copies, "threads": torch.get_num_threads()}
-    host = (
-        "GPU idle" if device.type == "cuda" else "Python and dispatch" + ", compiled loops" * trainer.prepared.compiled
-    )
+    host = "GPU idle" if device.type == "cuda" else "Python and dispatch" + ", compiled loops" * run.compiled
     step |= {"device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device), "host": host}
     step |= {"python": platform.python_version(), "torch": torch.__version__, "csm_fast": __version__}
     step |= {
         "date": time.strftime("%Y-%m-%d"),
-        "precision": trainer.prepared.precision,
-        "compiled": trainer.prepared.compiled,
+        "precision": run.precision,
+        "compiled": run.compiled,
     }
     settings = [config.model, config.data, config.loss, config.adapter, config.optimizer]
     return rows, {k: v for x in settings for k, v in vars(x).items()} | {"data": Path(config.data.data).name} | step

@@ -229,7 +229,7 @@ class Trainer:
             epoch += 1
         layout = self.packer.layout_steps(*((0, 0) if self.config.run.overfit_one_batch else (epoch, index)))
         chosen = set(layout.documents[:, 0].tolist())
-        rows = sorted({t.source_index + 1 for c in chosen for t in self.store.conversation(c)})
+        rows = sorted({t.source_index + 1 for c in chosen for t in self.prepared.store.conversation(c)})
         return [f"turn {r}" for r in rows[:8]] + (["..."] if len(rows) > 8 else [])
 
     def _validate(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile as torch_profile
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
-from train_cases import config, flags, prepare, values
+from train_cases import config, flags, make_trainer, prepare, values
 
 from csm_fast import cli
 from csm_fast.commands import profile
@@ -26,7 +26,6 @@ from csm_fast.commands.profile import STEP, operator_rows
 from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.parse import build, read_yaml
 from csm_fast.model import compile
-from csm_fast.train.loop import Trainer
 
 SUMMARY = {"steps", "rows", "step_ms", "first_ms", "profiled_ms", "loader_ms", "operators_ms", "products_ms", "host_ms"}
 SUMMARY |= {"floor_ms", "products_floor_ms", "matmul_flops_per_s", "copy_bytes_per_s"}
@@ -122,7 +121,7 @@ def test_calls_of_one_operator_share_its_flops_like_products():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_products_of_a_training_step_are_counted(tmp_path, precision):
     """As PyTorch's own counter counts them over the same step."""
-    trainer = Trainer(config(tmp_path, precision=precision))
+    trainer = make_trainer(config(tmp_path, precision=precision))
     batch = trainer.packer.step(0, 0)
     trainer.update(batch, 1)
     with FlopCounterMode(display=False) as counter:
