@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from csm_fast.config.commands import GenerateConfig
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.data.audio import read_audio, write_wav
 from csm_fast.data.metadata import load_metadata
 from csm_fast.generate.generator import Generator, Speech, Utterance
@@ -53,7 +54,7 @@ def speak(config: GenerateConfig) -> Speech:
         config.text,
         config.speaker,
         context,
-        max_frames=max(1, int(config.max_seconds / 0.08)),
+        max_frames=max(1, int(config.max_seconds / FRAME_SECONDS)),
         temperature=0.0 if config.greedy else config.temperature,
         top_k=config.top_k,
         seed=config.seed,

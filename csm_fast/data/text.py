@@ -20,7 +20,7 @@ from csm_fast.system.errors import InputError
 
 BEGIN, END = 128_000, 128_001
 BEGIN_TOKEN, END_TOKEN = "<|begin_of_text|>", "<|end_of_text|>"
-NO_SPEAKER = -1  # no "[speaker]" prefix
+NO_SPEAKER = -1  # speaker of a turn whose text has no "[speaker]" prefix
 DEFAULT_REPOSITORY = "sesame/csm-1b"
 
 _SPECIAL_TOKENS = 256

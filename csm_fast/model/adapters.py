@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from csm_fast import ops
 from csm_fast.config.train import AdapterSection
-from csm_fast.model.layer import wide_dtype
 from csm_fast.model.nf4 import STACKS, quantize_stacks
 from csm_fast.model.run_options import Attached, run_options_of
 from csm_fast.model.stacks import model_config
@@ -88,9 +88,9 @@ def attach(
         parameter.requires_grad_(False)
         if parameter.is_floating_point():
             keep = name in whole or name.endswith(".scale")
-            parameter.data = parameter.data.to(wide_dtype(compute_dtype) if keep else compute_dtype)
+            parameter.data = parameter.data.to(ops.wide_dtype(compute_dtype) if keep else compute_dtype)
     _inject(peft, model, section, targets)
-    _settle(model, targets, wide_dtype(compute_dtype), seed)
+    _settle(model, targets, ops.wide_dtype(compute_dtype), seed)
     for name in whole:
         model.get_parameter(name).requires_grad_(True)
     if base and Path(base).expanduser().exists():

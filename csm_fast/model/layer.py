@@ -90,11 +90,6 @@ class Layer(nn.Module):
         return run_checkpointed(self, index, x, cos, sin, attend, recompute, rows, run)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """RMS norm of ``x`` [..., D] over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
     return ops.rms_norm(x, norm.scale, norm.eps)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from csm_fast import ops
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model import layer_cpu
-from csm_fast.model.layer import Attend, Layer, LayerFunction, RMSNorm, call_layer, rms_norm, wide_dtype
+from csm_fast.model.layer import Attend, Layer, LayerFunction, RMSNorm, call_layer, rms_norm
 from csm_fast.model.rope import apply_rope, rope_spec, rope_table
 from csm_fast.model.run_options import run_options_of
 from csm_fast.packing.pack import Segments
@@ -78,7 +78,7 @@ def run_stack(
         [..., D], or [A, D].
     """
     spec = rope_spec(stack.layers[0].attn)
-    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
+    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, ops.wide_dtype(x.dtype), x.device))
     recompute = recompute if torch.is_grad_enabled() else "off"
     for index, layer in enumerate(stack.layers):
         some = rows if index == len(stack.layers) - 1 else None

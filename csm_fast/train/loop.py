@@ -189,9 +189,9 @@ class Trainer:
         if not self.config.run.overfit_one_batch:
             yield from self.packer.blocks(epoch, index, left)
             return
-        plan = self.packer.plan(0, 0)
+        layout = self.packer.layout_steps(0, 0)
         for _ in range(left):
-            yield [self.packer.build(plan, epoch, index)]
+            yield [self.packer.build_step(layout, epoch, index)]
             epoch, index = self._next(epoch, index)
 
     def _next(self, epoch: int, index: int) -> tuple[int, int]:
@@ -304,13 +304,14 @@ class Trainer:
         return True
 
     def _sources(self, step: int) -> list[str]:
-        """Rows of the metadata that a past step read: the plan is a pure function, so it can be asked again."""
+        """Rows of the metadata that a past step read."""
         epoch, index = 0, step - 1
         while index >= self.packer.steps_in_epoch(epoch):
             index -= self.packer.steps_in_epoch(epoch)
             epoch += 1
-        plan = self.packer.plan(0, 0) if self.config.run.overfit_one_batch else self.packer.plan(epoch, index)
-        rows = sorted({t.source_index + 1 for p in plan for d in p for t in self.store.conversation(d.conversation)})
+        layout = self.packer.layout_steps(*((0, 0) if self.config.run.overfit_one_batch else (epoch, index)))
+        chosen = set(layout.documents[:, 0].tolist())
+        rows = sorted({t.source_index + 1 for c in chosen for t in self.store.conversation(c)})
         return [f"turn {r}" for r in rows[:8]] + (["..."] if len(rows) > 8 else [])
 
     def _validate(self) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.generate.generator import Generator
 from csm_fast.generate.voice import load_voice
 from csm_fast.model.stacks import stack_limit
@@ -37,7 +38,7 @@ class Sampler:
         )
         self.codec, self.generator = voice.codec, Generator(model, voice.tokenizer, voice.codec)
         # Now, not after the first gen_every steps.
-        self.max_frames = max(1, int(self.config.gen_seconds / 0.08))
+        self.max_frames = max(1, int(self.config.gen_seconds / FRAME_SECONDS))
         limit = stack_limit(model.backbone)
         for text in self.sentences:
             rows = len(voice.tokenizer.encode(text, self.config.gen_speaker))
@@ -61,5 +62,5 @@ class Sampler:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_wav(path, wave, self.codec.sample_rate)
             end = "ended by EOS" if speech.ended else "cut at the limit"
-            say(f"step {step}: sample {path} ({len(speech.codes) * 0.08:.1f} s, {end})")
+            say(f"step {step}: sample {path} ({len(speech.codes) * FRAME_SECONDS:.1f} s, {end})")
         return time.monotonic() - started

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from csm_fast.data.codec import backends as codec_backends
 from csm_fast.data.codec import base as codec_module
+from csm_fast.data.codec import load as codec_load
 from csm_fast.data.codec import mimi_weights as codec_weights
 from csm_fast.data.codec import offline as offline_codec
 from csm_fast.data.codec.base import Codec
@@ -292,7 +293,7 @@ def test_auto_falls_back_loudly(small_file, monkeypatch, caplog):
     def unreachable(repository, filename):
         raise InputError(f"{repository} is not in the local cache and the hub cannot be reached")
 
-    monkeypatch.setattr(codec_module, "hub_file", unreachable)
+    monkeypatch.setattr(codec_load, "hub_file", unreachable)
     monkeypatch.setattr(offline_codec, "offline_file", lambda cache_dir=None: small_file)
     with caplog.at_level(logging.WARNING, logger="csm_fast"):
         codec = load_codec("auto", num_codebooks=8)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.model import layer_cpu
-from csm_fast.model.layer import run_layer, wide_dtype
+from csm_fast.model.layer import run_layer
 from csm_fast.model.rope import rope_table
 from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone
 from csm_fast.packing.pack import Segments
@@ -25,7 +25,7 @@ def packed(dtype: torch.dtype, grad: bool = True):
     """(layer, its inputs x, cos and sin, its attention) of the micro backbone."""
     layer = random_model(MICRO, dtype).backbone.layers[0]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    table = rope_table(layer.attn.rope, 64, wide_dtype(dtype), torch.device("cpu"))
+    table = rope_table(layer.attn.rope, 64, ops.wide_dtype(dtype), torch.device("cpu"))
     x = torch.randn(sum(LENGTHS), 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     cos, sin = (t[positions].unsqueeze(-2) for t in table)
     return layer, x.requires_grad_(grad), cos, sin, PackedAttend(Segments.of(LENGTHS))
@@ -33,7 +33,7 @@ def packed(dtype: torch.dtype, grad: bool = True):
 
 def frames(dtype: torch.dtype):
     layer = random_model(MICRO, dtype).decoder.layers[0]
-    table = rope_table(layer.attn.rope, 6, wide_dtype(dtype), torch.device("cpu"))
+    table = rope_table(layer.attn.rope, 6, ops.wide_dtype(dtype), torch.device("cpu"))
     x = torch.randn(5, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
     cos, sin = (t.unsqueeze(-2) for t in table)
     return layer, x.requires_grad_(), cos, sin, DepthAttend("auto")
