@@ -39,12 +39,12 @@ class Sampler:
             tokenizer=self.config.tokenizer,
             made="no samples can be generated: the data was made",
         )
-        self.generator = Generator(model, voice.tokenizer, voice.codec)
+        self.codec, self.generator = voice.codec, Generator(model, voice.tokenizer, voice.codec)
         # Now, not after the first gen_every steps.
         self.max_frames = max(1, int(self.config.gen_seconds / FRAME_SECONDS))
         limit = stack_limit(model.backbone)
         for text in self.sentences:
-            rows = len(self.generator.tokenizer.encode(text, self.config.gen_speaker))
+            rows = len(voice.tokenizer.encode(text, self.config.gen_speaker))
             if rows + self.max_frames > limit:
                 raise InputError(
                     f"--gen-sentences: {rows:,} rows of text and {self.max_frames} frames exceed the model's {limit:,}",
@@ -61,7 +61,7 @@ class Sampler:
                 continue
             path = self.directory / f"step-{step:06d}-{i}.wav"
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_wav(path, wave, self.generator.codec.sample_rate)
+            write_wav(path, wave, self.codec.sample_rate)
             end = "ended by EOS" if speech.ended else "cut at the limit"
             say(f"step {step}: sample {path} ({len(speech.codes) * FRAME_SECONDS:.1f} s, {end})")
         return time.monotonic() - started
