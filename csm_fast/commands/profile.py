@@ -232,7 +232,7 @@ def machine_rates(device: torch.device, types: Iterable[str]) -> tuple[dict[str,
 
     rates = {}
     for name in sorted(types):
-        multiply = ops.linear if device.type == "cpu" and ops.multiplies(compute_dtype(name)) else torch.mm
+        multiply = ops.linear if ops.choose("linear", device, compute_dtype(name)).impl == "cpu" else torch.mm
         squares = [torch.randn(n, n, device=device).to(compute_dtype(name)) for n in SQUARES[device.type]]
         rates[name] = max(2 * len(x) ** 3 / fastest(multiply, x, x.clone()) for x in squares)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)

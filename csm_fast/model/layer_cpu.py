@@ -20,9 +20,7 @@ from csm_fast.system.optional import load_peft
 
 def supports(layer: Any, x: Tensor, attend: Any) -> bool:
     """Whether ``run`` computes what ``layer.run_layer`` does."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "order"):
-        return False
-    if ops.asked() == "triton":
+    if ops.choose("llama_layer", x.device, x.dtype).impl != "cpu" or not hasattr(attend, "order"):
         return False
     linears = [_parts(linear) for linear in _linears(layer)]
     if None in linears:
@@ -36,12 +34,12 @@ def supports(layer: Any, x: Tensor, attend: Any) -> bool:
 def project(linear: Any, x: Tensor) -> Tensor:
     """``linear(x)``, with the product of ``ops.llama_layer`` if it supports the dtype. Autocast does not see that
     product, so both operands are cast here."""
-    own = x.device.type == "cpu" and not torch.compiler.is_compiling() and ops.asked() != "triton" and _is_plain(linear)
-    if not own:
+    dtype = _compute_dtype(x)
+    if ops.choose("linear", x.device, dtype).impl != "cpu" or not _is_plain(linear):
         return linear(x)
-    dtype, weight = _compute_dtype(x), linear.weight
+    weight = linear.weight
     is_cast = torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64  # which autocast leaves alone
-    if not ops.multiplies(dtype) or not (is_cast or weight.dtype == dtype):
+    if not (is_cast or weight.dtype == dtype):
         return linear(x)
     return ops.linear(x.to(dtype), weight.to(dtype))
 
