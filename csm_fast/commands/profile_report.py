@@ -10,7 +10,7 @@ from typing import Any
 
 from csm_fast.commands.profile_ops import Seen, Several, Shape, Step
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import write_text
+from csm_fast.system.files import write_file
 
 SHOWN = 10  # operators in the table
 Sizes = list[int | list[int]]  # a dimension, or [least, largest] where it differs from step to step
@@ -234,7 +234,7 @@ def write_rows(path: Path, rows: list[Row], about: dict[str, Any], summary: Summ
     dicts = [{"row": "operator", **vars(row)} for row in rows]
     dicts.append({"row": "step", **vars(summary), **about})
     try:
-        write_text(path, "".join(json.dumps(d, allow_nan=False) + "\n" for d in dicts))
+        write_file(path, "".join(json.dumps(d, allow_nan=False) + "\n" for d in dicts))
     except OSError as error:
         raise not_written(error, path) from None
 

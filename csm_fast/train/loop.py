@@ -28,7 +28,7 @@ from csm_fast.report.summary import summarize
 from csm_fast.system.console import StepProgress
 from csm_fast.system.device import compute_dtype, memory_gib, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError, is_out_of_memory
-from csm_fast.system.files import disk_error, write_text
+from csm_fast.system.files import disk_error, write_file
 from csm_fast.system.lock import Lock
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.announce import announce, out_of_memory
@@ -390,10 +390,10 @@ class Trainer:
             if settings.exists() and not settings.read_bytes().startswith(RESOLVED.encode()):
                 settings = self.run_dir / "config.resolved.yaml"  # the other one is the user's own, with its comments
             if self.state["step"] < self.total_steps or not settings.exists():  # or it would tell of a run that is none
-                write_text(settings, dump_yaml(self.config))
+                write_file(settings, dump_yaml(self.config))
             path = self.run_dir / "metrics.jsonl"
             rows = [r for r in read_metrics(path) if self.resumed and r["step"] <= self.state["step"]]
-            write_text(path, "".join(map(metrics_line, rows)))
+            write_file(path, "".join(map(metrics_line, rows)))
             if self.resumed:
                 best = self.state["best_step"]
                 if best and not ckpt.complete(self.run_dir / ckpt.directory_name(best)):

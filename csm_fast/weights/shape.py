@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from csm_fast.config.parse import read_mapping
@@ -54,11 +53,5 @@ def model_shape(name: str) -> CSMConfig:
             f"--model {name}: no such shape, directory or file",
             mend="use " + ", ".join(NAMED_SHAPES) + ", a model's directory with config.json, or a YAML file",
         )
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON ({error})", file=file) from None
-    from csm_fast.weights.config_json import config_from_json
-
-    shape = config_from_json(values, file) if isinstance(values, dict) else None
-    return shape or CSMConfig.from_dict(values if isinstance(values, dict) else {}, file=str(file))
+    values = read_json(file)
+    return config_from_json(values, file) or CSMConfig.from_dict(values, file=str(file))

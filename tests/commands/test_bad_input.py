@@ -608,7 +608,7 @@ def no_space(*args, **options):
 
 
 @pytest.mark.parametrize(
-    "place", ["system.tensors.os.fsync", "train.checkpoint.write_tensors", "train.checkpoint.os.symlink"]
+    "place", ["system.arrays.os.fsync", "train.checkpoint.write_tensors", "train.checkpoint.os.symlink"]
 )
 def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
     """The checkpoint before it stays, nothing half is left, and the same command goes on to the same end."""
@@ -624,8 +624,8 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
         patch.setattr(f"csm_fast.{place}", full)
         refused(
             train(tmp_path, max_steps=3, save_every=1),
-            "run: the disk is full: the checkpoint could not be saved; the earlier ones are intact",
-            "free space and run the same command again",
+            "run: the checkpoint could not be saved, the earlier ones are intact: the disk is full",
+            "free some space and run the same command again",
             keep=saved,
         )
     assert ckpt.complete(saved) and ckpt.complete(tmp_path / "run" / "last")
@@ -639,13 +639,13 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
 def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
     assert cli.main(train(prepare(tmp_path), max_steps=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.report.summary.write_text", no_space)
-        refused(train(tmp_path, max_steps=2), "run: the disk is full: the run could not be started", "free space")
+        patch.setattr("csm_fast.train.loop.write_file", no_space)
+        refused(train(tmp_path, max_steps=2), "run: the run could not be started: the disk is full", "free some space")
     with monkeypatch.context() as patch:
         patch.setattr("csm_fast.report.summary.plot", no_space)
         refused(
             train(tmp_path, max_steps=2),
-            "run: the disk is full: the summary",
+            "run: the summary could not be written: the disk is full",
             "free",
             keep=tmp_path / "run/step-000002",
         )
@@ -660,7 +660,7 @@ def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
         patch.setattr("csm_fast.train.loop.open", full, raising=False)
         refused(
             train(tmp_path, max_steps=5),
-            "run: the disk is full: metrics.jsonl could not be written",
+            "run: metrics.jsonl could not be written: the disk is full",
             keep=tmp_path / "run/step-000002",
         )
 
@@ -675,8 +675,8 @@ def test_a_file_size_limit(tmp_path):
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 2 and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'run'}: the checkpoint could not be saved; the earlier ones are intact")
-    assert "File too large" in last and "run the same command again" in last
+    assert last.startswith(f"error: {tmp_path / 'run'}: the checkpoint could not be saved, the earlier ones are intact")
+    assert "a file-size limit was reached" in last and "run the same command again" in last
     assert contents(tmp_path / "run" / "step-000001") == before and not list((tmp_path / "run").glob(".step*"))
 
 
