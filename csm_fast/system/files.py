@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, one table of disk errors, and JSON and hashes of files."""
+"""Files and folders that are whole or absent, one table of disk errors, and text, JSON and hashes of files."""
 
 from __future__ import annotations
 
@@ -125,6 +125,21 @@ def _exchange(a: Path, b: Path) -> bool:
         return libc.renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
     except (OSError, TypeError, AttributeError):  # no libc to load, or one without the call
         return False
+
+
+def read_text(file: Path) -> str:
+    """A whole UTF-8 file, with or without a byte-order mark; an ``InputError`` if it cannot be read or is not UTF-8."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=file, mend="check the path") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what = "is UTF-16" if utf16 else f"line {line} is not UTF-8"
+        raise InputError(what, file=file, mend="save it as UTF-8") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

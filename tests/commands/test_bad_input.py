@@ -248,7 +248,7 @@ def test_other_metadata_files(data, refused):
     refused(pretokenize(file="x.pkl"), "x.pkl: a pickle runs whatever code", "export it")
     (data / "map.yaml").write_text("Ann: 1999-99-99\n")
     metadata(data, [{**ROW, "speaker": "Ann"}])
-    refused(pretokenize("--speaker-map", "map.yaml"), "map.yaml: invalid YAML", "correct it")
+    refused(pretokenize("--speaker-map", "map.yaml"), "map.yaml: is not usable YAML", "correct it")
     (data / "map.yaml").write_text("Bob: 1\n")
     refused(pretokenize("--speaker-map", "map.yaml"), "row 1: speaker 'Ann' is not in the speaker map", "add it there")
 
@@ -434,7 +434,7 @@ SHAPES = {
     "unknown key": (MODEL_YAML + "layers: 3\n", "unexpected keyword argument 'layers'", "it needs backbone"),
     "missing key": ("backbone: {}\n", "not a csm_fast model configuration", "it needs backbone"),
     "uneven heads": (MODEL_YAML.replace("num_heads: 4", "num_heads: 5"), "48 over 5 heads", "an even multiple"),
-    "duplicate key": (MODEL_YAML + "num_codebooks: 6\n", "row 6: the key num_codebooks stands twice", "keep one"),
+    "duplicate key": (MODEL_YAML + "num_codebooks: 6\n", "row 6: the key num_codebooks is there twice", "keep one"),
     "too large": (
         MODEL_YAML.replace("size: 50", "size: 9000000000000"),
         "text_vocab_size is 9000000000000",
@@ -485,7 +485,7 @@ def test_model_names(tmp_path, refused):
 
 YAML = {
     "unknown key": ("learning_rat: 1\n", "c.yaml: unknown setting learning_rat", "did you mean learning_rate?"),
-    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml, row 2: the key seed stands twice", "keep one"),
+    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml, row 2: the key seed is there twice", "keep one"),
     "twice by two names": ("lr: 1\nlearning_rate: 2\n", "c.yaml: learning_rate is set twice", "keep one"),
     "mistyped": ("batch_size: many\n", "c.yaml: batch_size is 'many'", "give an integer"),
     "half a batch": ("batch_size: 1.5\n", "c.yaml: batch_size is 1.5", "give an integer"),
