@@ -1,7 +1,8 @@
 # make setup   a .venv with everything
 # make demo    recordings -> tokens -> a trained model -> a sample, on real speech
 # make test    the tests
-# make check   formatting, lint, types
+# make test-fast   those for the inner loop, in a minute and a half
+# make check   formatting, lint, types, imports between rooms
 # make benchmarks   csm_fast against what others train with (20 minutes), and README's tables from that
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ DATA ?=
 CODEC ?= offline
 DEMO := demo
 
-.PHONY: setup demo test check benchmarks clean
+.PHONY: setup demo test test-fast check benchmarks clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -56,10 +57,14 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The 568 recordings of the same speaker that the demo takes most of. Sesame's own code where its clones are named.
 SESAME_CSM ?=

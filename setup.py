@@ -82,6 +82,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "mypy>=1.18",
+            "import-linter>=2.1",
             "types-PyYAML",
         ],
     },

@@ -116,4 +116,4 @@ class Validator:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(ops.wide_dtype(x.dtype))

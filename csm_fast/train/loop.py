@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM
-from csm_fast.model.loss import coefficients, packed_loss
+from csm_fast.model.loss import amortized_loss, coefficients
 from csm_fast.model.stacks import stack_limit, vocabulary
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
@@ -140,7 +139,7 @@ class Trainer:
             self._lay_out(stack_limit(self.model.backbone))
         # 4. Optimizer, loss.
         a, b = coefficients(config.loss, vocabulary(self.model)[0])
-        loss_function = loss_function or partial(packed_loss, a=a, b=b)
+        loss_function = loss_function or amortized_loss(a, b)
         self.update = Update(
             self.model,
             config.optimizer,

@@ -9,6 +9,7 @@ from typing import Any
 
 from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.generate.generator import Generator
+from csm_fast.generate.voice import load_voice
 from csm_fast.model.stacks import stack_limit
 from csm_fast.system.errors import InputError
 
@@ -17,9 +18,6 @@ class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
     def __init__(self, model: Any, config: Any, directory: Path, store: Any):
-        from csm_fast.data.codec.load import load_codec
-        from csm_fast.data.text import load_text_tokenizer
-
         self.config, self.directory = config.run, directory
         sentences = self.config.gen_sentences
         if sentences.endswith(".txt"):
@@ -30,16 +28,15 @@ class Sampler:
         self.sentences = [line.strip() for line in sentences.splitlines() if line.strip()]
         if not self.sentences:
             raise InputError("--gen-sentences has no sentence", mend="give a text or a .txt file with one per line")
-        kind = self.config.codec
-        if kind == "auto" and store.codec.get("kind") == "offline":
-            kind = "offline"
-        codec = load_codec(kind, source=self.config.codec_source, num_codebooks=store.num_codebooks)
-        if codec.fingerprint != store.codec["fingerprint"]:
-            raise InputError(
-                f"samples would be decoded with {codec.name}, the data was made with {store.codec['name']}",
-                mend="give --codec and --codec-source as at pretokenize",
-            )
-        self.generator = Generator(model, load_text_tokenizer(self.config.tokenizer), codec)
+        voice = load_voice(
+            model,
+            {"codec": store.codec},
+            codec=self.config.codec,
+            codec_source=self.config.codec_source,
+            tokenizer=self.config.tokenizer,
+            made="no samples can be generated: the data was made",
+        )
+        self.generator = Generator(model, voice.tokenizer, voice.codec)
         # Now, not after the first gen_every steps.
         self.max_frames = max(1, int(self.config.gen_seconds / FRAME_SECONDS))
         limit = stack_limit(model.backbone)

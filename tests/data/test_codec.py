@@ -20,6 +20,7 @@ from csm_fast.data.codec.base import Codec
 from csm_fast.data.codec.load import load_codec
 from csm_fast.data.codec.mimi_weights import table_hash
 from csm_fast.data.codec.offline import OfflineShape, fit, offline_file, synthetic_speech
+from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 
 SMALL = OfflineShape(
@@ -305,9 +306,10 @@ def test_hub_is_given_up_quickly(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not codec_weights._reachable("https://huggingface.co")
+    assert not hub.hub_answers(5)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert not codec_weights._reachable("http://127.0.0.1:9/none")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not hub.hub_answers(5)
 
 
 def one_line(error: pytest.ExceptionInfo[InputError]) -> str:

@@ -16,7 +16,7 @@ from csm_fast import InputError
 from csm_fast.config.shape import TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
-from csm_fast.model.csm import Attention
+from csm_fast.model.layer import Attention
 from csm_fast.model.rope import apply_rope, rope_table
 from csm_fast.model.stacks import packed_attention
 from csm_fast.ops import plan_segments
