@@ -715,7 +715,7 @@ def test_generate(tmp_path, model, refused, monkeypatch):
     refused(generate("--out", "no/such/folder/x.wav"), "x.wav: cannot be written", "a folder that exists")
     refused(generate("--out", "x.mp4"), "x.mp4: speech is written as WAV", "name it x.wav")
     refused(generate("--out", "m"), "m: cannot be written", "name a file")
-    refused(generate("--out", "/proc/x.wav"), "/proc/x.wav: cannot be written (No such file", "choose a folder")
+    refused(generate("--out", "/proc/x.wav"), "/proc/x.wav: cannot write: a folder of this path", "choose another")
     assert cli.main(generate("--out", "~/home.wav")) == 0 and (tmp_path / "home.wav").exists()
     refused(generate("--context", "nowhere.json"), "nowhere.json: no such file", "check the path")
     (tmp_path / "c.json").write_text('[{"text": "one", "path": "nowhere.wav"}]')
