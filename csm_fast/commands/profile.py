@@ -36,7 +36,7 @@ from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import read_ahead
 from csm_fast.system.device import compute_dtype, processor
 from csm_fast.system.errors import InputError, is_out_of_memory
-from csm_fast.system.files import write_text
+from csm_fast.system.files import write_file
 from csm_fast.system.version import __version__
 from csm_fast.train.announce import explain_out_of_memory
 from csm_fast.train.checkpoint import list_checkpoints
@@ -70,7 +70,7 @@ def run(config: ProfileConfig) -> None:
             raise
         raise explain_out_of_memory(error, training) from error
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in [*rows, step])
-    write(Path(training.run.output_dir, "ops.jsonl"), lambda path: write_text(path, text))
+    write(Path(training.run.output_dir, "ops.jsonl"), lambda path: write_file(path, text))
     print("\n".join([*table(rows, shutil.get_terminal_size((100, 24)).columns), "", *step_lines(step)]))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_text
 
 T = TypeVar("T")
 
@@ -123,42 +124,42 @@ def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
 # ------------------------------------------------------------------------------------------------------------- YAML
 
 
-def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML or JSON mapping; duplicate keys and anything but a mapping are refused."""
+def parse_yaml(text: str, file: str | os.PathLike[str]) -> Any:
+    """A YAML (or JSON) document of plain values. ``file`` is named in errors.
+
+    Raises:
+        InputError: what is not YAML, a key that is there twice, or one that is not a scalar.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key that is not a name", problem_mark=key.start_mark)
+                if key.value in seen:
+                    row = key.start_mark.line + 1
+                    raise InputError(f"the key {key.value} is there twice", file=file, row=row, mend="keep one")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
 
-    def mapping(loader, node):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is not a name", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise InputError(
-                    f"the key {key.value} stands twice", file=path, row=key.start_mark.line + 1, mend="keep one"
-                )
-            seen.add(key.value)
-        return dict(loader.construct_pairs(node, deep=True))
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        with open(Path(path).expanduser(), encoding="utf-8") as f:
-            values = yaml.load(f, Loader)  # noqa: S506 - a SafeLoader
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path, mend="check the path") from None
-    except UnicodeDecodeError:
-        raise InputError("is not UTF-8 text", file=path, mend="give a YAML file") from None
+        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         row = mark.line + 1 if mark else None
         problem = getattr(error, "problem", None) or getattr(error, "reason", "damaged")
-        raise InputError(f"is not YAML ({problem})", file=path, row=row, mend="correct it there") from None
+        raise InputError(f"is not YAML ({problem})", file=file, row=row, mend="correct it there") from None
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
-        raise InputError(f"is not usable YAML ({error})", file=path, mend="correct it") from None
+        raise InputError(f"is not usable YAML ({error})", file=file, mend="correct it") from None
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML or JSON mapping from a file; an ``InputError`` for anything else."""
+    values = parse_yaml(read_text(Path(path).expanduser()), path)
     if values is None:
         return {}
     if not isinstance(values, dict):

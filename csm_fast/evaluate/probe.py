@@ -19,7 +19,7 @@ from csm_fast.model.compile import uncompiled
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.pack import Pack, Segments
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.files import read_json, write_file, writing_to
 from csm_fast.system.tensors import read_entries, write_tensors
 
 PROBE, PROBE_LOSS = "probe.safetensors", "probe.json"
@@ -145,7 +145,7 @@ def save_probe(model: Any, pack: Pack, directory: str | os.PathLike[str]) -> flo
     }
     with writing_to(path):
         write_tensors(path / PROBE, tensors, None)
-        write_bytes(path / PROBE_LOSS, (json.dumps(values) + "\n").encode())
+        write_file(path / PROBE_LOSS, json.dumps(values) + "\n")
     return loss
 
 

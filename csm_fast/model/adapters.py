@@ -20,17 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
+from csm_fast.config.targets import HEADS, STACKS, TABLES, match_target
 from csm_fast.config.train import AdapterSection
-from csm_fast.model.nf4 import STACKS, quantize_stacks
+from csm_fast.model.nf4 import quantize_stacks
 from csm_fast.model.run_options import Attached, run_options_of
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.optional import load_peft
 
-ATTN = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
-SYNONYMS = {"o_proj": "output_proj", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-HEADS = ("codebook0_head.weight", "audio_head")
-TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 ADAPTER = "default"  # PEFT's name of the one adapter
 
 _HASH_PIECE = 1 << 24  # values hashed at once: 64 MiB in float32
@@ -237,12 +234,7 @@ def resolve_targets(model: Any, words: list[str]) -> tuple[str, ...]:
                 "--target-modules audio_head: it is a parameter, not a layer, so it has no adapter",
                 mend="train it whole with --train-heads",
             )
-        if word == "attn":
-            some = [n for n in names if n.startswith(tuple(f"{s}." for s in STACKS)) and n.rpartition(".")[2] in ATTN]
-        else:
-            front, _, leaf = word.replace("self_attn.", "attn.").rpartition(".")
-            suffix = f"{front}.{SYNONYMS.get(leaf, leaf)}".lstrip(".")
-            some = [n for n in names if n == suffix or n.endswith("." + suffix)]
+        some = match_target(word, names)
         if not some:
             leaves = sorted({n.rpartition(".")[2] for n in names})
             more = ", or --train-embeddings" if "embedding" in word else ""

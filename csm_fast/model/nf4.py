@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from csm_kernels.constants import NF4_BLOCK, NF4_SCALES_BLOCK
 from torch import Tensor, nn
 
+from csm_fast.config.targets import STACKS
 from csm_fast.system.optional import load_bitsandbytes
-
-STACKS = ("backbone", "decoder")
 
 
 @torch.library.custom_op("csm_fast::nf4_product", mutates_args=())

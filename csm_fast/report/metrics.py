@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from csm_fast.system.files import disk_error, write_text
+from csm_fast.system.files import disk_error, write_file
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (
@@ -78,7 +78,7 @@ class MetricsFile:
             OSError: the file cannot be written.
         """
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(map(metrics_line, rows)))
+        write_file(self.path, "".join(map(metrics_line, rows)))
 
 
 def validation_line(step: int, v: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast.report.metrics import read_metrics
-from csm_fast.system.files import disk_error, write_text
+from csm_fast.system.files import disk_error, write_file
 
 log = logging.getLogger("csm_fast")
 
@@ -60,7 +60,7 @@ def summarize(
         "plot": str(run_dir / "loss.png"),
     }
     try:
-        write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_file(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         if len(rows) > 1:
             plot(rows, entropy, uniform, run_dir / "loss.png")
     except OSError as error:

@@ -24,7 +24,7 @@ from torch import nn
 
 from csm_fast.packing.pack import Pack
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import _fsync, disk_error, replace_directory
+from csm_fast.system.files import disk_error, fsync_path, replace_directory
 from csm_fast.system.tensors import write_tensors
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.weights.save import save_model, write_record
@@ -73,20 +73,20 @@ def save_checkpoint(
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
         for name in files:
-            _fsync(temporary / name)
+            fsync_path(temporary / name)
         payload = {"format": FORMAT, **state, "files": files}
         (temporary / STATE).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        _fsync(temporary / STATE)
-        _fsync(temporary)
+        fsync_path(temporary / STATE)
+        fsync_path(temporary)
         if final.exists():
             remove_checkpoint(final)  # damaged, or the run would have continued from it
         os.replace(temporary, final)
-        _fsync(run_dir)
+        fsync_path(run_dir)
         link_or_copy(run_dir, "last", final.name)
     except (OSError, InputError) as error:
         # The model's writer has told its OSError in its own words, which name the temporary directory.
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise disk_error(cause, run_dir, "the checkpoint could not be saved; the earlier ones are intact") from error
+        raise disk_error(cause, run_dir, "the checkpoint could not be saved, the earlier ones are intact") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

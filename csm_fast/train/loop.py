@@ -21,7 +21,7 @@ from csm_fast.report.summary import Ending, summarize
 from csm_fast.system.console import StepProgress
 from csm_fast.system.device import memory_gib
 from csm_fast.system.errors import InputError, is_out_of_memory
-from csm_fast.system.files import disk_error, write_text
+from csm_fast.system.files import disk_error, write_file
 from csm_fast.system.lock import Lock
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.announce import explain_out_of_memory, print_banner
@@ -301,7 +301,7 @@ class Trainer:
                 settings = self.run_dir / "config.resolved.yaml"  # the other one is the user's own, with its comments
             # Otherwise the file would describe a run that never happened.
             if self.state["step"] < self.prepared.total_steps or not settings.exists():
-                write_text(settings, dump_yaml(self.config))
+                write_file(settings, dump_yaml(self.config))
             self.metrics.keep_until(self.state["step"] if self.prepared.resumed else -1)
             if self.prepared.resumed:
                 best = self.state["best_step"]

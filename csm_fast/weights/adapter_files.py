@@ -27,7 +27,7 @@ from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.run_options import Attached
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.system.files import write_file, writing_to
 from csm_fast.weights.adapter_formats import TRAINED, SavedAdapter, check_base, read_adapter, write_peft
 from csm_fast.weights.config_json import sesame_config
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
@@ -50,7 +50,7 @@ def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
     with writing_to(path):
         if not saved.whole:  # the file of an earlier adapter
             (path / TRAINED).unlink(missing_ok=True)
-        write_bytes(path / "config.json", config.encode())
+        write_file(path / "config.json", config)
 
 
 def _saved(model: Any) -> SavedAdapter:

@@ -27,7 +27,7 @@ from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import AdapterSection
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.files import read_json, write_file, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors
 from csm_fast.system.version import __version__
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
@@ -272,7 +272,7 @@ def _write(directory: Path, weights: str, tensors: Mapping[str, Tensor], config:
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / weights, tensors, None)
-        write_bytes(directory / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_file(directory / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def write_transformers(saved: SavedAdapter, shape: CSMConfig, directory: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.model.stacks import model_config
-from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.system.files import replace_file, write_file, writing_to
 from csm_fast.system.tensors import write_tensors
 from csm_fast.weights.config_json import sesame_config
 
@@ -37,13 +37,9 @@ def save_model(model: nn.Module, directory: str | os.PathLike[str], *, dtype: to
         raise ValueError(f"not the parameters of a CSM: {', '.join(odd[:3])} ({len(odd)} in all)")
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / "model.safetensors.tmp"
-        try:
+        with replace_file(directory / "model.safetensors") as temporary:
             write_tensors(temporary, parameters, dtype)
-            os.replace(temporary, directory / "model.safetensors")
-        finally:
-            temporary.unlink(missing_ok=True)
-        write_bytes(directory / "config.json", (json.dumps(sesame_config(config), indent=2) + "\n").encode())
+        write_file(directory / "config.json", json.dumps(sesame_config(config), indent=2) + "\n")
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:

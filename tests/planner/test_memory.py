@@ -24,7 +24,7 @@ from csm_fast.planner.estimate import Estimate, estimate
 from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES
 from csm_fast.planner.step import Load, Walk
-from csm_fast.planner.tensors import LAYER_LINEARS, SYNONYMS, is_adapted, weights
+from csm_fast.planner.tensors import weights
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB, _group_limits, available_bytes, parse_bytes
 from csm_fast.train.optim.build import cast_weights
@@ -131,14 +131,13 @@ def test_every_parameter_is_known():
 
 
 def test_adapters_go_where_the_trainer_puts_them():
-    assert adapters.ATTN == LAYER_LINEARS and adapters.SYNONYMS == SYNONYMS
     with torch.device("meta"):
         model = CSM(MICRO)
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     words = ["attn", "projection", "codebook0_head", "q_proj", "o_proj", "self_attn.k_proj", "backbone.layers.0.mlp.w1"]
     for some in ([word] for word in words):
         section = AdapterSection(method="lora", target_modules=some)
-        assert tuple(sorted(n for n in linears if is_adapted(section, n))) == adapters.resolve_targets(model, some)
+        adapted = sorted(w.name for w in weights(MICRO, section, OptimizerSection(), [], 4) if w.rank)
+        assert tuple(adapted) == adapters.resolve_targets(model, some)
 
 
 def test_the_walk_gives_back_what_it_takes():
