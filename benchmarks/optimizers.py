@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csm_kernels.constants import MOMENT_BLOCK
 from csm_kernels.cpu import native
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class Way:
         return self.kind, f"{weights}{rounding}" + (", 8-bit moments" if self.bits == 8 else "")
 
 
-EIGHTH = 2 * (1 + 4 / 256)
+EIGHTH = 2 * (1 + 4 / MOMENT_BLOCK)
 OURS, PLAIN = "csm_fast", "csm_fast by PyTorch's operators"
 WAYS = [
     *(Way(kind, BF16, "stochastic") for kind in (OURS, PLAIN)),

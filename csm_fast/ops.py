@@ -1,4 +1,5 @@
-"""The operators the model is built from, the only importer of ``csm_kernels``, and the one place that chooses.
+"""The operators the model is built from, the only importer of ``csm_kernels`` but for its constants, and the one place
+that chooses.
 
 ``impl`` is "auto" (kernels on CUDA where Triton is installed, PyTorch elsewhere), "triton" or "torch". It can be given
 per call, or for a stretch of code with ``using``. On a CPU the passes between PyTorch's matrix products come from a
@@ -23,6 +24,7 @@ from csm_kernels.cpu.linear import linear
 from csm_kernels.cpu.linear import serves as multiplies
 from csm_kernels.cpu.llama_layer import LayerSetup, llama_layer
 from csm_kernels.cpu.native import reason as cpu_passes
+from csm_kernels.dtypes import wide_dtype
 from csm_kernels.frame_embed import RowGradient
 from csm_kernels.packed_attention import packed_attention, varlen_backend
 from csm_kernels.packed_attention import plan as plan_segments
@@ -57,6 +59,7 @@ __all__ = [
     "uniform_order",
     "using",
     "varlen_backend",
+    "wide_dtype",
 ]
 
 IMPLS = ("auto", "triton", "torch")
@@ -156,13 +159,9 @@ def adamw_form(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> str:
     return chosen(weight.device, weight.dtype)[0]
 
 
-def adamw_part(form: str, weight: Tensor, quantized: bool) -> int:
-    """How many elements of a table ``adamw_`` takes or leaves together: a row, or a program's of the kernel. 0: all are
-    taken, because a row is no whole number of scales of moments in 8 bits."""
-    if form == "library":
-        width = weight.shape[-1]
-        return 0 if quantized and width % _adamw.QUANTIZED else width
-    return _adamw.BLOCK
+def adamw_part(form: str, weight: Tensor) -> int:
+    """How many elements of a table ``adamw_`` takes or leaves together: a row, or a program's of the kernel."""
+    return weight.shape[-1] if form == "library" else _adamw.BLOCK
 
 
 def adamw_(
@@ -188,8 +187,6 @@ def adamw_(
         grad,
         moments.exp_avg,
         moments.exp_avg_sq,
-        *(moments.scales or (None, None)),
-        moments.maps,
         compensation,
         live,
         step,

@@ -22,9 +22,8 @@ out for the rest (``Running.run_part``). transformers and whoever keeps memory r
 quarter of an hour.
 
 On a processor that has no products of bf16, PyTorch's are ten to a hundred times as slow as its float32 ones, so the
-others train in float32 there (``--precision``), csm_fast is shown in both, and everybody runs parts
-(``systems.parts``), and the longest batch where that is no matter of minutes or of all memory
-(``systems.runs_longest``).
+systems train in float32 there (``--precision``), everybody runs parts (``systems.parts``), and the longest batch where
+that is no matter of minutes or of all memory (``systems.runs_longest``).
 
 A system's loss on a batch must be the float32 value to 1e-5 (float32) or 1e-2 (bf16), or it is shown without a
 ranking.
@@ -63,7 +62,7 @@ from benchmarks.compare.systems import (
     runs_longest,
     tolerance,
 )
-from benchmarks.compare.table import is_free, print_tables
+from benchmarks.compare.table import OURS, is_free, print_tables
 from benchmarks.compare.worker import SHAPES, Running, answers, expected, reference
 from csm_fast.system.device import resolve_device, resolve_precision
 
@@ -186,9 +185,9 @@ def arguments() -> argparse.Namespace:
     if args.precision == "auto":
         without = args.device == "cpu" and resolve_precision("auto", resolve_device("cpu")) == "fp32"
         args.precision = "fp32" if without else "bf16"
-    own = ["csm_fast"] if args.precision == "bf16" else ["csm_fast", "csm_fast-fp32"]
+    own = "csm_fast" if args.precision == "bf16" else "csm_fast-fp32"
     kept = [f"{theirs}-kept"] if args.device == "cpu" else []
-    default = [*own, theirs, *kept, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
+    default = [own, theirs, *kept, f"{theirs}-fp32", "transformers", "transformers-all-frames"]
     args.systems = args.systems or default
     args.systems = list(dict.fromkeys(in_precision(name, args.precision) for name in args.systems))
     if not real and (asked := [name for name in args.systems if SYSTEMS[name].code == "blog"]):
@@ -329,7 +328,7 @@ class Race:
         """The machine's, for the products of each label; csm_fast's process measures it, where that is there."""
         rates: dict[str, float] = {}
         for row in sorted(self.rows, key=lambda row: row["system"] != "csm_fast"):
-            if row["flops"] and (self.args.precision == "bf16" or row["system"] == "csm_fast"):
+            if row["flops"] and (self.args.precision == "bf16" or row["system"] in OURS):
                 if row["label"] not in rates:
                     rates[row["label"]] = self._ask(row["system"], "rate", row["label"])
                 row["matmul_rate"] = rates[row["label"]]

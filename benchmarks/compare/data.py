@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import CSMConfig
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import open_split
 from csm_fast.packing.loader import Packer
@@ -30,7 +31,7 @@ class Synthetic:
     def __init__(self, recordings: int, config: CSMConfig, seed: int = 0):
         rng = np.random.default_rng(seed)
         frames = np.clip(rng.lognormal(np.log(60), 0.6, recordings), 12, 250).astype(int)
-        words = np.maximum(3, frames * 0.08 * 3 * 1.3).astype(int)  # 1.3 tokens a word
+        words = np.maximum(3, frames * FRAME_SECONDS * 3 * 1.3).astype(int)  # 1.3 tokens a word
         codes = [rng.integers(0, config.audio_vocab_size - 3, (n, config.num_codebooks)) for n in frames]
         text = [rng.integers(0, config.text_vocab_size, n) for n in words]
         self.turns = [[Turn(t.astype(np.int32), c.astype(np.uint16))] for t, c in zip(text, codes, strict=True)]
@@ -103,12 +104,12 @@ def padded(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:
     packer = Packer(store, DataSection(), LossSection())
     rows = []
     for i in members:
-        (document,) = packer.documents(i)
-        tokens, is_audio = packer.rows_of(document)
-        mask = np.zeros_like(tokens, dtype=bool)
-        mask[:, :-1] = is_audio[:, None]
-        mask[:, -1] = ~is_audio
-        rows.append((torch.from_numpy(tokens).long(), torch.from_numpy(mask)))
+        layout = packer.layout_conversations([i])
+        assert len(layout.documents) == 1, f"conversation {i} is longer than the model's context"
+        (pack,) = packer.build_step(layout, 0, 0).packs
+        mask = pack.is_audio[:, None].repeat(1, pack.tokens.shape[1])
+        mask[:, -1] = ~pack.is_audio
+        rows.append((pack.tokens.long(), mask))
     return (
         nn.utils.rnn.pad_sequence([t for t, _ in rows], batch_first=True),
         nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True),

@@ -6,15 +6,21 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from csm_fast.config.shape import FRAME_SECONDS
+
 Row = dict[str, Any]
 MIB = 2**20
 OURS = ("csm_fast-fp32", "csm_fast")  # whose memory the others' is compared with: in float32 where it was measured
-FRAME_SECONDS = 0.08
 
 
 def rows_of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """Those whose fields are these."""
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def our_rows(rows: list[Row]) -> list[Row]:
+    """csm_fast's rows, which the others are compared with: of bf16 weights, or of float32 where only those trained."""
+    return rows_of(rows, system="csm_fast") or rows_of(rows, system="csm_fast-fp32")
 
 
 def is_free(row: Row) -> bool:
@@ -68,7 +74,7 @@ def time_tables(rows: list[Row], spreads: Spreads | None = None) -> list[tuple[s
             some = [*some, *filter(is_theirs, rows)]
         else:
             title = f"equal updates: {label}"
-        ours = rows_of(rows, label=label, system="csm_fast")
+        ours = rows_of(our_rows(rows), label=label)
         tables.append((f"{title}, seconds per epoch", *_times(some, ours[0] if ours else None, free, spreads)))
     return tables
 
@@ -154,7 +160,7 @@ def summary(rows: list[Row], spreads: Spreads | None = None) -> tuple[list[str],
     optimizer included, and with csm_fast free to pack; and the memory besides weights and gradients."""
     timed = [row for row in rows if "median_s" in row]
     equal = list(dict.fromkeys(row["label"] for row in timed if not is_free(row)))
-    free = next((row for row in timed if is_free(row) and row["system"] == "csm_fast"), None)
+    free = next(filter(is_free, our_rows(timed)), None)
     head = ["system", "recipe", *(f"{label}, s" for label in equal)]
     optimized = any("optimizer_s" in row for row in timed)
     head += ["with optimizer"] * optimized
@@ -163,7 +169,7 @@ def summary(rows: list[Row], spreads: Spreads | None = None) -> tuple[list[str],
     lines = []
     for system in dict.fromkeys(row["system"] for row in timed):
         own = {row["label"]: row for row in rows_of(timed, system=system)}
-        ours = {row["label"]: row for row in rows_of(timed, system="csm_fast")}
+        ours = {row["label"]: row for row in our_rows(timed)}
         cells = [_seconds_and_times(own[label], ours.get(label), spreads) if label in own else "" for label in equal]
         if optimized:
             cells.append(", ".join(_optimized(own[label], ours.get(label)) for label in equal if label in own))

@@ -132,7 +132,7 @@ def stream(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> d
     packer = Packer(store, section(pack_rows, by), LossSection(), pad="cpu")
     watch.seconds("packer")
     steps = packer.steps_in_epoch(0)
-    packer.plan(0, 0)
+    packer.layout_steps(0, 0)
     watch.seconds("plan")
     watch.memory("plan")
     watch.figures.update(steps=steps, conversations=len(store), turns=store.num_turns, frames=store.num_frames)

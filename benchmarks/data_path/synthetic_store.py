@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
 from csm_fast.data.store_writer import TokenStoreWriter
-from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TurnTokens
+from csm_fast.data.token_store import TurnTokens
 from csm_fast.system.errors import InputError
 
 CODEBOOKS, CODES, TEXT_IDS, SPEAKERS = 32, 2048, 128_256, 16
-FRAMES_PER_SECOND = SAMPLES_PER_SECOND / SAMPLES_PER_FRAME
+FRAMES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_FRAME
 FRAMES_PER_HOUR = round(3600 * FRAMES_PER_SECOND)
 BYTES_PER_HOUR = FRAMES_PER_HOUR * (CODEBOOKS * 2 + 2)  # codes, and the rest roughly
 

@@ -25,8 +25,8 @@ from benchmarks.kernels.points import (
     ours,
     random_tensor,
 )
+from csm_fast.model.layer import rms_norm
 from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
-from csm_fast.model.stacks import rms_norm
 
 # ----------------------------------------------------------------------------------------------- between the GEMMs
 

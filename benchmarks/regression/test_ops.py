@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.points import BOTH, FORWARD, Inputs, Layout, Point, perform, random_tensor
 from csm_fast import CSM, CSMConfig, ops
-from csm_fast.model.rope import rope_table
-from csm_fast.model.stacks import DepthAttend, PackedAttend, rope_spec, run_layer, wide_dtype
+from csm_fast.model.layer import run_layer
+from csm_fast.model.rope import rope_spec, rope_table
+from csm_fast.model.stacks import DepthAttend, PackedAttend
 from csm_fast.packing.pack import Segments
 
 ROWS = (448, 2048)
@@ -76,7 +77,7 @@ def layer(point: Point, stack: str) -> tuple[Callable[..., Any], Inputs]:
         attend = DepthAttend("auto")
         positions = torch.arange(point.config.num_codebooks, device=point.device)
         shape = (point.frames(), point.config.num_codebooks, point.config.decoder.embed_dim)
-    table = rope_table(rope_spec(one.attn), int(positions.max()) + 1, wide_dtype(point.dtype), point.device)
+    table = rope_table(rope_spec(one.attn), int(positions.max()) + 1, ops.wide_dtype(point.dtype), point.device)
     cos, sin = (t[positions].unsqueeze(-2) for t in table)
     weights = dict(one.named_parameters())
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.table import (
-    FRAME_SECONDS,
     Row,
     is_free,
     markdown,
@@ -29,6 +28,7 @@ from benchmarks.compare.table import (
 )
 from benchmarks.report import parts as report_parts
 from benchmarks.report.parts import MIB, NOT_MEASURED, provenance
+from csm_fast.config.shape import FRAME_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

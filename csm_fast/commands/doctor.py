@@ -109,8 +109,6 @@ def _precision_reason(found: dict[str, Any]) -> str:
         return "float32 master weights under bf16 autocast, which this machine multiplies fast"
     if found["precision"] == "fp16":
         return "float32 master weights under fp16 autocast, with loss scaling: this GPU's tensor cores know no bf16"
-    if (found["cpu_passes"] or "").startswith("built") and "(AVX" in found["processor"]:
-        return "PyTorch's bf16 is slow here; csm_fast's own is not: --weights bf16-stochastic takes half the memory"
     return "this machine has no fast bf16"
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from csm_fast.config.commands import GenerateConfig
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.data.audio import read_audio, write_wav
-from csm_fast.data.codec.load import load_codec
 from csm_fast.data.metadata import load_metadata
-from csm_fast.data.text import load_text_tokenizer
-from csm_fast.generate.generator import Generator, Speech, Turn
-from csm_fast.model.stacks import vocabulary
+from csm_fast.generate.generator import Generator, Speech, Utterance
+from csm_fast.generate.voice import load_voice
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
 from csm_fast.weights.load import load_model
@@ -37,41 +36,25 @@ def speak(config: GenerateConfig) -> Speech:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     model = load_model(config.model).to(device)
-    record = read_record(config.model)
-    known = record.get("codec", {})
-    kind = known["kind"] if config.codec == "auto" and known.get("kind") == "offline" else config.codec
-    codec = load_codec(kind, source=config.codec_source, num_codebooks=vocabulary(model)[0])
-    if known and known.get("fingerprint") != codec.fingerprint:
-        raise InputError(
-            f"the model was trained with {known.get('name')}, this is {codec.name}",
-            file=config.model,
-            mend="give --codec and --codec-source as at pretokenize",
-        )
-    tokenizer = load_text_tokenizer(config.tokenizer)
-    if tokenizer.fingerprint != record.get("text_tokenizer", {}).get("fingerprint", tokenizer.fingerprint):
-        raise InputError(
-            f"the model was trained with another text tokenizer than {tokenizer.name}",
-            file=config.model,
-            mend="give --tokenizer as at pretokenize",
-        )
-    ids = model.text_embeddings.num_embeddings
-    if tokenizer.vocab_size > ids or codec.codebook_size > vocabulary(model)[1]:
-        raise InputError(
-            f"the model knows {ids:,} text ids and {vocabulary(model)[1]:,} codes; {tokenizer.name} has "
-            f"{tokenizer.vocab_size:,} ids, {codec.name} {codec.codebook_size:,} codes",
-            file=config.model,
-            mend="give the --tokenizer and --codec that the model was trained with",
-        )
+    voice = load_voice(
+        model,
+        read_record(config.model),
+        codec=config.codec,
+        codec_source=config.codec_source,
+        tokenizer=config.tokenizer,
+        file=config.model,
+    )
+    tokenizer, codec = voice.tokenizer, voice.codec
     context = []
     if config.context:
         for turn in load_metadata(config.context, speaker_map=config.speaker_map)[0].turns:
             wave = read_audio(turn.audio_path, start=turn.start, end=turn.end, row=turn.row, metadata_file=turn.file)
-            context.append(Turn(tokenizer.encode(turn.text, turn.speaker), codec.encode([wave])[0]))
+            context.append(Utterance(tokenizer.encode(turn.text, turn.speaker), codec.encode([wave])[0]))
     wave, speech = Generator(model, tokenizer, codec).speak(
         config.text,
         config.speaker,
         context,
-        max_frames=max(1, int(config.max_seconds / 0.08)),
+        max_frames=max(1, int(config.max_seconds / FRAME_SECONDS)),
         temperature=0.0 if config.greedy else config.temperature,
         top_k=config.top_k,
         seed=config.seed,

@@ -9,6 +9,11 @@ from typing import Any, get_type_hints
 
 from csm_fast.system.errors import InputError
 
+# Mimi's: what one frame of codes stands for.
+SAMPLE_RATE = 24_000  # Hz
+SAMPLES_PER_FRAME = 1920
+FRAME_SECONDS = SAMPLES_PER_FRAME / SAMPLE_RATE  # 0.08
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

@@ -10,11 +10,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from csm_fast.config.shape import FRAME_SECONDS, SAMPLE_RATE
 from csm_fast.system.errors import InputError
 
-SAMPLE_RATE = 24_000  # Mimi's
 RESAMPLER = "soxr-HQ"  # named in manifests: another resampler gives other codes
-FRAME_S = 0.08  # one frame of codes; nothing shorter can be encoded
 _RATES = (4_000, 768_000)  # below, no speech; above, a damaged header
 _BLOCK_SAMPLES = 1 << 22  # decoded at once, over all channels: 16 MiB in float32
 _UNKNOWN_SIZE = 0x7FFFF000  # a header written before the length was known (a pipe) holds this or more
@@ -238,11 +237,11 @@ def _cut(start: float | None, end: float | None, frames: int, rate: int, where: 
         raise where.error(f"is cut from {begin} s to {finish} s", "give seconds, 0 or more")
     if begin >= duration:
         raise where.error(f"is {duration:.3f} s long, but start is {begin:g} s", "correct start, in seconds")
-    if finish > duration + FRAME_S:
+    if finish > duration + FRAME_SECONDS:
         raise where.error(f"is {duration:.3f} s long, but end is {finish:g} s", "correct end, in seconds")
     first, last = round(begin * rate), min(round(finish * rate), frames)
     # One sample of grace: 0.30 - 0.22 s is 80 ms and, in floating point, a little less.
-    if last - first < FRAME_S * rate - 1:
+    if last - first < FRAME_SECONDS * rate - 1:
         what = f"gives only {max(0.0, (last - first) / rate) * 1000:.0f} ms of audio"
         raise where.error(what, "give at least 80 ms, or remove the row")
     return first, last
@@ -266,7 +265,7 @@ def _decode(sound: Any, first: int, last: int, where: _Where) -> np.ndarray:
     except soundfile.LibsndfileError as error:
         reason = f" ({error.error_string.strip().rstrip('.')})"
     # The length of an mp3 may be an estimate, off by a few of its frames of 26 ms; a real loss is longer than that.
-    if reason or missing > FRAME_S * sound.samplerate:
+    if reason or missing > FRAME_SECONDS * sound.samplerate:
         what = f"is truncated or damaged: it cannot be decoded up to {last / sound.samplerate:.3f} s{reason}"
         raise where.error(what, "copy or export it again")
     return np.concatenate(blocks)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
     from csm_fast.config.commands import PretokenizeConfig
-    from csm_fast.data.metadata import Conversation, Turn
+    from csm_fast.data.metadata import Conversation, MetadataTurn
     from csm_fast.data.text import TextTokenizer
-
-MAX_ROWS = 2048  # positions of csm-1b's backbone; one turn must fit, longer conversations are split between turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Corpus:
 
     def __init__(self, config: PretokenizeConfig):
         self._config = config
-        self.turns: list[Turn] = []
+        self.turns: list[MetadataTurn] = []
         self.splits: list[Split] = []
         self.refused: dict[int, InputError] = {}
         self.filtered: set[int] = set()
@@ -49,8 +48,8 @@ class Corpus:
         """Note how long the text of turn `i` is; one that leaves no room for a frame is refused."""
         length = len(tokenizer.encode(self.turns[i].text, self.turns[i].speaker))
         self._text_lengths[i] = length
-        if length + 2 > MAX_ROWS:
-            self.refuse(i, f"its text is {length:,} tokens, a sequence has {MAX_ROWS:,} rows", "shorten it")
+        if length + 2 > MAX_POSITIONS:
+            self.refuse(i, f"its text is {length:,} tokens, a sequence has {MAX_POSITIONS:,} rows", "shorten it")
 
     def admit(self, i: int, frames: int, seconds: float) -> bool:
         """Whether turn `i`, tokenized, can be used, now that its audio's length is known."""
@@ -61,9 +60,9 @@ class Corpus:
             self.filtered.add(i)
             return False
         rows = self._text_lengths[i] + frames + 1
-        if rows > MAX_ROWS:
+        if rows > MAX_POSITIONS:
             what = f"{seconds:,.1f} s is {frames:,} frames; with its text it needs {rows:,} rows"
-            self.refuse(i, f"{what}, a sequence has {MAX_ROWS:,}", "cut it with start and end")
+            self.refuse(i, f"{what}, a sequence has {MAX_POSITIONS:,}", "cut it with start and end")
             return False
         return True
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from csm_fast.config.shape import SAMPLE_RATE
 from csm_fast.system.errors import InputError
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from csm_fast.data.decode_pool import serve; serve()"
@@ -49,7 +50,7 @@ class Request:
     end: float | None = None
     row: str = ""
     file: str = ""
-    sample_rate: int = 24_000
+    sample_rate: int = SAMPLE_RATE
     max_seconds: float = 0.0
     tag: Any = None
 

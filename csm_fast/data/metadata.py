@@ -36,11 +36,11 @@ from csm_fast.data.metadata_files import (
     read_text,
     show,
 )
+from csm_fast.data.text import NO_SPEAKER
 from csm_fast.system.errors import InputError
 
 MAX_TEXT_CHARS = 20_000
 MAX_SPEAKER = 2**31 - 1
-NO_SPEAKER = -1  # the speaker of every turn under omit_speaker_id: the text template then has no "[speaker]" prefix
 FLAT_SPEAKER, CONVERSATION_SPEAKER = 999, 0  # what sesame-finetune and csm-mlx give a row that names no speaker
 
 _LINE_BREAKS = re.compile("\\s*[\t\n\v\f\r\x85\u2028\u2029]\\s*")
@@ -50,7 +50,7 @@ _log = logging.getLogger("csm_fast")
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class MetadataTurn:
     """One utterance: a transcript and the recording, or the cut of one, that speaks it.
 
     Fields: ``text`` cleaned by `clean_text`; ``audio_path`` absolute; ``speaker`` 0 to 2**31 - 1, or -1 for none;
@@ -71,7 +71,7 @@ class Turn:
 class Conversation:
     """Turns that see each other, and the row (from 1; a line number in .jsonl; headers not counted) they came from."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[MetadataTurn, ...]
     row: int
 
 
@@ -268,7 +268,7 @@ def _conversation(row: int, item: Any, rules: _Rules) -> Conversation:
     return Conversation(turns, row)
 
 
-def _turn(row: str, item: Any, rules: _Rules, no_speaker: int) -> Turn:
+def _turn(row: str, item: Any, rules: _Rules, no_speaker: int) -> MetadataTurn:
     try:
         if not isinstance(item, dict):
             raise InputError(f"{show(item)} is not a turn", mend="write an object: text, audio_path, speaker")
@@ -292,7 +292,7 @@ def _turn(row: str, item: Any, rules: _Rules, no_speaker: int) -> Turn:
             named = _pick(given, SPEAKER)
             default = no_speaker if rules.default_speaker is None else rules.default_speaker
             speaker = default if named is None else named
-        return Turn(text, audio_path, speaker, start, end, row, rules.file)
+        return MetadataTurn(text, audio_path, speaker, start, end, row, rules.file)
     except InputError as error:
         raise InputError(error.what, file=rules.file, row=row, mend=error.mend) from None
 
@@ -368,7 +368,7 @@ def _recording_name(audio_path: str, file: str) -> str:
 def _warn_of_repeats(conversations: list[Conversation]) -> None:
     """Rows that are there twice count twice in the loss; a recording with two texts has a wrong one."""
     of_turns: dict[tuple, int] = {}
-    of_cut: dict[tuple[str, float | None, float | None], Turn] = {}
+    of_cut: dict[tuple[str, float | None, float | None], MetadataTurn] = {}
     repeats, contradictions = [], []
     for conversation in conversations:
         turns = tuple((t.audio_path, t.text, t.speaker, t.start, t.end) for t in conversation.turns)
@@ -401,7 +401,7 @@ def _more(found: Sized) -> str:
     return f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
 
 
-def _check_recordings(turns: list[Turn]) -> None:
+def _check_recordings(turns: list[MetadataTurn]) -> None:
     missing = {turn.audio_path: turn for turn in reversed(turns) if not os.path.isfile(turn.audio_path)}
     if not missing:
         return

@@ -20,11 +20,12 @@ import numpy as np
 from csm_fast.config.commands import PretokenizeConfig
 from csm_fast.data.audio import RESAMPLER
 from csm_fast.data.code_cache import CodeCache, content_key
-from csm_fast.data.corpus import MAX_ROWS, Corpus, Split
+from csm_fast.data.corpus import Corpus, Split
 from csm_fast.data.decode_pool import DecodePool, Reply, Request, stamp
 from csm_fast.data.statistics import LISTED, render, split_report
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens, recover_store
+from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.system.console import ClipProgress
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_bytes, writing_to
@@ -170,7 +171,7 @@ class _Run:
         def requests():
             for key, users in missing.items():
                 turn = self.corpus.turns[users[0]]
-                where = (turn.start, turn.end, turn.row, turn.file, rate, (MAX_ROWS - 2) * step / rate, key)
+                where = (turn.start, turn.end, turn.row, turn.file, rate, (MAX_POSITIONS - 2) * step / rate, key)
                 yield Request(turn.audio_path, True, *where)
 
         try:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TokenStore
+from csm_fast.config.shape import FRAME_SECONDS
+from csm_fast.data.token_store import TokenStore
 from csm_fast.system.console import counted
 
 if TYPE_CHECKING:
-    from csm_fast.data.metadata import Turn
+    from csm_fast.data.metadata import MetadataTurn
 
 LONG_SILENCE = 0.5  # seconds of trailing silence that teach a model not to stop
 OUTLIER_Z = 4.0
 LISTED = 20  # rows listed of each kind; the counts are whole
 
 
-def split_report(store: TokenStore, turns: Sequence[Turn]) -> dict[str, Any]:
+def split_report(store: TokenStore, turns: Sequence[MetadataTurn]) -> dict[str, Any]:
     """The figures of one split.
 
     Args:
@@ -34,10 +35,10 @@ def split_report(store: TokenStore, turns: Sequence[Turn]) -> dict[str, Any]:
     characters = np.array([len(turns[i].text) for i in source])
     text, frames, _, _ = store.turn_lengths()
     # Of the frames, as the store and the trainer count them: a clip's last frame is filled up.
-    hours = np.asarray(frames) * (SAMPLES_PER_FRAME / SAMPLES_PER_SECOND / 3600)
+    hours = np.asarray(frames) * (FRAME_SECONDS / 3600)
 
     # Pauses at the ends say nothing about the pace, and one frame is the least speech there can be.
-    rate = characters / np.maximum(seconds - leading - trailing, 0.08)
+    rate = characters / np.maximum(seconds - leading - trailing, FRAME_SECONDS)
     spread = 1.4826 * np.median(np.abs(rate - np.median(rate)))  # the standard deviation, were it a normal law
     z = (rate - np.median(rate)) / spread if spread else np.zeros(len(rate))
     outliers = np.flatnonzero(np.abs(z) > OUTLIER_Z)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
 from csm_fast.data.store_format import FORMAT, FORMAT_VERSION, MANIFEST
-from csm_fast.data.token_store import SAMPLES_PER_FRAME, SAMPLES_PER_SECOND, TurnTokens, recover_store
+from csm_fast.data.token_store import TurnTokens, recover_store
 from csm_fast.system.arrays import write_arrays
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import fsync_directory, replace_directory, write_bytes, writing_to
@@ -41,7 +42,7 @@ class TokenStoreWriter:
         self._new = self.path.with_name(f".{self.path.name}.new")
         self._identity = {"codec": dict(codec), "text_tokenizer": dict(text_tokenizer), "resampler": resampler}
         self._num_codebooks, self._shard_frames = int(codec["num_codebooks"]), shard_frames
-        self._second = int(codec.get("sample_rate", SAMPLES_PER_SECOND)) / codec.get(
+        self._second = int(codec.get("sample_rate", SAMPLE_RATE)) / codec.get(
             "samples_per_frame", SAMPLES_PER_FRAME
         )  # frames per second
         self._shards: list[dict[str, Any]] = []

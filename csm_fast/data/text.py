@@ -11,17 +11,16 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
-import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 
 BEGIN, END = 128_000, 128_001
 BEGIN_TOKEN, END_TOKEN = "<|begin_of_text|>", "<|end_of_text|>"
-NO_SPEAKER = -1  # no "[speaker]" prefix
+NO_SPEAKER = -1  # speaker of a turn whose text has no "[speaker]" prefix
 DEFAULT_REPOSITORY = "sesame/csm-1b"
 
 _SPECIAL_TOKENS = 256
@@ -34,7 +33,7 @@ _PROBE = (
     "Здравствуй, мир. こんにちは世界。你好，世界！ 안녕하세요 مرحبا بالعالم नमस्ते สวัสดี שלום "
     "\U0001f469\u200d\U0001f680 e\u0301 <|end_of_text|>"
 )
-_PROBE_TIMEOUT_S = 6.0
+_FILE, _HUB_SECONDS = "tokenizer.json", 6.0
 _WAYS_OUT = (
     "give --tokenizer FILE (a tokenizer.json or tokenizer.model of Llama-3), or pip install llama-models, "
     "or connect to the hub with access to sesame/csm-1b"
@@ -99,9 +98,9 @@ def load_text_tokenizer(source: str | os.PathLike[str] | None = None) -> TextTok
     """
     if source is not None:
         return _from_source(os.path.expanduser(os.fspath(source)))
-    cached = _cached_on_disk(DEFAULT_REPOSITORY)
+    cached = hub.cached_file(DEFAULT_REPOSITORY, _FILE)
     if cached is not None:
-        return _from_json(cached, DEFAULT_REPOSITORY)
+        return _from_json(str(cached), DEFAULT_REPOSITORY)
     package = _llama_models_file()
     if package is not None:
         return _from_model(package, "llama-models package")
@@ -123,11 +122,11 @@ def _from_source(source: str) -> TextTokenizer:
         if source.endswith(".model"):
             return _from_model(source, source)
         raise InputError("is no text tokenizer", file=source, mend="give a tokenizer.json or a tokenizer.model")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) or source.endswith((".json", ".model")):
+    if not hub.is_hub_id(source) or source.endswith((".json", ".model")):
         raise InputError(
             "no such text tokenizer", file=source, mend="give a file, a folder or a hub id like owner/name"
         )
-    return _from_json(_cached_on_disk(source) or _download(source), source)
+    return _from_json(str(hub.cached_file(source, _FILE) or _download(source)), source)
 
 
 def _from_json(path: str, name: str) -> TextTokenizer:
@@ -188,56 +187,23 @@ def _llama_models_file() -> str | None:
     return None
 
 
-def _cached_on_disk(repository: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(repository, "tokenizer.json")
-    return path if isinstance(path, str) else None
-
-
 def _download(repository: str) -> str:
     """tokenizer.json of a hub repository. Raises InputError within seconds when the hub is out of reach."""
-    from huggingface_hub import constants, errors, hf_hub_download
-
     ways = f"check the id and the connection; or {_WAYS_OUT}"
-    if constants.HF_HUB_OFFLINE:
+    if hub.is_offline():
         what = f"{repository} is not in the hub cache, and HF_HUB_OFFLINE forbids fetching it"
         raise InputError(what, mend=f"unset it, or {_WAYS_OUT}")
-    if not _hub_answers():
-        raise InputError(f"{repository} is not in the hub cache, and {constants.ENDPOINT} does not answer", mend=ways)
+    if not hub.hub_answers(_HUB_SECONDS):
+        raise InputError(f"{repository} is not in the hub cache, and {hub.endpoint()} does not answer", mend=ways)
     try:
-        return hf_hub_download(repository, "tokenizer.json")
-    except errors.GatedRepoError:
-        page = f"{constants.ENDPOINT}/{repository}"
-        mend = f"accept its terms at {page} and run `hf auth login`; or {_WAYS_OUT}"
-        raise InputError(f"access to {repository} is not granted", mend=mend) from None
-    except errors.RepositoryNotFoundError:
-        raise InputError(f"no repository {repository} on the hub (or it is private)", mend=ways) from None
-    except errors.EntryNotFoundError:
-        raise InputError(f"{repository} holds no tokenizer.json", mend=_WAYS_OUT) from None
-    except Exception as error:  # the HTTP library's own errors, which differ between huggingface_hub's versions
-        first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{repository} could not be fetched ({first})", mend=ways) from None
-
-
-def _hub_answers() -> bool:
-    """One request with a deadline: hf_hub_download retries for 20 s and more before it gives up on a dead network.
-
-    In a thread, because a name look-up heeds no timeout. Any answer counts, whatever its status.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
-            answers.append(True)
-        except Exception:
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PROBE_TIMEOUT_S)
-    return answers == [True]
+        return str(hub.download_file(repository, _FILE))
+    except hub.HubError as error:
+        terms = f"accept its terms at {hub.endpoint()}/{repository} and run `hf auth login`; or {_WAYS_OUT}"
+        first = error.reason.splitlines()[0][:120] if error.reason else error.error_type
+        what, mend = {
+            "gated": (f"access to {repository} is not granted", terms),
+            "repository": (f"no repository {repository} on the hub (or it is private)", ways),
+            "file": (f"{repository} holds no {_FILE}", _WAYS_OUT),
+            "other": (f"{repository} could not be fetched ({first})", ways),
+        }[error.kind]
+        raise InputError(what, mend=mend) from None

@@ -29,8 +29,6 @@ from csm_fast.system.arrays import Arrays
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import file_sha256, old_directory
 
-SAMPLES_PER_SECOND, SAMPLES_PER_FRAME = 24_000, 1920
-
 
 @dataclass(frozen=True, slots=True)
 class TurnTokens:

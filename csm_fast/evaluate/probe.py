@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from csm_fast.model import adapters
+from csm_fast.model.compile import uncompiled
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.pack import Pack, Segments
 from csm_fast.system.errors import InputError
@@ -61,17 +62,14 @@ class Probe:
 def _loss(model: Any, pack: Pack, dtype: torch.dtype) -> float:
     narrow = dtype in (torch.bfloat16, torch.float16)
     was_training = model.training
-    # As whoever loads the adapter runs it; and compiling these few forwards would take longer than they do.
-    compiled = [(stack, stack.__dict__.pop("run_layer", None)) for stack in (model.backbone, model.decoder)]
+    autocast = torch.autocast(pack.tokens.device.type, dtype) if narrow else nullcontext()
     model.eval()
     try:
-        with torch.autocast(pack.tokens.device.type, dtype) if narrow else nullcontext():
+        # As whoever loads the adapter runs it; and compiling these few forwards would take longer than they do.
+        with uncompiled(model), autocast:
             return float(packed_loss(model, pack, 0.5, 0.5)[0])
     finally:
         model.train(was_training)
-        for stack, run in compiled:
-            if run is not None:
-                stack.run_layer = run
 
 
 def probe_pack(pack: Pack) -> Pack:

@@ -12,7 +12,7 @@ from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import coefficients, predictor_states
 from csm_fast.model.stacks import run_decoder, vocabulary
-from csm_fast.packing.draws import VALIDATION
+from csm_fast.packing.draws import Purpose
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.loader import Packer
 
@@ -62,9 +62,8 @@ class Validator:
             with torch.inference_mode(), autocast():
                 for first in range(0, self.conversations, CONVERSATIONS):
                     chosen = range(first, min(first + CONVERSATIONS, self.conversations))
-                    documents = [d for c in chosen for d in self.packer.documents(c)]
-                    plan = self.packer.group(documents)
-                    step = self.packer.build(plan, 0, first, (VALIDATION,))
+                    layout = self.packer.layout_conversations(chosen)
+                    step = self.packer.build_step(layout, 0, first, (Purpose.VALIDATION,))
                     for pack in step.packs:
                         self._score(model, pack.to(device), sums, totals)
         finally:
@@ -117,4 +116,4 @@ class Validator:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(ops.wide_dtype(x.dtype))

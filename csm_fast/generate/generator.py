@@ -14,14 +14,15 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.model.rope import apply_rope
-from csm_fast.model.stacks import run_stack, stack_limit, vocabulary
+from csm_fast.model.run_options import run_options_of
+from csm_fast.model.stacks import call_stack, stack_limit, vocabulary
 from csm_fast.system.errors import InputError
 
 Choose = Callable[[int, Tensor], Tensor]
 
 
 class KVCache:
-    """Keys and values of one stack for one sequence; usable as the ``attend`` of ``run_stack``."""
+    """Keys and values of one stack for one sequence; ``attend`` is that of ``run_stack``."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -41,7 +42,7 @@ class KVCache:
 
 
 @dataclass
-class Turn:
+class Utterance:
     """Context, or the turn to speak (without codes).
 
     Attributes:
@@ -53,7 +54,7 @@ class Turn:
     codes: np.ndarray | None = None
 
 
-def prompt_rows(turns: Sequence[Turn], num_codebooks: int) -> tuple[Tensor, Tensor]:
+def prompt_rows(turns: Sequence[Utterance], num_codebooks: int) -> tuple[Tensor, Tensor]:
     """Rows of a prompt: for each turn its text, its frames and the EOS row; the last turn has only text.
 
     Returns:
@@ -89,7 +90,7 @@ class Stepper:
         x = ops.frame_embed(tokens, is_audio, self.model.text_embeddings.weight, self.model.audio_embeddings.weight)
         positions = torch.arange(self.position, self.position + len(tokens), device=device)
         self.position += len(tokens)
-        return run_stack(self.model.backbone, x, positions, self.limit, self.cache.attend)[-1]
+        return call_stack(self.model.backbone, x, positions, self.limit, self.cache.attend)[-1]
 
     def frame(self, hidden: Tensor, choose: Choose) -> Tensor:
         """One frame [K] from the state that predicts it: ``choose(codebook, logits [V])`` picks each code."""
@@ -101,7 +102,7 @@ class Stepper:
         for k in range(1, self.num_codebooks):
             first = 0 if k == 1 else k
             x = model.projection(x)
-            state = run_stack(model.decoder, x, positions[first : k + 1], self.num_codebooks, cache.attend)[-1]
+            state = call_stack(model.decoder, x, positions[first : k + 1], self.num_codebooks, cache.attend)[-1]
             codes.append(choose(k, state @ model.audio_head[k - 1]))
             x = self._embed(k, codes[k]).unsqueeze(0)
         return torch.stack(codes)
@@ -132,7 +133,7 @@ class Generator:
 
     def generate_codes(
         self,
-        turns: Sequence[Turn],
+        turns: Sequence[Utterance],
         *,
         max_frames: int = 125,
         temperature: float = 0.9,
@@ -151,7 +152,7 @@ class Generator:
         Raises:
             InputError: the prompt leaves no room for ``max_frames``.
         """
-        stepper, adapter = Stepper(self.model), getattr(self.model, "adapter", None)
+        stepper, adapter = Stepper(self.model), run_options_of(self.model).adapter
         tokens, is_audio = prompt_rows(turns, stepper.num_codebooks)
         room = stepper.limit - len(tokens)
         if room < max_frames:
@@ -164,7 +165,7 @@ class Generator:
         self.model.eval()
 
         def choose(_: int, logits: Tensor) -> Tensor:
-            return sample(logits, temperature, top_k, random)
+            return sample_code(logits, temperature, top_k, random)
 
         frames: list[Tensor] = []
         ended = False
@@ -186,9 +187,11 @@ class Generator:
         empty = np.zeros((0, stepper.num_codebooks), dtype=np.int64)
         return Speech(torch.stack(frames).numpy() if frames else empty, ended)
 
-    def speak(self, text: str, speaker: int, context: Sequence[Turn] = (), **options: Any) -> tuple[np.ndarray, Speech]:
+    def speak(
+        self, text: str, speaker: int, context: Sequence[Utterance] = (), **options: Any
+    ) -> tuple[np.ndarray, Speech]:
         """(waveform float32 [samples] at the codec's rate, frames) of ``text`` in the voice of ``speaker``."""
-        turn = Turn(self.tokenizer.encode(text, speaker))
+        turn = Utterance(self.tokenizer.encode(text, speaker))
         speech = self.generate_codes([*context, turn], **options)
         if not len(speech.codes):
             return np.zeros(0, dtype=np.float32), speech
@@ -197,7 +200,7 @@ class Generator:
         return self.codec.decode(codes), speech
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> Tensor:
+def sample_code(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> Tensor:
     """One code from logits [V], in float32 on the CPU's generator; greedy at temperature 0."""
     if temperature <= 0:
         return logits.argmax()

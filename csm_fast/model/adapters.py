@@ -13,17 +13,17 @@ import importlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from csm_fast.config.shape import CSMConfig
+from csm_fast import ops
 from csm_fast.config.train import AdapterSection
 from csm_fast.model.nf4 import STACKS, quantize_stacks
-from csm_fast.model.stacks import model_config, wide_dtype
+from csm_fast.model.run_options import Attached, run_options_of
+from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.optional import load_peft
 
@@ -34,33 +34,6 @@ TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 ADAPTER = "default"  # PEFT's name of the one adapter
 
 _HASH_PIECE = 1 << 24  # values hashed at once: 64 MiB in float32
-
-
-@dataclass(frozen=True)
-class Attached:
-    """What ``attach`` did; also ``model.adapter``.
-
-    Attributes:
-        section: what was asked for, with its alpha.
-        shape: of the base; its modules do not show it any more.
-        base, base_hash: name and ``weights_hash`` of the weights that the adapters belong to.
-        compute_dtype: of the frozen weights and of matrix products.
-        targets: names of the modules with adapters, sorted.
-        whole: names of the parameters trained whole.
-    """
-
-    section: AdapterSection
-    shape: CSMConfig
-    base: str
-    base_hash: str
-    compute_dtype: torch.dtype
-    targets: tuple[str, ...]
-    whole: tuple[str, ...]
-
-    def autocast(self, device: str) -> torch.autocast:
-        """The context that the model computes in: autocast to ``compute_dtype``, off for float32."""
-        narrow = self.compute_dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(device, self.compute_dtype if narrow else None, enabled=narrow)
 
 
 def attach(
@@ -97,7 +70,7 @@ def attach(
     """
     if section.method == "full":
         raise ValueError("method full has no adapters")
-    if getattr(model, "adapter", None) is not None:
+    if run_options_of(model).adapter is not None:
         raise ValueError("the model has adapters already")
     if section.method == "qlora" and compute_dtype == torch.float64:
         raise ValueError("4-bit weights have no float64 form")
@@ -114,15 +87,17 @@ def attach(
         parameter.requires_grad_(False)
         if parameter.is_floating_point():
             keep = name in whole or name.endswith(".scale")
-            parameter.data = parameter.data.to(wide_dtype(compute_dtype) if keep else compute_dtype)
+            parameter.data = parameter.data.to(ops.wide_dtype(compute_dtype) if keep else compute_dtype)
     _inject(peft, model, section, targets)
-    _settle(model, targets, wide_dtype(compute_dtype), seed)
+    _settle(model, targets, ops.wide_dtype(compute_dtype), seed)
     for name in whole:
         model.get_parameter(name).requires_grad_(True)
     if base and Path(base).expanduser().exists():
         base = str(Path(base).expanduser().resolve())
     attached = Attached(section, shape, base, base_hash, compute_dtype, targets, whole)
     model.adapter = attached
+    if not hasattr(model, "embedding_rows"):  # no ``CSM``, which has declared it
+        model.register_module("embedding_rows", None)
     return attached
 
 
@@ -136,6 +111,8 @@ def _inject(peft: Any, model: Any, section: AdapterSection, targets: tuple[str, 
         target_modules=list(targets),
         bias="none",
     )
+    if not config.use_dora:
+        config._register_custom_module({nn.Linear: _lora_layer()})
     # PEFT would take a model's ``config`` for transformers'.
     ours = model.__dict__.pop("config", None)
     try:
@@ -187,15 +164,19 @@ def _dora_layer() -> type:
 
 
 @functools.cache
-def _lora_layer(kind: Any) -> type:
-    """One of PEFT's classes of layers, with a forward of its own where one adapter is added to the base."""
+def _lora_layer() -> type:
+    """The class of LoRA layers; made on first use, as PEFT is imported no sooner."""
+    lora = importlib.import_module("peft.tuners.lora.layer")
 
-    class Lora(kind):  # type: ignore[misc, valid-type]
-        """The scale enters between A and B, on [rows, rank].
+    class Lora(lora.Linear):  # type: ignore[name-defined]
+        """PEFT's layer, with a forward of its own where one adapter is added to the base.
 
-        PEFT scales [rows, out], in the backward pass too: a gradient more of that size beside the base's. Where nothing
-        is compiled, B's product adds to the base's result here, one result instead of four.
+        The scale enters between A and B, on [rows, rank]. PEFT scales [rows, out], and so the gradient: one more tensor
+        of that size beside the base's. Where nothing is compiled, B's product adds to the base's result: one result
+        instead of four.
         """
+
+        fuses_on_cpu = True  # see ``layer_cpu``
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """[..., in] -> [..., out]."""
@@ -229,9 +210,6 @@ def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int)
         if ADAPTER in layer.lora_magnitude_vector:
             norm = torch.linalg.norm(layer.base_layer.weight.detach().to(dtype), dim=1)
             layer.lora_magnitude_vector[ADAPTER] = _dora_layer()(norm)
-        else:
-            kind: Any = type(layer)
-            layer.__class__ = _lora_layer(kind)
         if name.partition(".")[0] not in STACKS:
             # The loss reads codebook0_head as one matrix, where an input's dropout has no place.
             layer.lora_dropout[ADAPTER] = nn.Identity()

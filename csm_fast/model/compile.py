@@ -16,13 +16,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from csm_fast.model.stacks import PackedAttend, run_layer
+from csm_fast.model.layer import LayerFunction, run_layer
+from csm_fast.model.run_options import run_options_of
+from csm_fast.model.stacks import PackedAttend
+from csm_fast.packing.pack import Segments
 
 # Variants of one stack's layer: with and without gradients, inputs that need none, a single row, one more of each for
 # an adapter. Past this many, something that should be symbolic is not, and it is better to stop and say so.
@@ -45,12 +50,21 @@ def compile_layers(model: Any, choice: str = "on", backend: str = "inductor") ->
     on = choice == "on"
     if choice == "auto":
         on = next(model.parameters()).device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    for stack in (model.backbone, model.decoder):
-        if on:
-            stack.run_layer = _compiled(backend)
-        elif hasattr(stack, "run_layer"):
-            del stack.run_layer
+    options = run_options_of(model)
+    options.backbone_layer, options.decoder_layer = (_compiled(backend), _compiled(backend)) if on else (None, None)
     return on
+
+
+@contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Within it, the layers of a model run eagerly."""
+    options = run_options_of(model)
+    compiled = options.backbone_layer, options.decoder_layer
+    options.backbone_layer = options.decoder_layer = None
+    try:
+        yield
+    finally:
+        options.backbone_layer, options.decoder_layer = compiled
 
 
 def _limits() -> dict[str, Any]:
@@ -75,18 +89,20 @@ def _inductor_options() -> dict[str, Any]:
     return {"triton.mix_order_reduction": False} if hasattr(config.triton, "mix_order_reduction") else {}
 
 
-# An integer that differs from pack to pack, which PyTorch would take for a constant until it changes.
-LONGEST = "L['attend'].segments.max_seqlen"
+@dataclass(frozen=True)
+class _SymbolicSegments:
+    """Stands in for ``Segments`` in a compiled layer. The longest length is the size of an empty tensor, because a
+    size can be marked as dynamic; an integer is a constant to the compiler until it changes."""
+
+    cu_seqlens: Tensor
+    longest: Tensor  # [max_seqlen, 0]
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.longest.shape[0]
 
 
-def _longest_is_symbolic() -> None:
-    config: Any = importlib.import_module("torch.compiler.config")
-    if LONGEST not in config.dynamic_sources.split(","):
-        config.dynamic_sources = ",".join(filter(None, (config.dynamic_sources, LONGEST)))
-
-
-def _compiled(backend: str) -> Callable[..., Tensor]:
-    _longest_is_symbolic()
+def _compiled(backend: str) -> LayerFunction:
     options = _inductor_options() if backend == "inductor" else {}
     compiled = torch.compile(run_layer, fullgraph=True, backend=backend, options=options or None, **_limits())
 
@@ -102,10 +118,12 @@ def _compiled(backend: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         dynamic = [x] if rows is None else [x, rows]
         if isinstance(attend, PackedAttend):  # the decoder's cos and sin have K rows, always
-            dynamic += [cos, sin, attend.segments.cu_seqlens]
+            cu_seqlens, longest = attend.segments.cu_seqlens, x.new_empty(attend.segments.max_seqlen, 0)
+            dynamic += [cos, sin, cu_seqlens, longest]
+            attend = PackedAttend(cast(Segments, _SymbolicSegments(cu_seqlens, longest)))
         for tensor in dynamic:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        # A traceable attention knows no layers: without their index, one graph serves them all but the last one's rows.
+        # The attention depends on no layer: without the index one graph serves all layers but the last, which has rows.
         return compiled(layer, 0, x, cos, sin, attend, recompute_mlp, rows)
 
     return run

@@ -1,90 +1,42 @@
-"""CSM's module tree, with exactly Sesame's parameter names, and the packed forward of its two stacks.
-
-The functions below take modules, not configurations: they run on ``CSM`` and on any module with the same tree, such
-as Sesame's own ``Model`` built from torchtune. Head counts, epsilons and rotary parameters are not in the weights, so
-they are read from the modules.
-"""
+"""CSM's module tree, with exactly Sesame's parameter names."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from csm_fast.config.shape import CSMConfig, TransformerConfig
-from csm_fast.model.rope import RopeSpec
+from csm_fast.config.shape import CSMConfig
+from csm_fast.model.embedding_rows import EmbeddingRows
+from csm_fast.model.layer import plain_linear, uninitialised
+from csm_fast.model.loss import forward, packed_loss
+from csm_fast.model.run_options import ATTRIBUTES, RunOptions
+from csm_fast.model.stacks import Transformer
+from csm_fast.packing.pack import Pack
 
 
-def _bare(kind: type[nn.Module], *shape: int, **settings: Any) -> Any:
-    """A module with storage for its parameters and no values: PyTorch's take a quarter of a minute for csm-1b, and are
-    overwritten. On the device that is the default, "meta" too."""
-    return nn.utils.skip_init(kind, *shape, device=torch.get_default_device(), **settings)
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return _bare(nn.Linear, inputs, outputs, bias=False)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.ones(dim))
-
-
-class Attention(nn.Module):
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.rope = RopeSpec(
-            config.head_dim,
-            config.rope_base,
-            config.rope_scale_factor,
-            config.rope_low_freq_factor,
-            config.rope_high_freq_factor,
-            config.rope_old_context_len,
-        )
-        kv_dim = config.num_kv_heads * config.head_dim
-        self.q_proj = _linear(config.embed_dim, config.embed_dim)
-        self.k_proj = _linear(config.embed_dim, kv_dim)
-        self.v_proj = _linear(config.embed_dim, kv_dim)
-        self.output_proj = _linear(config.embed_dim, config.embed_dim)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.w1 = _linear(config.embed_dim, config.intermediate_dim)
-        self.w2 = _linear(config.intermediate_dim, config.embed_dim)
-        self.w3 = _linear(config.embed_dim, config.intermediate_dim)
-
-
-class Layer(nn.Module):
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.attn = Attention(config)
-        self.mlp = FeedForward(config)
-        self.sa_norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps)
-
-
-class Transformer(nn.Module):
-    """Parameters of one Llama stack; ``run_stack`` computes with it."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.max_seq_len = config.max_seq_len
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+def _option(attribute: str) -> Any:
+    """A property of ``CSM`` that reads and sets an option under its name in ``ATTRIBUTES``."""
+    name = ATTRIBUTES[attribute]
+    return property(lambda self: getattr(self.run, name), lambda self, value: setattr(self.run, name, value))
 
 
 class CSM(nn.Module):
     """Sesame's Conversational Speech Model.
 
-    ``forward(tokens, tokens_mask)`` is the drop-in training forward (``csm_fast.forward``). Parameters are
-    uninitialised storage until ``init_weights`` or a checkpoint fills them.
+    Parameters are uninitialised storage until ``init_weights`` or a checkpoint fills them.
+
+    Attributes:
+        run: the options that are no parameters; ``activation_checkpointing`` and the others below read and set them.
+        embedding_rows: float32 masters of the tables' rows, where only some rows are trained.
     """
+
+    embedding_rows: EmbeddingRows | None
+    activation_checkpointing = _option("activation_checkpointing")
+    adapter = _option("adapter")
+    decoder_loss_weight = _option("decoder_loss_weight")
+    amortization_fraction = _option("amortization_fraction")
 
     def __init__(self, config: CSMConfig):
         super().__init__()
@@ -92,18 +44,30 @@ class CSM(nn.Module):
         width = config.backbone.embed_dim
         self.backbone = Transformer(config.backbone)
         self.decoder = Transformer(config.decoder)
-        self.text_embeddings = _bare(nn.Embedding, config.text_vocab_size, width)
-        self.audio_embeddings = _bare(nn.Embedding, config.audio_vocab_size * config.num_codebooks, width)
-        self.projection = _linear(width, config.decoder.embed_dim)
-        self.codebook0_head = _linear(width, config.audio_vocab_size)
+        self.text_embeddings = uninitialised(nn.Embedding, config.text_vocab_size, width)
+        self.audio_embeddings = uninitialised(nn.Embedding, config.audio_vocab_size * config.num_codebooks, width)
+        self.projection = plain_linear(width, config.decoder.embed_dim)
+        self.codebook0_head = plain_linear(width, config.audio_vocab_size)
         self.audio_head = nn.Parameter(
             torch.empty(config.num_codebooks - 1, config.decoder.embed_dim, config.audio_vocab_size)
         )
-        self.activation_checkpointing = "off"  # "selective", "full"
+        self.run = RunOptions()
+        self.register_module("embedding_rows", None)
 
-    def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
-        from csm_fast.model.loss import forward
+    @overload
+    def forward(self, tokens: Pack, *, a: float, b: float) -> tuple[Tensor, Tensor]: ...
 
+    @overload
+    def forward(self, tokens: Tensor, tokens_mask: Tensor) -> Tensor: ...
+
+    def forward(
+        self, tokens: Tensor | Pack, tokens_mask: Tensor | None = None, *, a: float = 0.5, b: float = 0.5
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``packed_loss`` of a pack, or the drop-in training forward ``csm_fast.forward`` of a padded batch."""
+        if isinstance(tokens, Pack):
+            return packed_loss(self, tokens, a, b)
+        if tokens_mask is None:
+            raise TypeError("tokens need a tokens_mask")
         return forward(self, tokens, tokens_mask)
 
     @torch.no_grad()
@@ -128,9 +92,6 @@ class CSM(nn.Module):
             values.normal_(0.0, std, generator=generator)
             parameter.copy_(values)
         return self
-
-
-# ------------------------------------------------------------------------------------------------ stacks and rows
 
 
 def parameter_shapes(config: CSMConfig) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csm_fast.model.stacks import vocabulary, wide_dtype
+from csm_fast import ops
+from csm_fast.model.stacks import vocabulary
 
 TABLES = ("text_embeddings", "audio_embeddings")
 
@@ -47,7 +48,7 @@ class EmbeddingRows(nn.Module):
             index = index.to(device=table.device, dtype=torch.int64)
             self.register_buffer(f"{name}_index", index)
             table.requires_grad_(True)
-            setattr(self, name, nn.Parameter(table.detach()[index].to(wide_dtype(table.dtype))))
+            setattr(self, name, nn.Parameter(table.detach()[index].to(ops.wide_dtype(table.dtype))))
         model.embedding_rows = self
 
     def pairs(self) -> list[tuple[Tensor, nn.Parameter, Tensor]]:

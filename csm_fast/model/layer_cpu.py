@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.model.linear import dense_weight, is_quantized
+from csm_fast.system.optional import load_peft
 
 
-def serves(layer: Any, x: Tensor, attend: Any) -> bool:
+def supports(layer: Any, x: Tensor, attend: Any) -> bool:
     """Whether ``run`` may take the place of ``model.run_layer``."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not hasattr(attend, "order"):
         return False
@@ -56,10 +57,6 @@ def _is_plain(linear: Any) -> bool:
     return plain and linear.bias is None and not _listens(linear)
 
 
-# Where the layers are that compute what ``_parts`` says.
-LORA = ("csm_fast.model.adapters", "peft.tuners.lora.layer", "peft.tuners.lora.bnb")
-
-
 class _Parts(NamedTuple):
     """A linear layer's weight or 4-bit layer, and its adapter's matrices and factor."""
 
@@ -79,7 +76,7 @@ def _parts(linear: Any) -> _Parts | None:
     """Of a layer that is all of what it computes; else None."""
     if _is_plain(linear) or _is_plain_in_4_bits(linear):
         return _Parts(linear)
-    if type(linear).__module__ not in LORA or _listens(linear):
+    if not _is_lora(linear) or _listens(linear):
         return None
     base = linear.base_layer
     if not (_is_plain(base) or _is_plain_in_4_bits(base)):
@@ -95,6 +92,20 @@ def _parts(linear: Any) -> _Parts | None:
     if drops or _listens(dropout) or not (_is_plain(a) and _is_plain(b)):
         return None
     return _Parts(base, a.weight, b.weight, linear.scaling[name])
+
+
+def _is_lora(linear: Any) -> bool:
+    """Whether a layer adds LoRA to its base and nothing else: ours, whose class says so, or one of PEFT's own. A class
+    derived from these may compute something else."""
+    kind = type(linear)
+    return vars(kind).get("fuses_on_cpu", False) or (hasattr(linear, "lora_A") and kind in _peft_linears())
+
+
+@functools.cache
+def _peft_linears() -> tuple[type, ...]:
+    peft = load_peft()
+    kinds = (getattr(peft.tuners.lora, name, None) for name in ("Linear", "Linear4bit"))
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 def _is_plain_in_4_bits(linear: Any) -> bool:
@@ -118,7 +129,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def run(
     layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool, rows: Tensor | None
 ) -> Tensor:
-    """``model.run_layer`` for a layer that ``serves``; under autocast its weights are cast here."""
+    """``model.run_layer`` that ``supports`` it; under autocast its weights are cast here."""
     dtype = _compute_dtype(x)
     linears: list[Any] = [_parts(linear) for linear in _linears(layer)]
     dense = tuple(functools.partial(dense_weight, p.base) if is_quantized(p.base) else None for p in linears)

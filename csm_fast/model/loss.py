@@ -11,6 +11,7 @@ and the other K - 1 codebooks, every preset is ``a CE0 + b CEd``:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor
 from csm_fast import ops
 from csm_fast.config.train import LossSection
 from csm_fast.model.linear import adapted_weight
-from csm_fast.model.stacks import projects_table, run_backbone, run_decoder, stack_limit, vocabulary
+from csm_fast.model.run_options import run_options_of
+from csm_fast.model.stacks import (
+    Transformer,
+    projects_table,
+    run_backbone,
+    run_decoder,
+    stack_limit,
+    vocabulary,
+)
 from csm_fast.packing.pack import Pack, pack_padded
 
 
@@ -93,6 +102,20 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
     return ce0 + ced, torch.cat([per_codebook0, per_codebook])
 
 
+def amortized_loss(a: float, b: float) -> Callable[[Any, Pack], tuple[Tensor, Tensor]]:
+    """``packed_loss`` with these coefficients, as the training step calls it.
+
+    A ``CSM``, also one inside a wrapper such as DDP, is called as a module, so that hooks take part. The ``forward`` of
+    another module with Sesame's tree means something else.
+    """
+
+    def loss(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
+        inside = getattr(model, "module", model)
+        return model(pack, a=a, b=b) if isinstance(inside.backbone, Transformer) else packed_loss(model, pack, a, b)
+
+    return loss
+
+
 def _linear_weight(head: Any) -> Tensor:
     """The head as one matrix [V, D], its adapter included; an adapter's dropout does not apply here."""
     return adapted_weight(head)
@@ -114,7 +137,7 @@ def forward(self: Any, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
     Returns:
         The scalar loss ``(1 - w) CE0 + w CEd``, float32 (float64 for float64 models).
     """
-    w = float(getattr(self, "decoder_loss_weight", 0.5))
-    fraction = float(getattr(self, "amortization_fraction", 1 / 16))
+    options = run_options_of(self)
+    w, fraction = float(options.decoder_loss_weight), float(options.amortization_fraction)
     pack = pack_padded(tokens, tokens_mask, fraction, stack_limit(self.backbone))
     return packed_loss(self, pack, 1 - w, w)[0]

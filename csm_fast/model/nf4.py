@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from csm_kernels.constants import NF4_BLOCK, NF4_SCALES_BLOCK
 from torch import Tensor, nn
 
 from csm_fast.system.optional import load_bitsandbytes
 
 STACKS = ("backbone", "decoder")
-
-
-BLOCK, BLOCKS = 64, 256  # weights that share a scale, and scales that share one
 
 
 @torch.library.custom_op("csm_fast::nf4_product", mutates_args=())
@@ -33,8 +31,10 @@ def _nf4_product(
     """``x`` [..., in] times the transpose of a weight [out, in] in NF4, which is unpacked in ``dtype`` for this product
     alone; with ``transposed``, ``x`` [..., out] times the weight."""
     functional = load_bitsandbytes().functional
-    inner = functional.QuantState(absmax=scales_scales, code=scales_code, blocksize=BLOCKS, dtype=torch.float32)
-    state = functional.QuantState(scales, torch.Size(shape), code, BLOCK, "nf4", dtype, offset, inner)
+    inner = functional.QuantState(
+        absmax=scales_scales, code=scales_code, blocksize=NF4_SCALES_BLOCK, dtype=torch.float32
+    )
+    state = functional.QuantState(scales, torch.Size(shape), code, NF4_BLOCK, "nf4", dtype, offset, inner)
     weight = functional.dequantize_4bit(packed, state).to(x.dtype)
     return F.linear(x, weight.T if transposed else weight)
 

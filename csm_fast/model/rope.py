@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,29 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     old_context_len: int = 8192
+
+
+def rope_spec(attn: Any) -> RopeSpec:
+    """Rotary parameters of an attention module: ours, or torchtune's ``pos_embeddings``.
+
+    Raises:
+        ValueError: a rotary module without torchtune's attribute names.
+    """
+    if isinstance(getattr(attn, "rope", None), RopeSpec):
+        return attn.rope
+    rope = attn.pos_embeddings
+    if not hasattr(rope, "base") or not hasattr(rope, "dim"):
+        raise ValueError(f"cannot read the rotary parameters of {type(rope).__name__}")
+    if not hasattr(rope, "scale_factor"):
+        return RopeSpec(rope.dim, float(rope.base))
+    return RopeSpec(
+        rope.dim,
+        float(rope.base),
+        float(rope.scale_factor),
+        float(getattr(rope, "low_freq_factor", 1)),
+        float(getattr(rope, "high_freq_factor", 4)),
+        int(getattr(rope, "old_context_len", 8192)),
+    )
 
 
 @functools.lru_cache(maxsize=16)

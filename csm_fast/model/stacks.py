@@ -3,90 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from csm_fast import ops
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.model import layer_cpu
-from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
+from csm_fast.model.layer import Attend, Layer, LayerFunction, RMSNorm, call_layer, rms_norm
+from csm_fast.model.rope import apply_rope, rope_spec, rope_table
+from csm_fast.model.run_options import run_options_of
 from csm_fast.packing.pack import Segments
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+class Transformer(nn.Module):
+    """A Llama stack: layers and a final norm."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.max_seq_len = config.max_seq_len
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        length: int,
+        attend: Attend,
+        recompute: str = "off",
+        rows: Tensor | None = None,
+        run: LayerFunction | None = None,
+    ) -> Tensor:
+        """See ``run_stack``."""
+        return run_stack(self, x, positions, length, attend, recompute, rows, run)
 
 
-def rope_spec(attn: Any) -> RopeSpec:
-    """Rotary parameters of an attention module: ours, or torchtune's ``pos_embeddings``.
-
-    Raises:
-        ValueError: a rotary module without torchtune's attribute names.
-    """
-    if isinstance(getattr(attn, "rope", None), RopeSpec):
-        return attn.rope
-    rope = attn.pos_embeddings
-    if not hasattr(rope, "base") or not hasattr(rope, "dim"):
-        raise ValueError(f"cannot read the rotary parameters of {type(rope).__name__}")
-    if not hasattr(rope, "scale_factor"):
-        return RopeSpec(rope.dim, float(rope.base))
-    return RopeSpec(
-        rope.dim,
-        float(rope.base),
-        float(rope.scale_factor),
-        float(getattr(rope, "low_freq_factor", 1)),
-        float(getattr(rope, "high_freq_factor", 4)),
-        int(getattr(rope, "old_context_len", 8192)),
-    )
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where norms, rotations and softmax are computed: float64 for float64 models, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
-    return ops.rms_norm(x, norm.scale, norm.eps)
-
-
-def run_layer(
-    layer: Any,
-    index: int,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    attend: Attend,
-    recompute_mlp: bool = False,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """One pre-norm Llama layer.
-
-    ``x``: [..., D]; ``attend(index, q, k, v, cos, sin)`` rotates and attends [..., heads, head_dim];
-    ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass; ``rows``: [A], of x [T, D],
-    the rows that are wanted: the others serve as keys and values only.
-    """
-    if layer_cpu.serves(layer, x, attend):
-        return layer_cpu.run(layer, x, cos, sin, attend, recompute_mlp, rows)
-    attn = layer.attn
-    y = rms_norm(layer.sa_norm, x)
-    q = attn.q_proj(y).unflatten(-1, (attn.num_heads, attn.head_dim))
-    k = attn.k_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-    v = attn.v_proj(y).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-    attended = attend(index, q, k, v, cos, sin).flatten(-2)
-    if rows is not None:
-        x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-    x = x + attn.output_proj(attended)
-    return x + (checkpoint(_mlp, layer, x, use_reentrant=False) if recompute_mlp else _mlp(layer, x))
-
-
-def _mlp(layer: Any, x: Tensor) -> Tensor:
-    mlp, y = layer.mlp, rms_norm(layer.mlp_norm, x)
-    return mlp.w2(F.silu(mlp.w1(y)) * mlp.w3(y))
+def call_stack(stack: Any, *inputs: Any) -> Tensor:
+    """``run_stack``, by calling the module where it is a ``Transformer``; of another module's stack, ``forward`` means
+    something else."""
+    return stack(*inputs) if isinstance(stack, Transformer) else run_stack(stack, *inputs)
 
 
 def run_stack(
@@ -97,6 +56,7 @@ def run_stack(
     attend: Attend,
     recompute: str = "off",
     rows: Tensor | None = None,
+    run: LayerFunction | None = None,
 ) -> Tensor:
     """All layers and the final norm.
 
@@ -106,24 +66,23 @@ def run_stack(
         positions: integers that index the rotary table, broadcastable to x's leading dimensions.
         length: size of the rotary table; above every position.
         attend: the attention, called with the layer's index, q, k and v before rotation, and the cosines and sines
-            of the positions, [..., 1, head_dim / 2]. One with a true attribute ``traceable`` depends on nothing but
-            these and tensors that it holds, so a compiled layer may take it in.
+            of the positions, [..., 1, head_dim / 2].
         recompute: what runs again in the backward pass so that its activations need not be kept: "off" nothing,
             "selective" the MLP of each layer, 17 of some 23 D per row and half of the time of a layer, "full" all.
         rows: [A], of x [T, D], all different: those whose states are wanted, [A, D]. The last layer takes the others
             as keys and values only, so their part of its output projection and MLP is not computed.
+        run: a compiled form of ``run_layer``. Its ``attend`` may depend on nothing but its arguments and tensors that
+            it holds, so attention with a cache runs eagerly.
+
+    Returns:
+        [..., D], or [A, D].
     """
     spec = rope_spec(stack.layers[0].attn)
-    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, wide_dtype(x.dtype), x.device))
-    # ``compile.compile_layers`` sets ``run_layer`` on a stack. An attention that keeps state stays eager: a cache's.
-    run = getattr(stack, "run_layer", run_layer) if getattr(attend, "traceable", False) else run_layer
+    cos, sin = (t[positions].unsqueeze(-2) for t in rope_table(spec, length, ops.wide_dtype(x.dtype), x.device))
     recompute = recompute if torch.is_grad_enabled() else "off"
     for index, layer in enumerate(stack.layers):
         some = rows if index == len(stack.layers) - 1 else None
-        if recompute == "full":
-            x = checkpoint(run, layer, index, x, cos, sin, attend, False, some, use_reentrant=False)
-        else:
-            x = run(layer, index, x, cos, sin, attend, recompute == "selective", some)
+        x = call_layer(layer, index, x, cos, sin, attend, recompute, some, run)
     return rms_norm(stack.norm, x)
 
 
@@ -132,7 +91,6 @@ class PackedAttend:
     """The attention of a pack, for ``run_stack``."""
 
     segments: Segments
-    traceable: ClassVar[bool] = True
 
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
@@ -147,13 +105,8 @@ def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, r
     of ``rows`` [A]."""
     limit, longest = stack_limit(model.backbone), segments.max_seqlen
     length = -(-max(limit, longest) // limit) * limit  # few tables, also where a pack's padding is long
-    return run_stack(model.backbone, x, positions, length, PackedAttend(segments), checkpointing(model), rows)
-
-
-def checkpointing(model: Any) -> str:
-    """``model.activation_checkpointing``: "off", "selective" or "full"; booleans mean the ends."""
-    asked = getattr(model, "activation_checkpointing", "off")
-    return asked if isinstance(asked, str) else ("full" if asked else "off")
+    attend, options = PackedAttend(segments), run_options_of(model)
+    return call_stack(model.backbone, x, positions, length, attend, options.recompute, rows, options.backbone_layer)
 
 
 @dataclass(frozen=True)
@@ -161,7 +114,6 @@ class DepthAttend:
     """The attention of the depth decoder, for ``run_stack``: [M, K, heads, d] -> [M, K, heads, d]."""
 
     impl: str
-    traceable: ClassVar[bool] = True
 
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
@@ -207,8 +159,11 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded:
             projected = layer_cpu.project(model.projection, F.embedding(index, table))
     x = torch.cat([layer_cpu.project(model.projection, hidden).unsqueeze(1), projected], dim=1)
     positions = torch.arange(num_codebooks, device=codes.device)
-    attend = DepthAttend(ops.asked())
-    return run_stack(model.decoder, x, positions, num_codebooks, attend, checkpointing(model))[:, 1:]
+    attend, options = DepthAttend(ops.asked()), run_options_of(model)
+    states = call_stack(
+        model.decoder, x, positions, num_codebooks, attend, options.recompute, None, options.decoder_layer
+    )
+    return states[:, 1:]
 
 
 def stack_limit(stack: Any) -> int:

@@ -1,23 +1,41 @@
-"""Seeded orders and frames, and every purpose a seed is used for."""
+"""Random numbers that depend on a seed, a purpose and a place alone, and every purpose a seed is used for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 
 import numpy as np
 
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment
 
-def draw(seed: int, *where: int) -> np.random.Generator:
-    """A generator that depends on the seed and a place (purpose, epoch, step, ...) only."""
+
+class Purpose(IntEnum):
+    """What random numbers are used for. Two purposes with the same number would get the same random numbers, and
+    their choices would be correlated. Runs are continued with these numbers: do not change one."""
+
+    ORDER = 1
+    FRAMES = 2
+    VALIDATION = 3
+    DROPOUT = 4
+
+
+def seeded_generator(seed: int, *where: int) -> np.random.Generator:
+    """A generator that depends on the seed and a place only.
+
+    Args:
+        where: a ``Purpose``, then numbers such as epoch or step. Trailing zeros make no difference to NumPy's
+            ``SeedSequence``: (ORDER, 3) and (ORDER, 3, 0) are the same place.
+    """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *where])))
 
 
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
 def splitmix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", with
-    Stafford's variant 13 of the mixing), in place: uint64, one to one."""
+    """SplitMix64's output function, in place: uint64, one to one.
+
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's variant 13 of the
+    mixing.
+    """
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -26,31 +44,30 @@ def splitmix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def numbered_draws(seed: int, *where: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Random numbers at a place (purpose, epoch) for whole ranges of steps at once: ``(numbers, counts)`` gives
-    uint64 [sum(counts)], for each number as many as its count.
+def make_step_keys(seed: int, *where: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function that gives the random keys of any steps: ``(steps, counts)`` -> uint64 [sum(counts)].
 
-    Each number has a SplitMix64 of its own, whose seed is the number's output of the place's. So what a step gets
-    depends on the seed, the place and its number only, and a block of steps takes no longer than one large step.
+    A step's keys depend on the seed, the place (purpose, epoch) and the step's number only: each step has a SplitMix64
+    of its own. A block of steps takes one pass over arrays, no longer than one large step.
     """
     place = np.random.SeedSequence([seed, *where]).generate_state(1, np.uint64)
 
-    def numbered(numbers: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        seeds = splitmix(place + (numbers.astype(np.uint64) + np.uint64(1)) * GAMMA)
+    def step_keys(steps: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        seeds = splitmix(place + (steps.astype(np.uint64) + np.uint64(1)) * GAMMA)
         first = (np.cumsum(counts) - counts).astype(np.uint64)
         states = np.arange(1, int(counts.sum()) + 1, dtype=np.uint64)
         states *= GAMMA
         states += np.repeat(seeds - first * GAMMA, counts)
         return splitmix(states)
 
-    return numbered
+    return step_keys
 
 
-def lowest(keys: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Of each run of ``counts[i]`` keys the indices of its ``wanted[i]`` smallest, run after run, ties in order.
+def select_lowest(keys: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The indices of the ``wanted[i]`` smallest of each run of ``counts[i]`` keys, run after run.
 
-    Few of many are found without sorting all: keys are random numbers, so those below a bound a little above the
-    wanted share are enough, but for one run in thousands of millions.
+    Equal keys stay in their order. Only the keys below a bound a little above the wanted share are sorted. For random
+    keys the bound is too low in about one run of thousands of millions; then all keys are sorted.
 
     Args:
         keys: uint64 [sum(counts)], uniform. Their upper 40 bits decide.
@@ -68,12 +85,3 @@ def lowest(keys: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarr
     sorted_by_run = few[np.argsort((run << np.uint64(40)) | upper[few], kind="stable")]
     place = np.arange(int(wanted.sum())) + np.repeat(np.cumsum(there) - there - (np.cumsum(wanted) - wanted), wanted)
     return sorted_by_run[place]
-
-
-ORDER, FRAMES = 1, 2  # purposes of a draw
-
-
-VALIDATION = 3  # purpose of the frames' draw
-
-
-DROPOUT = 4  # purpose of a draw

@@ -1,11 +1,11 @@
-"""Which conversations share a pack, and how long packs are. No torch: the planner uses it."""
+"""Which documents share a pack, and to which sizes packs are padded. No torch: the planner uses it."""
 
 from __future__ import annotations
 
 import bisect
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,8 @@ from csm_fast.system.errors import InputError
 MAX_POSITIONS = 2048  # csm-1b's context
 
 
-@dataclass(frozen=True)
-class Document:
-    """Consecutive turns of one conversation that see each other: [first, last) of conversation ``conversation``."""
+class Document(NamedTuple):
+    """Consecutive turns of one conversation that attend to each other: turns [first, last)."""
 
     conversation: int
     first: int
@@ -29,10 +28,11 @@ def split_documents(
 ) -> list[Document]:
     """Cut a conversation at turn ends so that no document exceeds ``limit`` rows.
 
-    Turns are taken greedily in order. A turn is never cut: its EOS row would be lost or another one invented.
+    Turns are taken greedily in order. A turn is never cut: one part would have no EOS row, or an invented one.
 
     Args:
-        limit: of a pack, or of the model's ``context`` where that is smaller.
+        turn_rows: rows of each turn.
+        limit: most rows of a document: the pack's, or the model's ``context`` where that is smaller.
         where: what errors begin with.
 
     Raises:
@@ -54,19 +54,17 @@ def split_documents(
     return documents
 
 
-def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of ``sizes`` grouped so that no group's sum exceeds ``budget``.
+def best_fit(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing: group items so that no group's sum of sizes exceeds ``budget``.
 
-    The largest item goes first, each into the fullest group that still holds it. O(n log n) look-ups.
+    The largest item goes first, each into the fullest group that still has room for it. O(n log n) look-ups.
+
+    Args:
+        sizes: int64 [n], each at most ``budget``.
+
+    Returns:
+        Indices of ``sizes``, group after group, int64 [n]; how many items each group has, int64 [groups].
     """
-    order, counts = best_fit_order(np.asarray(sizes, dtype=np.int64), budget)
-    ends = np.cumsum(counts).tolist()
-    items = order.tolist()
-    return [items[end - n : end] for end, n in zip(ends, counts.tolist(), strict=True)]
-
-
-def best_fit_order(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """``best_fit`` as arrays: (indices of ``sizes``, group after group, int64 [n]; items of each group, int64)."""
     order = np.argsort(-sizes, kind="stable")
     sizes = sizes[order]
     if len(sizes) and sizes[0] > budget:
@@ -90,9 +88,9 @@ def best_fit_order(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarr
     return order[np.argsort(groups, kind="stable")], np.bincount(groups, minlength=opened)
 
 
-# Sizes of packs per device: (multiple, largest step as a share of the size). A handful of shapes means that nothing
-# recompiles on CUDA after the first steps. On a CPU, PyTorch's matrix products are built per shape, half a millisecond
-# each: for 340 new rows as much as a fifth of the step.
+# Sizes of packs per device: (multiple, largest step as a share of the size). Few different sizes mean that nothing
+# recompiles on CUDA after the first steps. On a CPU, oneDNN builds each matrix product once per shape, in half a
+# millisecond: for a pack of 340 rows and a new size, a fifth of the step's time.
 LADDERS = {"cuda": (64, 0.12), "cpu": (16, 0.03)}
 
 
@@ -100,12 +98,12 @@ def padded_rows(rows: int, budget: int, device: str = "cuda") -> int:
     """The next size of the device's ladder of pack sizes, at most ``budget``; ``rows`` for a device without one."""
     if device not in LADDERS or rows > budget:
         return rows
-    sizes = _ladder(device, budget)
+    sizes = _list_sizes(device, budget)
     return sizes[bisect.bisect_left(sizes, rows)]
 
 
 @functools.lru_cache(maxsize=16)
-def _ladder(device: str, budget: int) -> list[int]:
+def _list_sizes(device: str, budget: int) -> list[int]:
     """Sizes up to the budget, which is the last."""
     multiple, step = LADDERS[device]
     sizes = [multiple]

@@ -1,29 +1,42 @@
-"""The rows of optimizer steps: what a plan's documents hold, laid out in packs, several steps at a time.
+"""Where each row of an optimizer step lies: documents read from a store and laid out in packs, several steps at once.
 
-A step of 2,048 rows is a few dozen array operations whose overhead exceeds their work, so whoever needs many steps has
-them laid out together (``Packer.blocks``). Each pack is then a view of arrays that hold the whole block.
+A step of 2,048 rows is a few dozen array operations, whose overhead exceeds their work. So ``Packer.blocks`` has many
+steps laid out together. Each pack is then a view of arrays that hold the whole block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from csm_fast.packing.draws import lowest
-from csm_fast.packing.fit import MAX_POSITIONS
+from csm_fast.packing.draws import select_lowest
+from csm_fast.packing.fit import MAX_POSITIONS, Document
 from csm_fast.packing.pack import Pack, Segments
 
-AUDIO, TARGET, TEXT = 1, 2, 4  # what a row is
+AUDIO, TARGET, TEXT = 1, 2, 4  # bits of a row's kind
+
+
+class Store(Protocol):
+    """What packing needs of a ``TokenStore``. With a ``read_turns`` as well, many turns are read at once."""
+
+    num_conversations: int
+    num_codebooks: int
+
+    def turn_lengths(self) -> tuple[np.ndarray, ...]:
+        """Four arrays [turns]: text ids, frames, speaker and conversation of each turn."""
+
+    def conversation(self, index: int, /) -> Sequence[Any]:
+        """The turns of a conversation, each with ``text`` int32 [n] and ``codes`` uint16 [frames, K]."""
 
 
 @dataclass
 class StepBatch:
-    """What one optimizer step learns from.
+    """The data of one optimizer step.
 
     Attributes:
         packs: the micro-batches, already weighted so that their losses add up to the step's loss.
@@ -53,12 +66,12 @@ class StepBatch:
 
 
 @dataclass(slots=True)
-class Turns:
+class TurnLengths:
     """What is known of a store's turns without reading them.
 
     Attributes:
         text, frames: int32 [n], lengths.
-        masked: bool [n], not learned from.
+        masked: bool [n], turns without a loss.
         first: int64 [conversations + 1], each conversation's first turn.
     """
 
@@ -69,11 +82,11 @@ class Turns:
 
 
 @dataclass(slots=True)
-class Plan:
-    """Documents of consecutive optimizer steps, pack after pack, step after step.
+class PackLayout:
+    """Which documents share a pack, and which packs a step, for consecutive optimizer steps.
 
     Attributes:
-        documents: int32 [D, 4], the fields of ``Document``.
+        documents: int32 [D, 4], the fields of ``Document``; pack after pack, step after step.
         packs: documents of each pack.
         steps: packs of each step.
     """
@@ -82,17 +95,25 @@ class Plan:
     packs: list[int]
     steps: list[int]
 
+    def list_documents(self) -> list[list[Document]]:
+        """The documents of each pack as objects."""
+        documents = [Document(*fields) for fields in self.documents.tolist()]
+        ends = np.cumsum(self.packs).tolist()
+        return [documents[end - n : end] for end, n in zip(ends, self.packs, strict=True)]
+
 
 @dataclass(slots=True)
 class Block:
-    """A plan with its rows filled in. Rows of a pack lie together, the documents of a pack in order of length.
+    """The rows of a layout. Rows of a pack lie together, the documents of a pack in order of length.
 
     Attributes:
-        tokens: int32 [R, K + 1].  kinds: uint8 [R], bits AUDIO (EOS rows too), TARGET, TEXT; 0 for padding.
+        documents: int64 [D, 4], the fields of ``Document``.
+        tokens: int32 [R, K + 1].
+        kinds: uint8 [R], bits AUDIO (EOS rows too), TARGET, TEXT; 0 for padding.
         positions: int32 [R].
         ends: bool [R], EOS rows.
         sizes, live, frames: [P], of each pack: rows, rows without padding, audio frames.
-        pack, first: int64 [D], each document's pack and first row; ``documents`` is in the same order.
+        pack, first: int64 [D], each document's pack and first row.
         lengths: int64 [D + P], segments; every pack's last is its padding, perhaps empty.
     """
 
@@ -109,31 +130,31 @@ class Block:
     lengths: np.ndarray
 
 
-def fill(store: Any, turns: Turns, documents: np.ndarray, packs: list[int], size: Callable[[int], int]) -> Block:
-    """Read documents and write their rows.
+def fill_block(store: Store, turns: TurnLengths, layout: PackLayout, size: Callable[[int], int]) -> Block:
+    """Read the documents of a layout and write their rows.
 
     Args:
-        store: a ``TokenStore``, or anything with its ``num_codebooks`` and ``conversation``.
-        documents: int32 [D, 4], pack after pack.
-        packs: documents of each pack, none of them empty.
+        layout: none of its packs is empty.
         size: rows of a pack for its live rows.
     """
+    packs = layout.packs
     pack = np.repeat(np.arange(len(packs)), packs)
-    # Similar lengths side by side cost nothing and let attention group them.
+    # Similar lengths side by side cost nothing, and attention can group them.
+    documents = layout.documents
     order = np.lexsort((documents[:, 1], documents[:, 0], documents[:, 3], pack))
     documents = documents[order].astype(np.int64)
     conversation, first, last, rows = documents.T
     begins: np.ndarray = np.cumsum(packs) - packs
     live = np.add.reduceat(rows, begins)
     sizes = np.array([size(n) for n in live.tolist()])
-    # Segments: the documents, and behind those of each pack its padding, which is a text that nobody reads.
+    # Segments: the documents of each pack, then its padding, which is text that no other row attends to.
     place = np.arange(len(rows)) + pack
     padding = np.cumsum(packs) + np.arange(len(packs))
     lengths = np.empty(len(rows) + len(packs), dtype=np.int64)
     lengths[place], lengths[padding] = rows, sizes - live
     starts = np.cumsum(lengths) - lengths
 
-    # Turns likewise: how many rows of text, then of audio, and what they are.
+    # Turns likewise: how many rows of text, then of audio, and of which kind.
     count = last - first
     first_turn = turns.first[conversation] + first
     turn = np.repeat(first_turn - (np.cumsum(count) - count), count) + np.arange(count.sum())
@@ -144,28 +165,28 @@ def fill(store: Any, turns: Turns, documents: np.ndarray, packs: list[int], size
     spans = np.zeros((len(turn) + len(packs), 2), dtype=np.int64)
     spans[turn_place, 0], spans[turn_place, 1] = turns.text[turn], frames + 1
     spans[turn_padding, 0] = sizes - live
-    what = np.zeros(spans.shape, dtype=np.uint8)
-    what[turn_place] = (TEXT, AUDIO | TARGET)
-    what[turn_place[turns.masked[turn]], 1] = AUDIO
-    kinds = np.repeat(what.ravel(), spans.ravel())
-    # An audio row that opens a document has no row of its own to be predicted from.
+    kind_of_span = np.zeros(spans.shape, dtype=np.uint8)
+    kind_of_span[turn_place] = (TEXT, AUDIO | TARGET)
+    kind_of_span[turn_place[turns.masked[turn]], 1] = AUDIO
+    kinds = np.repeat(kind_of_span.ravel(), spans.ravel())
+    # The first row of a document cannot be a target: no row before it predicts it.
     kinds[starts[place]] &= ~np.uint8(TARGET)
     positions = np.arange(len(kinds), dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
-    # A pack's padding may be longer than the model's context; nothing reads it, so its positions may wrap.
+    # A pack's padding may be longer than the model's context. Its positions may wrap, because no other row reads it.
     if lengths.max() > MAX_POSITIONS:
         positions %= MAX_POSITIONS
     ends = np.zeros(len(kinds), dtype=bool)
     ends[np.cumsum(spans.sum(1))[turn_place] - 1] = True
 
     tokens = np.zeros((len(kinds), store.num_codebooks + 1), dtype=np.int32)
-    text, codes = _read(store, documents, first_turn)
+    text, codes = _read_tokens(store, documents, first_turn)
     tokens[np.flatnonzero(kinds & TEXT), -1] = text
     tokens[np.flatnonzero((kinds & AUDIO) > ends), :-1] = codes  # the EOS row is K zeros
     frames_of_pack = np.add.reduceat(frames, np.cumsum(turns_of_pack) - turns_of_pack)
     return Block(documents, tokens, kinds, positions, ends, sizes, live, frames_of_pack, pack, starts[place], lengths)
 
 
-def _read(store: Any, documents: np.ndarray, first_turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read_tokens(store: Store, documents: np.ndarray, first_turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Text ids [N] and codes [F, K] of documents, end to end."""
     conversation, first, last, _ = documents.T
     if hasattr(store, "read_turns"):
@@ -176,48 +197,51 @@ def _read(store: Any, documents: np.ndarray, first_turn: np.ndarray) -> tuple[np
 
 
 @dataclass(slots=True)
-class Draw:
-    """How the depth decoder's frames are chosen, and how end-of-speech frames weigh.
+class FrameChoice:
+    """How the depth decoder's frames are chosen, and the weight of end-of-speech frames.
 
     Attributes:
-        numbers: random numbers of steps, (their indices, how many of each): ``numbered_draws``.
+        step_keys: random keys of steps, from ``make_step_keys``. The frames with the lowest keys are chosen.
         fraction: share of the supervised frames; at least one.
-        eos_weight: of end-of-speech frames; 1 of the others.
+        eos_weight: of end-of-speech frames; the others have 1.
     """
 
-    numbers: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    step_keys: Callable[[np.ndarray, np.ndarray], np.ndarray]
     fraction: float
     eos_weight: float
 
 
-def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) -> list[StepBatch]:
+def cut_steps(block: Block, steps: list[int], choice: FrameChoice, epoch: int, index: int) -> list[StepBatch]:
     """The optimizer steps ``index``, ``index + 1``, ... of ``epoch`` that a block holds.
 
-    A step's draw covers all of its frames, in the order of the conversations' ids, so that it does not depend on how
-    the step is cut into packs.
+    The depth decoder's frames are chosen among all frames of a step, in the order of the conversations' ids. So the
+    choice does not depend on how the step is cut into packs.
+
+    Args:
+        steps: packs of each step.
     """
     conversation, first = block.documents[:, 0], block.documents[:, 1]
     targets = np.flatnonzero(block.kinds & TARGET)
     weights = np.ones(len(targets))
-    weights[block.ends[targets]] = draw.eos_weight
+    weights[block.ends[targets]] = choice.eos_weight
     bounds = np.concatenate([[0], np.cumsum(block.sizes)])
     in_pack = np.searchsorted(targets, bounds)  # targets of pack p: in_pack[p] up to in_pack[p + 1]
     step_packs = np.concatenate([[0], np.cumsum(steps)])
     in_step = in_pack[step_packs]
     step_of_pack = np.repeat(np.arange(len(steps)), steps)
 
-    # Targets in the order of the draw: step by step, in each the documents by id.
+    # Targets step by step, in each the documents by id: the order in which keys are given out.
     step = step_of_pack[block.pack]
     canonical = np.lexsort((first, conversation, step))
     of_document = np.searchsorted(targets, block.first)
     count = np.diff(of_document, append=len(targets))[canonical]
-    drawn_from = np.repeat(of_document[canonical] - (np.cumsum(count) - count), count) + np.arange(len(targets))
+    key_order = np.repeat(of_document[canonical] - (np.cumsum(count) - count), count) + np.arange(len(targets))
     picked = np.zeros(len(targets), dtype=bool)
     supervised = np.diff(in_step)
-    some = np.maximum((supervised * draw.fraction).astype(np.int64), 1)
+    some = np.maximum((supervised * choice.fraction).astype(np.int64), 1)
     wanted = np.minimum(some, supervised)  # at least one where there is one
-    keys = draw.numbers(np.arange(index, index + len(steps)), supervised)
-    picked[drawn_from[lowest(keys, supervised, wanted)]] = True
+    keys = choice.step_keys(np.arange(index, index + len(steps)), supervised)
+    picked[key_order[select_lowest(keys, supervised, wanted)]] = True
     chosen = np.flatnonzero(picked)
     chosen_in_pack = np.searchsorted(chosen, in_pack)
 
@@ -232,14 +256,14 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
     target_counts, chosen_counts = np.diff(in_pack), np.diff(chosen_in_pack)
     sizes, targets_of, chosen_of = block.sizes.tolist(), target_counts.tolist(), chosen_counts.tolist()
     fields = zip(
-        _views(block.tokens, sizes),
-        _views((block.kinds & AUDIO).view(bool), sizes),
-        _views(block.positions, sizes),
-        _segments(block, bounds),
-        _views(targets - np.repeat(bounds[:-1], target_counts), targets_of),
-        _views(weights_of, targets_of),
-        _views(chosen - np.repeat(in_pack[:-1], chosen_counts), chosen_of),
-        _views(chosen_weights, chosen_of),
+        _split_views(block.tokens, sizes),
+        _split_views((block.kinds & AUDIO).view(bool), sizes),
+        _split_views(block.positions, sizes),
+        _list_segments(block, bounds),
+        _split_views(targets - np.repeat(bounds[:-1], target_counts), targets_of),
+        _split_views(weights_of, targets_of),
+        _split_views(chosen - np.repeat(in_pack[:-1], chosen_counts), chosen_of),
+        _split_views(chosen_weights, chosen_of),
         block.live.tolist(),
         block.frames.tolist(),
         strict=True,
@@ -265,12 +289,13 @@ def batches(block: Block, steps: list[int], draw: Draw, epoch: int, index: int) 
     ]
 
 
-def _views(values: np.ndarray, sizes: list[int]) -> tuple[Tensor, ...]:
-    return torch.unsafe_split_with_sizes(torch.from_numpy(values), sizes)  # unsafe: without autograd's notes of views
+def _split_views(values: np.ndarray, sizes: list[int]) -> tuple[Tensor, ...]:
+    # unsafe: autograd does not track that these are views.
+    return torch.unsafe_split_with_sizes(torch.from_numpy(values), sizes)
 
 
-def _segments(block: Block, bounds: np.ndarray) -> list[Segments]:
-    """Of each pack, without empty padding."""
+def _list_segments(block: Block, bounds: np.ndarray) -> list[Segments]:
+    """The segments of each pack, without empty padding."""
     count = np.bincount(block.pack, minlength=len(block.sizes)) + 1
     last = np.cumsum(count) - 1
     padded = block.lengths[last] > 0
@@ -283,7 +308,7 @@ def _segments(block: Block, bounds: np.ndarray) -> list[Segments]:
     lengths, first = block.lengths.tolist(), last - count + 1
     longest = np.maximum.reduceat(block.lengths, first).tolist()
     begins, many = first.tolist(), (count - ~padded).tolist()
-    # Not views of one tensor: compiled layers would distinguish those that begin elsewhere than at its beginning.
+    # Not views of one tensor: torch.compile would distinguish views with an offset from those without.
     return [
         Segments(tuple(lengths[a : a + n]), torch.from_numpy(ends[a + number : a + number + n + 1]), most)
         for number, (a, n, most) in enumerate(zip(begins, many, longest, strict=True))

@@ -1,4 +1,4 @@
-"""Packs: conversations laid end to end in a row budget, and the pure functions that plan them."""
+"""A pack: the tensors of some documents laid end to end, which pass through the model together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,30 @@ from torch import Tensor
 from csm_fast.packing.fit import MAX_POSITIONS, padded_rows
 
 
+class Segments(NamedTuple):
+    """Which rows of a pack attend to each other: rows of the same segment, causally.
+
+    Attributes:
+        lengths: rows of each segment, on the host; they sum to T.
+        cu_seqlens: [S + 1] int32 on the device, cumulative lengths from 0 to T.
+        max_seqlen: upper bound on ``lengths``.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        """Segments that lie one after the other."""
+        lengths = tuple(int(n) for n in lengths)
+        if not lengths or min(lengths) < 1:
+            raise ValueError("a pack needs at least one segment, none of them empty")
+        return cls(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))
+
+
 class Pack(NamedTuple):
-    """T rows of whole documents. The index of a row within the pack is its address everywhere below.
+    """T rows of whole documents. Other tensors refer to a row by its index within the pack.
 
     Attributes:
         tokens: [T, K + 1] int32; columns 0..K-1 codes (audio rows), column K the text token (text rows).
@@ -55,16 +77,18 @@ class Pack(NamedTuple):
 
 
 def pack_padded(tokens: Tensor, tokens_mask: Tensor, fraction: float, limit: int = MAX_POSITIONS) -> Pack:
-    """Pack a padded batch, as the blog's forward receives it.
+    """Pack a padded batch, as the forward pass of Sesame's blog receives it.
 
-    The depth decoder's frames are drawn as the blog does, ``torch.randperm(A)[: A // 16]`` on torch's default CPU
-    generator over the supervised frames in row-major order, so that one ``torch.manual_seed`` gives both the same
-    frames. At least one frame is drawn where there is one.
+    The depth decoder's frames are chosen as the blog does: ``torch.randperm(A)[: A // 16]`` on torch's default CPU
+    generator, over the supervised frames in row-major order. So the same ``torch.manual_seed`` gives both the same
+    frames. At least one frame is chosen where there is one.
 
     Args:
         tokens: [B, S, K + 1] integers.
-        tokens_mask: same shape, bool. A row is audio (all K codes live), text (the last column live) or empty;
-            empty rows are ignored wherever they are.
+        tokens_mask: same shape, bool. A row is audio (all K codes True), text (the last column True) or empty.
+            Empty rows are ignored wherever they are.
+        fraction: share of the supervised frames that the depth decoder sees.
+        limit: most rows of a conversation: the model's context.
 
     Raises:
         ValueError: rows that are audio and text at once, or audio in part; more live rows than the model's context.
@@ -75,7 +99,7 @@ def pack_padded(tokens: Tensor, tokens_mask: Tensor, fraction: float, limit: int
     audio, text = mask[..., :-1].all(-1), mask[..., -1]
     live = audio | text
     odd = (mask[..., :-1].any(-1) != audio) | (audio & text)
-    # One copy to the host serves every check and the layout.
+    # One copy to the host is enough for every check and for the segments.
     lengths, odd_rows = torch.stack([live.sum(1), odd.sum(1)]).cpu()
     if odd_rows.any():
         raise ValueError("each row must be text (last column) or audio (all other columns), not both and not a part")
@@ -93,7 +117,7 @@ def pack_padded(tokens: Tensor, tokens_mask: Tensor, fraction: float, limit: int
     count = target_rows.numel()
     selected = torch.randperm(count)[: max(1, int(count * fraction))].to(device)
     wide = torch.float64
-    # A dummy document of text fills the pack to a size that comes again.
+    # A dummy document of text fills the pack to one of few sizes, so that little is compiled.
     filler = min(padded_rows(rows, 2 * rows, device.type) - rows, limit)
     return Pack(
         F.pad(tokens[batch, where], (0, 0, 0, filler)),
@@ -107,25 +131,3 @@ def pack_padded(tokens: Tensor, tokens_mask: Tensor, fraction: float, limit: int
         rows,
         int(is_audio.sum()),
     )
-
-
-class Segments(NamedTuple):
-    """Where the conversations of a pack lie: the attention pattern of the whole forward pass.
-
-    Attributes:
-        lengths: rows of each segment, on the host; they sum to T.
-        cu_seqlens: [S + 1] int32 on the device, cumulative lengths from 0 to T.
-        max_seqlen: upper bound on ``lengths``.
-    """
-
-    lengths: tuple[int, ...]
-    cu_seqlens: Tensor
-    max_seqlen: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Segments that lie one after the other."""
-        lengths = tuple(int(n) for n in lengths)
-        if not lengths or min(lengths) < 1:
-            raise ValueError("a pack needs at least one segment, none of them empty")
-        return cls(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))

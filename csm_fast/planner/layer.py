@@ -20,13 +20,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from csm_kernels.constants import FOLDED_SCORES, GROUP_SCORES, QUERY_ROWS
+
 from csm_fast.config.shape import TransformerConfig
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
 from csm_fast.planner.tensors import LAYER_LINEARS, Weight
 
-MOST_SCORES = 2**21  # that a CPU's attention holds at once
-CUDA_SCORES = 2**24  # and packed_attention on a card, or for numbers, that no variable-length kernel serves
-BLOCK_ROWS = 64  # of queries that it takes at a time, of a segment of speech
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.
 KEPT_COPIES = {"off": LAYER_LINEARS, "selective": LAYER_LINEARS[:4], "full": ()}
@@ -275,13 +274,13 @@ class Layers:
                 # segment as long as the context; the groups' rows and what comes of them.
                 longest = min(n, config.max_seq_len)
                 of_one = longest * longest * config.num_heads // config.num_kv_heads
-                scores = min(max(CUDA_SCORES, of_one), n * longest * config.num_heads)
+                scores = min(max(GROUP_SCORES, of_one), n * longest * config.num_heads)
                 rows = int(GROUP_PADDING * n) * ((4 * width + 2 * kv) * c if backward else (2 * width + 2 * kv) * c)
                 return 12 * scores + rows
             # flash-attn's: dq in float32, and dk and dv for every query head before they are added up.
             return n * width * (4 + 3 * c) + 2 * n * kv * c if backward else 0
         # Segments of a length come together, perhaps half of a pack's rows.
-        scores = min(MOST_SCORES, n * config.num_heads * (BLOCK_ROWS // 2 if stack.packed else stack.length))
+        scores = min(FOLDED_SCORES, n * config.num_heads * (QUERY_ROWS[0] // 2 if stack.packed else stack.length))
         # Bytes of one: p, dp and ds, or in bf16 the softmax in float32.
         scores *= 12 if backward or c < 4 else 8
         if not stack.packed:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from csm_kernels.constants import HEAD_COLUMNS, LOGITS_BUDGET, SOFTMAX_BUDGET
+
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.planner.layer import KEPT_COPIES, Layers, Setup, Stack
 from csm_fast.planner.ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
 from csm_fast.planner.tensors import Weight
 
-LOGITS_BUDGET = 64 * 2**20  # linear_cross_entropy's
-SOFTMAX_PIECE = 2**20  # of float32 logits that it works on at a time on a CPU; a few such tensors
-PADDED_COLUMNS = 64  # on CUDA its copy of a head has a multiple of this many columns
 TABLE_KEYS = 40  # bytes per look-up while the gradient of a table is put in order: keys, their order, and a sort's own
 
 
@@ -113,7 +112,7 @@ class Walk(Layers):
         kept = (ledger.hold(ACTIVATIONS, hidden * reached), ledger.hold(ACTIVATIONS, head.numel * c * trained))
         vocab, padded = head.outputs, 0
         if self.setup.device == "cuda":
-            columns = -(-vocab // PADDED_COLUMNS) * PADDED_COLUMNS
+            columns = -(-vocab // HEAD_COLUMNS) * HEAD_COLUMNS
             padded = head.inputs * columns * c * (1 + trained) if columns != vocab else 0
             vocab = columns
         each = rows * vocab * c + padded
@@ -121,7 +120,7 @@ class Walk(Layers):
         logits = min(chunk * each, LOGITS_BUDGET)
         if each > LOGITS_BUDGET:  # one head at a time, beside the sum of its gradient
             logits = LOGITS_BUDGET
-        pieces = 4 * min(SOFTMAX_PIECE, 4 * chunk * rows * vocab) if self.setup.device == "cpu" else 0
+        pieces = 4 * min(SOFTMAX_BUDGET, 4 * chunk * rows * vocab) if self.setup.device == "cpu" else 0
         ledger.touch(logits + max(pieces, 2 * hidden * chunk // heads))
         ledger.drop(WORKSPACE, copy + states)
         return kept

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from csm_kernels.constants import MOMENT_BLOCK, NF4_BLOCK, NF4_SCALES_BLOCK, SMALLEST_8BIT
+
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.config.train import AdapterSection, OptimizerSection
 
-# bitsandbytes' NF4 with double quantisation: 4 bits a weight; per block of 64 one absmax in 8 bits, and per 256 of
-# those one in float32; 16 float32 codes and an offset per tensor, the codes of the absmax (256 float32) too.
-NF4_BLOCK, NF4_SCALES_BLOCK, NF4_CODES_BYTES = 64, 256, 4 * (16 + 256 + 1)
-# 8-bit moments: one byte each, and a float32 absmax per block. Smaller tensors keep float32 moments.
-MOMENT_BLOCK, SMALLEST_8BIT = 256, 4096
+# bitsandbytes' NF4 with double quantisation: 4 bits a weight; per block an absmax in 8 bits, and per block of those one
+# in float32; 16 float32 codes and an offset per tensor, the codes of the absmax (256 float32) too.
+NF4_CODES_BYTES = 4 * (16 + 256 + 1)
 # The linear layers of a layer, and other tools' names for them, as in ``adapters``. That imports PyTorch, which takes
 # longer than a plan.
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
@@ -91,7 +91,8 @@ class Weight:
 
 
 def optimizer_state(elements: int, section: OptimizerSection) -> int:
-    """Bytes of the state of one trained tensor: two moments, and for Kahan summation the rounding errors in bf16."""
+    """Bytes of the state of one trained tensor: two moments, in 8 bits with a float32 absmax per block; and for Kahan
+    summation the rounding errors in bf16."""
     if section.optimizer != "adamw" and elements >= SMALLEST_8BIT:
         moments = 2 * (elements + 4 * -(-elements // MOMENT_BLOCK))
     else:

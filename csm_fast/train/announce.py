@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.config.train import TrainConfig
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.model.stacks import vocabulary
@@ -42,7 +43,7 @@ def announce(trainer: Any) -> None:
         "Data      %s: %s, %.2f h; %s",
         config.data.data,
         counted(trainer.store.num_conversations, "conversation"),
-        trainer.store.num_frames * 0.08 / 3600,
+        trainer.store.num_frames * FRAME_SECONDS / 3600,
         trainer.store.codec["name"],
     )
     every = trainer.packer.steps_in_epoch(0)

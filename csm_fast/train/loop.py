@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM
-from csm_fast.model.loss import coefficients, packed_loss
+from csm_fast.model.loss import amortized_loss, coefficients
 from csm_fast.model.stacks import stack_limit, vocabulary
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
@@ -140,7 +139,7 @@ class Trainer:
             self._lay_out(stack_limit(self.model.backbone))
         # 4. Optimizer, loss.
         a, b = coefficients(config.loss, vocabulary(self.model)[0])
-        loss_function = loss_function or partial(packed_loss, a=a, b=b)
+        loss_function = loss_function or amortized_loss(a, b)
         self.update = Update(
             self.model,
             config.optimizer,
@@ -190,9 +189,9 @@ class Trainer:
         if not self.config.run.overfit_one_batch:
             yield from self.packer.blocks(epoch, index, left)
             return
-        plan = self.packer.plan(0, 0)
+        layout = self.packer.layout_steps(0, 0)
         for _ in range(left):
-            yield [self.packer.build(plan, epoch, index)]
+            yield [self.packer.build_step(layout, epoch, index)]
             epoch, index = self._next(epoch, index)
 
     def _next(self, epoch: int, index: int) -> tuple[int, int]:
@@ -305,13 +304,14 @@ class Trainer:
         return True
 
     def _sources(self, step: int) -> list[str]:
-        """Rows of the metadata that a past step read: the plan is a pure function, so it can be asked again."""
+        """Rows of the metadata that a past step read."""
         epoch, index = 0, step - 1
         while index >= self.packer.steps_in_epoch(epoch):
             index -= self.packer.steps_in_epoch(epoch)
             epoch += 1
-        plan = self.packer.plan(0, 0) if self.config.run.overfit_one_batch else self.packer.plan(epoch, index)
-        rows = sorted({t.source_index + 1 for p in plan for d in p for t in self.store.conversation(d.conversation)})
+        layout = self.packer.layout_steps(*((0, 0) if self.config.run.overfit_one_batch else (epoch, index)))
+        chosen = set(layout.documents[:, 0].tolist())
+        rows = sorted({t.source_index + 1 for c in chosen for t in self.store.conversation(c)})
         return [f"turn {r}" for r in rows[:8]] + (["..."] if len(rows) > 8 else [])
 
     def _validate(self) -> dict[str, Any] | None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.generate.generator import Generator
+from csm_fast.generate.voice import load_voice
 from csm_fast.model.stacks import stack_limit
 from csm_fast.system.errors import InputError
 
@@ -16,9 +18,6 @@ class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
     def __init__(self, model: Any, config: Any, directory: Path, store: Any):
-        from csm_fast.data.codec.load import load_codec
-        from csm_fast.data.text import load_text_tokenizer
-
         self.config, self.directory = config.run, directory
         sentences = self.config.gen_sentences
         if sentences.endswith(".txt"):
@@ -29,18 +28,17 @@ class Sampler:
         self.sentences = [line.strip() for line in sentences.splitlines() if line.strip()]
         if not self.sentences:
             raise InputError("--gen-sentences has no sentence", mend="give a text or a .txt file with one per line")
-        kind = self.config.codec
-        if kind == "auto" and store.codec.get("kind") == "offline":
-            kind = "offline"
-        codec = load_codec(kind, source=self.config.codec_source, num_codebooks=store.num_codebooks)
-        if codec.fingerprint != store.codec["fingerprint"]:
-            raise InputError(
-                f"samples would be decoded with {codec.name}, the data was made with {store.codec['name']}",
-                mend="give --codec and --codec-source as at pretokenize",
-            )
-        self.generator = Generator(model, load_text_tokenizer(self.config.tokenizer), codec)
+        voice = load_voice(
+            model,
+            {"codec": store.codec},
+            codec=self.config.codec,
+            codec_source=self.config.codec_source,
+            tokenizer=self.config.tokenizer,
+            made="no samples can be generated: the data was made",
+        )
+        self.generator = Generator(model, voice.tokenizer, voice.codec)
         # Now, not after the first gen_every steps.
-        self.max_frames = max(1, int(self.config.gen_seconds / 0.08))
+        self.max_frames = max(1, int(self.config.gen_seconds / FRAME_SECONDS))
         limit = stack_limit(model.backbone)
         for text in self.sentences:
             rows = len(self.generator.tokenizer.encode(text, self.config.gen_speaker))
@@ -64,5 +62,5 @@ class Sampler:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_wav(path, wave, self.generator.codec.sample_rate)
             end = "ended by EOS" if speech.ended else "cut at the limit"
-            say(f"step {step}: sample {path} ({len(speech.codes) * 0.08:.1f} s, {end})")
+            say(f"step {step}: sample {path} ({len(speech.codes) * FRAME_SECONDS:.1f} s, {end})")
         return time.monotonic() - started

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast.config.train import OptimizerSection
-from csm_fast.packing.draws import DROPOUT, draw
+from csm_fast.packing.draws import Purpose, seeded_generator
 from csm_fast.packing.layout import StepBatch
 from csm_fast.system.device import compute_dtype
 from csm_fast.train import checkpoint as ckpt
@@ -92,7 +92,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Dropout's draws: a function of the seed and the step, so that a run continues as it would have gone on.
-        torch.manual_seed(int(draw(self.seed, DROPOUT, step).integers(2**62)))
+        torch.manual_seed(int(seeded_generator(self.seed, Purpose.DROPOUT, step).integers(2**62)))
         loss: Any = 0.0
         per_codebook: Any = 0.0
         at_once: in_backward | None = None

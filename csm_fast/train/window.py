@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.packing.layout import StepBatch
 from csm_fast.train.step import Outcome
 
@@ -59,7 +60,7 @@ class Window:
             "decoder_loss": sum(per_codebook[1:]) / max(1, len(per_codebook) - 1),
             "grad_norm": float(self.norm) / count,
             "rows_per_s": self.rows / seconds,
-            "audio_s_per_s": self.frames * 0.08 / seconds,
+            "audio_s_per_s": self.frames * FRAME_SECONDS / seconds,
             "padding": 1 - self.rows / max(1, self.padded),
         }
         self._reset()

@@ -24,6 +24,7 @@ from csm_fast.config.train import AdapterSection
 from csm_fast.model import adapters
 from csm_fast.model.adapters import ADAPTER, resolve_targets
 from csm_fast.model.embedding_rows import EmbeddingRows
+from csm_fast.model.run_options import Attached
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_bytes, writing_to
@@ -58,8 +59,8 @@ def _saved(model: Any) -> SavedAdapter:
     for name, slots in _slots(model).items():
         modules[name] = {part: parameter.detach() for part, parameter in slots.items()}
     whole = {name: model.get_parameter(name).detach() for name in attached.whole}
-    if (rows := getattr(model, "embedding_rows", None)) is not None:
-        whole |= rows.tensors()
+    if model.embedding_rows is not None:
+        whole |= model.embedding_rows.tensors()
     return SavedAdapter(attached.section, modules, whole, attached.base, attached.base_hash, attached.compute_dtype)
 
 
@@ -131,7 +132,7 @@ def _fill(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], saved: Save
 def _load_rows(model: Any, saved: SavedAdapter) -> None:
     if saved.section.train_embeddings != "rows":
         return
-    if getattr(model, "embedding_rows", None) is None:
+    if model.embedding_rows is None:
         text, audio = (saved.whole[f"{name}.weight.index"] for name in ("text_embeddings", "audio_embeddings"))
         EmbeddingRows(model, text, audio)
     rows = model.embedding_rows
@@ -155,7 +156,7 @@ def load_adapters(
     *,
     compute_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-) -> adapters.Attached:
+) -> Attached:
     """Attach the adapter in ``directory`` to a plain model and load it, ready for use or for further training.
 
     The adapter may be ours, PEFT's (on Sesame's or transformers' names) or csm-mlx'. A qlora adapter quantises the
@@ -190,7 +191,7 @@ def _words(model: Any, saved: SavedAdapter) -> list[str]:
     return sorted(saved.modules)
 
 
-def linear_to_lora_layers(model: Any, config: dict[str, Any], use_dora: bool = False) -> adapters.Attached:
+def linear_to_lora_layers(model: Any, config: dict[str, Any], use_dora: bool = False) -> Attached:
     """csm-mlx' function of this name: put fresh adapters on a model.
 
     Args:
@@ -213,6 +214,3 @@ def linear_to_lora_layers(model: Any, config: dict[str, Any], use_dora: bool = F
         target_modules=sorted(config.get("keys") or ["attn"]),
     )
     return adapters.attach(model, section, compute_dtype=model.codebook0_head.weight.dtype)
-
-
-# ------------------------------------------------------------------------------------------------ bases, other tools

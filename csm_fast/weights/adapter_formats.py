@@ -31,7 +31,14 @@ from csm_fast.system.files import read_json, write_bytes, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors
 from csm_fast.system.version import __version__
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
-from csm_fast.weights.names import LAYER, interleave_rows, naming, rotated_heads, sesame_name, sesame_to_transformers
+from csm_fast.weights.names import (
+    LAYER,
+    detect_naming,
+    interleave_rows,
+    rotated_heads,
+    sesame_name,
+    sesame_to_transformers,
+)
 
 TRAINED = "trained.safetensors"
 WHOLE = ("codebook0_head.weight", "audio_head", "text_embeddings.weight", "audio_embeddings.weight")
@@ -143,7 +150,7 @@ def _read_peft(path: Path, shape: CSMConfig) -> SavedAdapter:
     ours = ((config.get("auto_mapping") or {}).get("csm_fast")) or {}
     _refuse_unknown(config, path)
     entries = {e.name.removeprefix(_PEFT_PREFIX): e for e in read_entries(path / PEFT_WEIGHTS)}
-    style = naming(entries)
+    style = detect_naming(entries)
     modules: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for name, entry in entries.items():

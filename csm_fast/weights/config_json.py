@@ -8,6 +8,7 @@ from typing import Any
 
 from csm_fast.config.shape import CSMConfig, TransformerConfig
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_json
 
 
 def sesame_config(config: CSMConfig) -> dict[str, Any]:
@@ -92,6 +93,16 @@ def config_from_json(values: dict[str, Any], file: Path) -> CSMConfig | None:
         return from_transformers_config(values) if values.get("model_type") == "csm" else None
     except InputError as error:
         raise InputError(error.what, file=file, mend=error.mend) from None
+
+
+def read_shape(directory: Path) -> CSMConfig | None:
+    """The shape that a directory's config.json describes; None where it has none, or one of no CSM.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = directory / "config.json"
+    return config_from_json(read_json(file), file) if file.is_file() else None
 
 
 def from_transformers_config(values: dict[str, Any]) -> CSMConfig:

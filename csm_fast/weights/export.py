@@ -8,11 +8,11 @@ from pathlib import Path
 from csm_fast.config.shape import CSMConfig
 from csm_fast.system.errors import InputError
 from csm_fast.weights.adapter_formats import read_adapter, write_csm_mlx, write_transformers
-from csm_fast.weights.load import adapter_shape
+from csm_fast.weights.config_json import read_shape
 
 
 def _shape_for(directory: str | os.PathLike[str], shape: CSMConfig | None) -> CSMConfig:
-    found = shape or adapter_shape(directory)
+    found = shape or read_shape(Path(directory).expanduser())
     if found is None:
         raise InputError("does not say the shape of its base", file=Path(directory), mend="give shape=model.config")
     return found

@@ -6,13 +6,10 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json
-from csm_fast.system.tensors import _DTYPES
 
 HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
 
@@ -68,7 +65,7 @@ def _pickled(file: str) -> InputError:
     )
 
 
-def locate(name: str) -> Path:
+def locate_weights(name: str) -> Path:
     """The weights file or index that ``name`` means, downloaded if it is a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -81,8 +78,7 @@ def locate(name: str) -> Path:
         if path.name.endswith((".safetensors", ".safetensors.index.json")):
             return path
         raise InputError("is not a .safetensors file", file=name, mend="give a .safetensors file or its directory")
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    if hub_id and not name.endswith((".safetensors", ".json")):
+    if hub.is_hub_id(name) and not name.endswith((".safetensors", ".json")):
         return _download(name)
     raise InputError(
         "no such file or directory", file=name, mend="give a .safetensors file, a directory or a hub id (owner/name)"
@@ -91,47 +87,31 @@ def locate(name: str) -> Path:
 
 def _download(name: str) -> Path:
     """Fetch what a hub model needs, or find it in the local cache when the hub does not answer."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    def get(file: str, **options: Any) -> Path:
-        return Path(hf_hub_download(name, file, etag_timeout=HUB_TIMEOUT, **options))
-
-    def get_all(entry: str, files: Iterable[str] | None, **options: Any) -> Path:
-        path = get(entry, **options)
-        for part in shards(path):
-            get(part, **options)
-        if files is None or "config.json" in files:
-            get("config.json", **options)
-        return path
-
     try:
-        info = HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        files = {s.rfilename for s in info.siblings or ()}
-        return get_all(_select(files, name), files, revision=info.sha)
-    except InputError:
-        raise
-    except GatedRepoError:
-        raise InputError(
-            "access to this model is gated",
-            file=name,
-            mend=f"accept its terms at https://huggingface.co/{name} and log in with: hf auth login",
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            "no such directory here and no such model on the Hugging Face hub",
-            file=name,
-            mend="check the spelling; for a private model log in with: hf auth login",
-        ) from None
-    except Exception as error:  # each release of the hub's client has its own network errors
-        reason = f"{type(error).__name__}: {error}"
+        files, revision = hub.list_files(name, HUB_TIMEOUT)
+        entry = _select(files, name)
+        path = hub.download_file(name, entry, revision=revision, etag_timeout=HUB_TIMEOUT)
+        for other in (*list_shards(path), *({"config.json"} & files)):
+            hub.download_file(name, other, revision=revision, etag_timeout=HUB_TIMEOUT)
+        return path
+    except hub.HubError as error:
+        if error.kind == "gated":
+            raise InputError(
+                "access to this model is gated",
+                file=name,
+                mend=f"accept its terms at https://huggingface.co/{name} and log in with: hf auth login",
+            ) from None
+        if error.kind == "repository":
+            raise InputError(
+                "no such directory here and no such model on the Hugging Face hub",
+                file=name,
+                mend="check the spelling; for a private model log in with: hf auth login",
+            ) from None
+        reason = f"{error.error_type}: {error.reason}"
     for entry in _PREFERRED:
-        try:
-            return get_all(entry, None, local_files_only=True)
-        except InputError:
-            raise
-        except Exception:  # noqa: S112 - not in the cache
-            continue
+        cached = hub.cached_file(name, entry)
+        if cached is not None and all(hub.cached_file(name, other) for other in (*list_shards(cached), "config.json")):
+            return cached
     raise InputError(
         f"no such directory here, and the Hugging Face hub cannot be reached ({reason[:200]})",
         file=name,
@@ -139,13 +119,7 @@ def _download(name: str) -> Path:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- tensors
-
-
-_DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
-
-
-def shards(file: Path) -> list[str]:
+def list_shards(file: Path) -> list[str]:
     """The files that hold the tensors: those an index lists, or the file itself."""
     if file.suffix != ".json":
         return [file.name]

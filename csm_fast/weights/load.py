@@ -21,12 +21,10 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_json
 from csm_fast.system.tensors import read_entries
 from csm_fast.weights.adapter_formats import SavedAdapter, check_base, read_adapter
-from csm_fast.weights.config_json import config_from_json
-from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, locate, shards
+from csm_fast.weights.config_json import read_shape
+from csm_fast.weights.files import ADAPTER_CONFIG, PEFT_WEIGHTS, is_adapter, list_shards, locate_weights
 from csm_fast.weights.merge import add_adapters, replace_whole
-from csm_fast.weights.names import _Plan
-
-# -------------------------------------------------------------------------------------------------------- loading
+from csm_fast.weights.names import NameMap
 
 
 def load_model(
@@ -58,39 +56,33 @@ def load_model(
             kind = dtype(name) if callable(dtype) else dtype or torch.float32
             parameter.data = parameter.data.to(device=device, dtype=kind)
         return model
-    file = locate(os.fspath(name_or_path))
-    plan = _Plan([entry for part in shards(file) for entry in read_entries(file.with_name(part))], file)
-    config = _read_config(file.with_name("config.json"), plan)
-    plan.account(config)
+    file = locate_weights(os.fspath(name_or_path))
+    names = NameMap([entry for part in list_shards(file) for entry in read_entries(file.with_name(part))], file)
+    config = read_shape(file.parent) or _shape_of_weights(names)
+    names.check_parameters(config)
     with torch.device("meta"):
         model = CSM(config)
-    for name in plan.sources:
+    for name in names.sources:
         # A copy in every case: the file may be replaced while the model lives.
         kind = dtype(name) if callable(dtype) else dtype or torch.float32
-        tensor = plan.read(name, config).to(device=device, dtype=kind, copy=True)
+        tensor = names.read(name, config).to(device=device, dtype=kind, copy=True)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.contiguous()))
     return model
 
 
-def _read_config(file: Path, plan: _Plan) -> CSMConfig:
-    """The shape from the config.json beside the weights, or, where it says nothing, from the weights' shapes."""
-    config = config_from_json(read_json(file), file) if file.is_file() else None
-    if config is not None:
-        return config
-    shapes = {name: tuple(entries[0].shape) for name, entries in plan.sources.items()}
+def _shape_of_weights(names: NameMap) -> CSMConfig:
+    """The named shape whose parameters the weights are."""
+    shapes = {name: tuple(entries[0].shape) for name, entries in names.sources.items()}
     for make in NAMED_SHAPES.values():
         if shapes == parameter_shapes(make()):
             return make()
     raise InputError(
         "cannot tell the model's shape: no config.json of a CSM lies beside the weights, and they are not of the "
         f"known shapes ({', '.join(NAMED_SHAPES)})",
-        file=plan.where,
+        file=names.where,
         mend="put the config.json that came with the weights into the same directory",
     )
-
-
-# --------------------------------------------------------------------------------------------------------- saving
 
 
 def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> CSM:
@@ -105,12 +97,6 @@ def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> C
     replace_whole(model, saved)
     add_adapters(model, saved)
     return model
-
-
-def adapter_shape(directory: str | os.PathLike[str]) -> CSMConfig | None:
-    """The base's shape, where the adapter's directory says it."""
-    file = Path(directory).expanduser() / "config.json"
-    return config_from_json(read_json(file), file) if file.is_file() else None
 
 
 def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tuple[CSM, SavedAdapter]:
@@ -132,7 +118,7 @@ def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tup
     if not name:
         raise InputError("does not name its base", file=path / ADAPTER_CONFIG, mend="give it with --base")
     seed = re.fullmatch(r".*, random, seed (\d+)", name)
-    if seed and (shape := adapter_shape(path)):
+    if seed and (shape := read_shape(path)):
         model = CSM(shape).init_weights(int(seed[1]))
     else:
         try:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from csm_fast.model.csm import CSM
-from csm_fast.model.linear import adapted_weight, dense_weight, is_quantized
 from csm_fast.weights.adapter_formats import SavedAdapter
 
 
@@ -34,29 +30,3 @@ def add_adapters(model: CSM, saved: SavedAdapter) -> None:
         weight.addmm_(b, a, alpha=saved.scale)
         if "magnitude" in parts:
             weight.mul_((parts["magnitude"].to(weight) / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
-
-
-@torch.no_grad()
-def merge_into(model: Any) -> None:
-    """Turn a model with adapters into a plain one, in place: every weight float32 and with its adapter added.
-
-    4-bit weights become what their bits stand for, so the model's function stays (``load_merged`` takes the original
-    weights instead).
-    """
-    for name, layer in list(model.named_modules()):
-        if not (hasattr(layer, "lora_A") or is_quantized(layer)) or ".base_layer" in name:
-            continue
-        weight = adapted_weight(layer) if hasattr(layer, "lora_A") else dense_weight(layer)
-        with torch.device("meta"):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        plain.weight = nn.Parameter(weight.detach().float())
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
-    if getattr(model, "embedding_rows", None) is not None:
-        for table, masters, index in model.embedding_rows.pairs():
-            table.data = table.data.float().index_copy(0, index, masters.float())
-        del model.embedding_rows
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    del model.adapter

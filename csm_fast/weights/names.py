@@ -58,7 +58,7 @@ _IGNORED = re.compile(
 )
 
 
-def naming(names: Iterable[str]) -> str:
+def detect_naming(names: Iterable[str]) -> str:
     """Whose parameter names these are: "transformers", "csm-mlx" or "sesame"."""
     names = list(names)
     if any(n.startswith(("backbone_model.", "depth_decoder.")) for n in names):
@@ -106,9 +106,11 @@ def transformers_to_sesame(state: Mapping[str, Tensor], config: CSMConfig) -> di
     Raises:
         InputError: missing or unexpected names, wrong shapes, or untied audio embeddings.
     """
-    plan = _Plan([Entry(name, t.shape, "F32", partial(_same, t)) for name, t in state.items()], "transformers weights")
-    plan.account(config)
-    return {name: plan.read(name, config) for name in plan.sources}
+    names = NameMap(
+        [Entry(name, t.shape, "F32", partial(_same, t)) for name, t in state.items()], "transformers weights"
+    )
+    names.check_parameters(config)
+    return {name: names.read(name, config) for name in names.sources}
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -141,19 +143,19 @@ def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> di
     return result
 
 
-class _Plan:
+class NameMap:
     """Which tensors of a checkpoint make up which parameters."""
 
     def __init__(self, entries: list[Entry], where: str | os.PathLike[str]):
         self.where = where
-        self.style = naming(entry.name for entry in entries)
+        self.style = detect_naming(entry.name for entry in entries)
         self.sources: dict[str, list[Entry]] = {}
         for entry in entries:
             name = sesame_name(entry.name, self.style)
             if name is not None:
                 self.sources.setdefault(name, []).append(entry)
 
-    def account(self, config: CSMConfig) -> None:
+    def check_parameters(self, config: CSMConfig) -> None:
         """Compare names, shapes and dtypes with what ``config`` needs; one InputError for all differences."""
         expected = parameter_shapes(config)
         wrong = [f"{e.name} is unexpected" for n, entries in self.sources.items() if n not in expected for e in entries]

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csm_kernels.constants import DRAW_TILE, MOMENT_BLOCK
+
 try:
     import triton
     import triton.language as tl
@@ -22,8 +24,6 @@ except ImportError:  # PyTorch's operators need none
 
 BLOCK = 1024  # elements of a program
 WARPS = 8  # four elements a thread: pieces of all types have one layout, so nothing goes through shared memory
-QUANTIZED = 256  # elements that share a scale, as in bitsandbytes
-TILE = 2**17  # elements with draws of their own: csm_fast.rounding.Draws
 NEAREST, STOCHASTIC, KAHAN = 0, 1, 2
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -303,8 +303,8 @@ def adamw_(
             MAY_SKIP=found_inf is not None,
             SCALES=grad_scale is not None,
             BLOCK=BLOCK,
-            TILE=TILE,
-            QUANTIZED=QUANTIZED,
+            TILE=DRAW_TILE,
+            QUANTIZED=MOMENT_BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=True,
         )

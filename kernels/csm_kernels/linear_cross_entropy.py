@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csm_kernels.constants import HEAD_COLUMNS, LOGITS_BUDGET
 from csm_kernels.cpu import heads as cpu_heads
 from csm_kernels.cpu import linear as cpu_linear
 from csm_kernels.cpu import passes as cpu_passes
+from csm_kernels.dtypes import wide_dtype
 
 try:
     import triton
@@ -22,10 +24,7 @@ try:
 except ImportError:  # the PyTorch form needs none
     triton = None
 
-DEFAULT_BYTE_BUDGET = 64 * 2**20
 IGNORE = -100
-# A row of 2,051 logits is 4,102 bytes, which no 16-byte load likes; the chunk's copy of the weight has this multiple.
-COLUMNS = 64
 # Most that the weights of a head's rows sum up to where gradients are formed in fp16: a gradient of its weight is at
 # most that times the largest number of ``hidden``, which may be 256 before fp16's 65,504 are reached.
 FP16_SUM = 256.0
@@ -175,7 +174,7 @@ def _losses_and_gradients(
     for one of ``_fp16_unit``."""
     rows, heads, width = hidden.shape
     vocab = weight.shape[-1]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden.dtype)
     wants_grad = wants_hidden or wants_weight
     row_weights = weights.to(wide).masked_fill(targets == IGNORE, 0.0).expand(rows, heads)
     targets = targets.masked_fill(targets == IGNORE, 0)
@@ -191,7 +190,7 @@ def _losses_and_gradients(
     grad_weight = hidden.new_empty(0)
     per_head = torch.zeros(heads, dtype=wide, device=hidden.device)
 
-    columns = -(-vocab // COLUMNS) * COLUMNS if use_triton else vocab
+    columns = -(-vocab // HEAD_COLUMNS) * HEAD_COLUMNS if use_triton else vocab
     element = hidden.element_size()
     head_bytes = width * columns * element * (1 + wants_weight) if columns != vocab else 0
     total_bytes = width * columns * torch.finfo(wide).bits // 8 if wants_weight else 0
@@ -274,7 +273,7 @@ _linear_cross_entropy = torch.library.custom_op(
 
 @_linear_cross_entropy.register_fake
 def _(hidden, weight, targets, weights, scale, byte_budget, wants_hidden, wants_weight, use_triton):
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape[1], dtype=wide),
@@ -358,7 +357,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     weights: Tensor,
-    byte_budget: int = DEFAULT_BYTE_BUDGET,
+    byte_budget: int = LOGITS_BUDGET,
     impl: str = "auto",
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csm_kernels.constants import GROUP_SCORES
 from csm_kernels.cpu import attention as cpu_attention
 from csm_kernels.cpu import folded_attention
 from csm_kernels.cpu.attention import Order
 from csm_kernels.cpu.folded_attention import Fold
+from csm_kernels.dtypes import wide_dtype
 
 # Segments within this factor of each other share one call. Attention is a small part of the work at speech lengths, a
 # call's overhead is not.
@@ -175,7 +177,7 @@ def attention_backward_reference(
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """[g, Hkv, H / Hkv, L, L], masked, in the wide dtype."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     length, head_dim = q.shape[-2:]
     scores = q.to(wide).unflatten(1, (k.shape[1], -1)) @ k.to(wide).unsqueeze(2).transpose(-1, -2) * head_dim**-0.5
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -210,15 +212,12 @@ def _join(parts: Sequence[Tensor], groups: Groups, dtype: torch.dtype) -> Tensor
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, groups.restore)
 
 
-MOST_SCORES = 2**24  # of a group that are there at once, in a handful of float32 matrices: 64 MiB each
-
-
 def _in_pieces(form: Callable[..., tuple[Tensor, ...]], kv_heads: int, *group: Tensor) -> tuple[Tensor, ...]:
     """What ``form`` makes of a group's tensors [g, heads or kv heads, length, ...], the first of them with all heads
-    and no more than ``MOST_SCORES`` scores at once, or those of one segment and one key-value head."""
+    and no more than ``GROUP_SCORES`` scores at once, or those of one segment and one key-value head."""
     _, heads, length, _ = group[0].shape
-    some = max(1, MOST_SCORES // (heads * length * length))
-    parts = min(kv_heads, -(-heads * length * length // MOST_SCORES)) if some == 1 else 1
+    some = max(1, GROUP_SCORES // (heads * length * length))
+    parts = min(kv_heads, -(-heads * length * length // GROUP_SCORES)) if some == 1 else 1
     while kv_heads % parts:
         parts += 1
     results = []
@@ -239,7 +238,7 @@ def _on_cpu(q: Tensor) -> bool:
 def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     order = plan.order(q.shape[1], k.shape[1])
     kept, out = cpu_attention.forward(q.flatten(1), k.flatten(1), v.flatten(1), None, None, order, q.shape[-1])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     sums = q.new_zeros(q.shape[:2], dtype=wide) if kept.logs is None else kept.logs.t().contiguous()
     return out.view(q.shape), sums
 
@@ -273,7 +272,7 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tu
 
 @_packed_attention.register_fake
 def _(q, k, v, cu_seqlens):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_kernels.cpu import passes as cpu_passes
+from csm_kernels.dtypes import wide_dtype
 
 
 def _few_passes(x: Tensor) -> bool:
@@ -48,7 +49,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def _rms_norm_reference(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.to(cpu_passes.wide_dtype(x)), (x.shape[-1],), eps=eps).to(x.dtype) * scale
+    return F.rms_norm(x.to(wide_dtype(x.dtype)), (x.shape[-1],), eps=eps).to(x.dtype) * scale
 
 
 class _RMSNorm(torch.autograd.Function):

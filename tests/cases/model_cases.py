@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.baselines import causal, depth_logits, embed_all, padded_stack
 from csm_fast import CSM, CSMConfig, TransformerConfig
-from csm_fast.packing.draws import FRAMES, numbered_draws
+from csm_fast.packing.draws import Purpose, make_step_keys
 
 MICRO = CSMConfig(
     TransformerConfig(2, 4, 2, 64, 96),
@@ -132,7 +132,7 @@ def one_by_one(
         return sum(p.sum() for p in model.parameters()) * 0.0  # type: ignore[return-value]
     if picked is None:
         wanted = max(1, int(len(frames) * fraction))
-        numbers = numbered_draws(0, FRAMES, 0)(np.array([0]), np.array([len(frames)]))
+        numbers = make_step_keys(0, Purpose.FRAMES, 0)(np.array([0]), np.array([len(frames)]))
         picked = np.argsort(numbers, kind="stable")[:wanted]
     total, picked_total = sum(weights), sum(weights[i] for i in picked)
     loss = torch.zeros((), dtype=states[0].dtype)

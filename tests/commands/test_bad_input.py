@@ -463,7 +463,7 @@ def test_no_memory(tmp_path, refused, monkeypatch, words):
     def loss(*args, **options):
         raise RuntimeError(words)
 
-    monkeypatch.setattr("csm_fast.train.loop.packed_loss", loss)
+    monkeypatch.setattr("csm_fast.model.csm.packed_loss", loss)
     refused(
         train(prepare(tmp_path)),
         "not enough memory (",
@@ -696,8 +696,8 @@ def test_generate(tmp_path, model, refused, monkeypatch):
         def encode(self, text, speaker):
             return [ord(c) % 50 for c in text]
 
-    monkeypatch.setattr("csm_fast.commands.generate.load_codec", lambda *args, **options: Codec("c" * 64))
-    monkeypatch.setattr("csm_fast.commands.generate.load_text_tokenizer", lambda *args: Tokenizer())
+    monkeypatch.setattr("csm_fast.generate.voice.load_codec", lambda *args, **options: Codec("c" * 64))
+    monkeypatch.setattr("csm_fast.generate.voice.load_text_tokenizer", lambda *args: Tokenizer())
 
     def generate(*extra: str) -> list[str]:
         return ["generate", "--model", str(model), "--text", "hello", "--max-seconds", "0.4", "--seed", "1", *extra]
@@ -720,7 +720,7 @@ def test_generate(tmp_path, model, refused, monkeypatch):
     refused(generate("--context", "nowhere.json"), "nowhere.json: no such file", "check the path")
     (tmp_path / "c.json").write_text('[{"text": "one", "path": "nowhere.wav"}]')
     refused(generate("--context", "c.json"), "c.json, row 1: the recording", "does not exist", "check the path")
-    monkeypatch.setattr("csm_fast.commands.generate.load_text_tokenizer", lambda *args: FakeTokenizer())
+    monkeypatch.setattr("csm_fast.generate.voice.load_text_tokenizer", lambda *args: FakeTokenizer())
     refused(generate(), "the model knows 50 text ids", "letters has 300 ids", "--tokenizer")
     # A model that knows what it was trained with.
     write_record(model, {"codec": {**CODEC, "fingerprint": "e" * 64}, "text_tokenizer": TOKENIZER})

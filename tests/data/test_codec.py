@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 
 from csm_fast.data.codec import backends as codec_backends
 from csm_fast.data.codec import base as codec_module
+from csm_fast.data.codec import load as codec_load
 from csm_fast.data.codec import mimi_weights as codec_weights
 from csm_fast.data.codec import offline as offline_codec
 from csm_fast.data.codec.base import Codec
 from csm_fast.data.codec.load import load_codec
 from csm_fast.data.codec.mimi_weights import table_hash
 from csm_fast.data.codec.offline import OfflineShape, fit, offline_file, synthetic_speech
+from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 
 SMALL = OfflineShape(
@@ -291,7 +293,7 @@ def test_auto_falls_back_loudly(small_file, monkeypatch, caplog):
     def unreachable(repository, filename):
         raise InputError(f"{repository} is not in the local cache and the hub cannot be reached")
 
-    monkeypatch.setattr(codec_module, "hub_file", unreachable)
+    monkeypatch.setattr(codec_load, "hub_file", unreachable)
     monkeypatch.setattr(offline_codec, "offline_file", lambda cache_dir=None: small_file)
     with caplog.at_level(logging.WARNING, logger="csm_fast"):
         codec = load_codec("auto", num_codebooks=8)
@@ -304,9 +306,10 @@ def test_hub_is_given_up_quickly(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not codec_weights._reachable("https://huggingface.co")
+    assert not hub.hub_answers(5)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert not codec_weights._reachable("http://127.0.0.1:9/none")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not hub.hub_answers(5)
 
 
 def one_line(error: pytest.ExceptionInfo[InputError]) -> str:

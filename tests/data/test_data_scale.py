@@ -1,6 +1,5 @@
 """The data path at scale: what is not read, not mapped, not kept and not made twice."""
 
-import bisect
 import gc
 import json
 import os
@@ -19,7 +18,6 @@ from csm_fast import InputError
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing import loader
-from csm_fast.packing.fit import best_fit
 from csm_fast.packing.loader import Packer, prefetch
 from csm_fast.system.arrays import map_arrays
 
@@ -69,11 +67,11 @@ def test_batches_hold_what_the_store_holds_whatever_its_size(stores, name, secti
     packer = Packer(store, DataSection(**section), LossSection(), pad="cpu")
     seen, rows, padded, supervised = [], 0, 0, 0
     for index in range(packer.steps_in_epoch(0)):
-        plan, step = packer.plan(0, index), packer.step(0, index)
+        layout, step = packer.layout_steps(0, index).list_documents(), packer.step(0, index)
         assert sum(float(p.target_weights.sum()) for p in step.packs) == pytest.approx(1)
         assert sum(float(p.decoder_weights.sum()) for p in step.packs) == pytest.approx(1)
         assert step.selected == max(1, step.supervised // 16)
-        for documents, pack in zip(plan, step.packs, strict=True):
+        for documents, pack in zip(layout, step.packs, strict=True):
             assert pack.rows <= len(pack.tokens) <= 2048 and sum(pack.segments.lengths) == len(pack.tokens)
             expected = []
             for d in sorted(documents, key=lambda d: (d.rows, d.conversation, d.first)):
@@ -89,26 +87,6 @@ def test_batches_hold_what_the_store_holds_whatever_its_size(stores, name, secti
     assert sum(last - first for _, first, last in seen) == store.num_turns
     assert rows == store.conversation_rows.sum() and supervised == store.num_frames + store.num_turns
     assert 1 <= padded / rows < 1.1
-
-
-def best_fit_by_the_book(sizes, budget):
-    groups, room = [], []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = bisect.bisect_left(room, (sizes[item], -1))
-        free, group = room.pop(place) if place < len(room) else (budget, len(groups))
-        if group == len(groups):
-            groups.append([])
-        groups[group].append(item)
-        bisect.insort(room, (free - sizes[item], group))
-    return groups
-
-
-def test_best_fit_is_the_one_by_the_book():
-    rng = np.random.default_rng(0)
-    for n in [0, 1, 2, 3, 4, 7, 8, *rng.integers(1, 600, 60).tolist()]:
-        budget = int(rng.integers(20, 5000))
-        sizes = rng.integers(1, int(rng.integers(1, budget + 1)) + 1, n).tolist()
-        assert best_fit(sizes, budget) == best_fit_by_the_book(sizes, budget)
 
 
 class ManyLengths:
@@ -142,16 +120,16 @@ def test_a_packer_and_its_plans_take_a_hundred_bytes_per_conversation():
 
 @pytest.mark.parametrize("section", [{"batch_rows": 2048, "pack_rows": 2048}, {"batch_size": 8}])
 def test_an_epoch_is_planned_once_for_all_its_steps(stores, monkeypatch, section):
-    drawn, draw = [], loader.draw
-    monkeypatch.setattr(loader, "draw", lambda seed, *where: drawn.append(where) or draw(seed, *where))
+    drawn, draw = [], loader.seeded_generator
+    monkeypatch.setattr(loader, "seeded_generator", lambda seed, *where: drawn.append(where) or draw(seed, *where))
     packer = Packer(TokenStore.open(stores["small"]), DataSection(**section), LossSection())
     for epoch in range(2):
         for index in range(packer.steps_in_epoch(epoch)):
             packer.step(epoch, index)
-            packer.plan(0, 0)  # as a checkpoint's probe does
-    assert drawn.count((loader.ORDER, 0)) == drawn.count((loader.ORDER, 1)) == 1
+            packer.layout_steps(0, 0)  # as a checkpoint's probe does
+    assert drawn.count((loader.Purpose.ORDER, 0)) == drawn.count((loader.Purpose.ORDER, 1)) == 1
     with pytest.raises(IndexError):
-        Packer(packer.store, DataSection(batch_rows=2048), LossSection()).plan(0, 10**6)
+        Packer(packer.store, DataSection(batch_rows=2048), LossSection()).layout_steps(0, 10**6)
 
 
 def test_streaming_keeps_nothing(stores):

@@ -9,7 +9,14 @@ import sys
 
 import pytest
 
-from csm_fast.data.metadata import Conversation, Turn, clean_text, load_metadata, load_speaker_map, split_validation
+from csm_fast.data.metadata import (
+    Conversation,
+    MetadataTurn,
+    clean_text,
+    load_metadata,
+    load_speaker_map,
+    split_validation,
+)
 from csm_fast.system.errors import InputError
 
 FLAT = [
@@ -406,7 +413,9 @@ def test_speaker_map_that_is_missing(tmp_path):
 
 
 def conversation(row, *paths, folder="/data"):
-    made = [Turn(f"text {row}", f"{folder}/{path}", 0, None, None, str(row), f"{folder}/m.json") for path in paths]
+    made = [
+        MetadataTurn(f"text {row}", f"{folder}/{path}", 0, None, None, str(row), f"{folder}/m.json") for path in paths
+    ]
     return Conversation(tuple(made), row)
 
 
@@ -441,7 +450,7 @@ def test_a_shared_recording_stays_on_one_side():
 
 def test_two_metadata_files_do_not_share_recordings_by_name_but_by_file():
     one, two = (
-        [Conversation((Turn("t", path, 0, None, None, "1", f"/{f}/m.json"),), 1) for path in paths]
+        [Conversation((MetadataTurn("t", path, 0, None, None, "1", f"/{f}/m.json"),), 1) for path in paths]
         for f, paths in (("a", ["/a/x.wav", "/same.wav"]), ("b", ["/b/x.wav", "/same.wav", "/same.wav"]))
     )
     for seed in range(20):

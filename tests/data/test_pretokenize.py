@@ -286,7 +286,7 @@ def test_a_file_size_limit_while_the_store_is_written(data):
     """The real system call failing, in a process of its own."""
     script = (
         "import resource, sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/cases']\n"
-        "from pretokenize_fakes import *\n"
+        "from pathlib import Path; from pretokenize_fakes import run; from csm_fast import InputError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try: run(Path(sys.argv[2]))\n"
         "except InputError as error: print(error)\n"

@@ -18,7 +18,8 @@ from csm_fast.data import code_cache
 from csm_fast.data.code_cache import CodeCache
 from csm_fast.data.decode_pool import DecodePool, Request
 from csm_fast.data.token_store import open_split
-from csm_fast.system import arrays as shard_file
+from csm_fast.system import files
+from csm_fast.system.arrays import write_arrays
 from csm_fast.system.files import write_bytes
 
 
@@ -76,7 +77,7 @@ def test_killed_before_every_step_of_saving(data, monkeypatch, exchange):
     `exchange` is whether the file system can swap two directories in one call.
     """
     if not exchange:
-        monkeypatch.setattr(shard_file, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     monkeypatch.setattr(code_cache, "FLUSH_SECONDS", 0.0)
     rows = load(data)
     run(data, output="undisturbed", val_fraction=0.3)
@@ -91,7 +92,7 @@ def test_killed_before_every_step_of_saving(data, monkeypatch, exchange):
         child = os.fork()
         if not child:
             calls = iter(range(step))
-            for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shard_file, "_exchange")):
+            for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (files, "_exchange")):
                 die_in_time(module, name, calls, step)
             run(data, val_fraction=0.3)
             os._exit(0)
@@ -248,5 +249,5 @@ def test_writes_are_whole_or_absent(tmp_path, monkeypatch):
         write_bytes(target, b"new")
     assert target.read_bytes() == b"old"
     with pytest.raises(OSError):
-        shard_file.write_arrays(tmp_path / "shard", {"a": [np.zeros(3, np.int32)]})
+        write_arrays(tmp_path / "shard", {"a": [np.zeros(3, np.int32)]})
     assert not (tmp_path / "shard").exists()

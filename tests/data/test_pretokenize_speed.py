@@ -163,7 +163,7 @@ def test_coding_on_a_cpu_needs_no_transformers(tmp_path, waves):
     save_file(flat_weights(mimi(sliding_window=250)), tmp_path / "mimi.safetensors")
     check = f"""
 import sys, numpy
-from csm_fast.data.codec.base import load_codec
+from csm_fast.data.codec.load import load_codec
 codec = load_codec("transformers", source={str(tmp_path / "mimi.safetensors")!r}, num_codebooks=6)
 codes = codec.encode([numpy.zeros(4000, numpy.float32)])
 assert codes[0].shape == (3, 6) and "transformers" not in sys.modules

@@ -9,6 +9,7 @@ import pytest
 
 from csm_fast.data import text
 from csm_fast.data.text import TextTokenizer, load_text_tokenizer
+from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 
 TEXTS = [
@@ -171,7 +172,7 @@ def no_hub(monkeypatch, tmp_path):
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
-    monkeypatch.setattr(text, "_hub_answers", ask)
+    monkeypatch.setattr(hub, "hub_answers", ask)
     return monkeypatch
 
 
@@ -197,7 +198,7 @@ def test_nothing_found_names_the_ways_out(no_hub):
     assert line.startswith("no text tokenizer: sesame/csm-1b is not in the hub cache, and HF_HUB_OFFLINE forbids")
     assert all(way in line for way in ("tokenizer.json", "pip install llama-models", "the hub with access"))
     no_hub.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    no_hub.setattr(text, "_hub_answers", lambda: False)
+    no_hub.setattr(hub, "hub_answers", lambda seconds: False)
     assert "does not answer" in message(None) and "does not answer" in message("someone/something")
 
 
@@ -205,7 +206,7 @@ def test_hub_errors_are_one_line(no_hub):
     import huggingface_hub
     from huggingface_hub import errors
 
-    no_hub.setattr(text, "_hub_answers", lambda: True)
+    no_hub.setattr(hub, "hub_answers", lambda seconds: True)
     no_hub.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for kind, expected in (
         (errors.GatedRepoError, "access to a/b is not granted; accept its terms at https://"),
@@ -233,9 +234,9 @@ def test_a_dead_network_costs_seconds(monkeypatch):
             time.sleep(30)
 
     monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
-    monkeypatch.setattr(text, "_PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     begin = time.monotonic()
-    assert not text._hub_answers()
+    assert not hub.hub_answers(0.2)
     assert time.monotonic() - begin < 5
     monkeypatch.setattr(Session, "head", lambda self, url, timeout: "any answer")
-    assert text._hub_answers()
+    assert hub.hub_answers(0.2)

@@ -17,7 +17,8 @@ from paths import ROOT
 from csm_fast.data import store_writer
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens, check_compatible, open_split
-from csm_fast.system import arrays as shard_file
+from csm_fast.system import files
+from csm_fast.system.arrays import map_arrays, write_arrays
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import old_directory
 
@@ -93,7 +94,7 @@ def test_round_trip_over_several_shards(store_path):
 def test_shards_are_ordinary_safetensors(store_path):
     shard = store_path / "shard-00000.safetensors"
     arrays = safetensors.numpy.load_file(shard)
-    ours = shard_file.map_arrays(shard)
+    ours = map_arrays(shard)
     assert arrays.keys() == ours.keys()
     for name in arrays:
         np.testing.assert_array_equal(arrays[name], ours[name])
@@ -101,7 +102,7 @@ def test_shards_are_ordinary_safetensors(store_path):
     # and the library's own layout is read as well
     other = shard.with_name("other.safetensors")
     safetensors.numpy.save_file({"a": np.arange(3, dtype=np.uint8), "b": np.ones((2, 2), np.int64)}, other)
-    np.testing.assert_array_equal(shard_file.map_arrays(other)["b"], np.ones((2, 2)))
+    np.testing.assert_array_equal(map_arrays(other)["b"], np.ones((2, 2)))
 
 
 def test_bytes_depend_on_the_content_alone(tmp_path, store_path):
@@ -127,7 +128,7 @@ def test_replacing_is_atomic_and_readers_keep_the_old_one(store_path):
 
 def test_replacing_without_the_exchange_call(store_path, monkeypatch):
     """Where the file system cannot exchange names, a kill between the two renames leaves a readable old store."""
-    monkeypatch.setattr(shard_file, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     write_store(store_path, make_conversations(5, seed=9))
     assert TokenStore.open(store_path).num_conversations == 5
     os.rename(store_path, old_directory(store_path))  # as that kill leaves it
@@ -152,7 +153,7 @@ def test_killed_while_writing_leaves_the_old_or_the_new_store(tmp_path):
     write_store(path, make_conversations(8, seed=8), shard_frames=30)
     for moment in (0.003, 0.011, 0.018, 0.027):
         child = subprocess.Popen(
-            [sys.executable, "-c", script, str(path), root, root + "/tests"],
+            [sys.executable, "-c", script, str(path), root, root + "/tests/data", root + "/tests/cases"],
             stdout=subprocess.PIPE,
             cwd=root,
             text=True,
@@ -236,7 +237,7 @@ def rewrite_shard(path, change):
     shard = path / "shard-00000.safetensors"
     arrays = safetensors.numpy.load_file(shard)
     change(arrays)
-    sha256, size = shard_file.write_arrays(shard, {name: [array] for name, array in arrays.items()})
+    sha256, size = write_arrays(shard, {name: [array] for name, array in arrays.items()})
     edit_manifest(path, lambda m: m["shards"][0].update(sha256=sha256, bytes=size))
 
 
@@ -375,5 +376,6 @@ def test_check_compatible(store_path):
 
 
 def test_importing_it_is_light():
-    code = "import sys, csm_fast.token_store, csm_fast.pretokenize as p; bad = {'torch', 'transformers', 'soundfile'}"
-    subprocess.run([sys.executable, "-c", code + "; assert not bad & set(sys.modules)"], check=True)
+    code = "import sys, csm_fast.data.token_store, csm_fast.data.pretokenize; "
+    code += "assert not {'torch', 'transformers', 'soundfile'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

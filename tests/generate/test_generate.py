@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from csm_fast import CSM, CSMConfig, InputError, TransformerConfig
-from csm_fast.generate.generator import Generator, Stepper, Turn, prompt_rows, sample
+from csm_fast.generate.generator import Generator, Stepper, Utterance, prompt_rows, sample_code
 from csm_fast.model.stacks import run_backbone, run_decoder
 from csm_fast.ops import frame_embed
 from csm_fast.packing.pack import Segments
@@ -31,7 +31,7 @@ def model() -> CSM:
 
 def turns(seed=0, frames=(7, 5)):
     rng = np.random.default_rng(seed)
-    return [Turn(rng.integers(0, 60, 6), rng.integers(1, 40, (n, 32))) for n in frames]
+    return [Utterance(rng.integers(0, 60, 6), rng.integers(1, 40, (n, 32))) for n in frames]
 
 
 def test_teacher_forced_logits_equal_cached_logits_for_all_codebooks(model):
@@ -69,7 +69,7 @@ def test_generation_is_a_function_of_its_seed_and_leaves_random_state_mode_and_w
     before = {k: v.clone() for k, v in model.state_dict().items()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    prompt = [*turns(), Turn([1, 2, 3])]
+    prompt = [*turns(), Utterance([1, 2, 3])]
     a = Generator(model).generate_codes(prompt, max_frames=4, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
@@ -85,7 +85,7 @@ def test_training_still_works_after_generation_came_first():
     # A rotary table made under inference_mode must not be one that autograd refuses.
     config = CSMConfig(TransformerConfig(1, 2, 1, 20, 8), TransformerConfig(1, 2, 1, 12, 8), 10, 9, 4)
     model = CSM(config).init_weights(0)
-    Generator(model).generate_codes([Turn([1])], max_frames=2)
+    Generator(model).generate_codes([Utterance([1])], max_frames=2)
     tokens = torch.ones(1, 5, 5, dtype=torch.long)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[:, :2, -1], mask[:, 2:, :-1] = True, True
@@ -97,22 +97,22 @@ def test_a_model_that_says_only_zeros_ends_at_once(model):
     with torch.no_grad():
         for p in (quiet.codebook0_head.weight, quiet.audio_head):
             p.zero_()
-    speech = Generator(quiet).generate_codes([Turn([1, 2])], max_frames=5, temperature=0)
+    speech = Generator(quiet).generate_codes([Utterance([1, 2])], max_frames=5, temperature=0)
     assert speech.ended and speech.codes.shape == (0, 32)
 
 
 def test_a_prompt_without_room_is_refused(model):
     with pytest.raises(InputError, match="2,040 of 2,048 rows; 20 frames do not fit.*less context"):
-        Generator(model).generate_codes([Turn([1] * 2040)], max_frames=20)
+        Generator(model).generate_codes([Utterance([1] * 2040)], max_frames=20)
 
 
 def test_top_k_and_temperature():
     logits = torch.tensor([0.0, 1.0, 5.0, 4.0])
     random = torch.Generator().manual_seed(0)
-    assert int(sample(logits, 0.0, 50, random)) == 2
-    draws = [int(sample(logits, 1.0, 2, random)) for _ in range(4000)]
+    assert int(sample_code(logits, 0.0, 50, random)) == 2
+    draws = [int(sample_code(logits, 1.0, 2, random)) for _ in range(4000)]
     assert set(draws) == {2, 3}
     expected = 1 / (1 + np.exp(-1.0))
     assert abs(np.mean(np.array(draws) == 2) - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000)
-    cold = [int(sample(logits, 0.1, 0, random)) for _ in range(500)]
+    cold = [int(sample_code(logits, 0.1, 0, random)) for _ in range(500)]
     assert np.mean(np.array(cold) == 2) > 0.99

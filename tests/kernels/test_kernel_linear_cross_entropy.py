@@ -7,11 +7,12 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels.linear_cross_entropy import DEFAULT_BYTE_BUDGET, linear_cross_entropy
+from csm_kernels.constants import LOGITS_BUDGET
+from csm_kernels.linear_cross_entropy import linear_cross_entropy
 from kernel_cases import assert_within_budget, interpreted, poisoned
 
 ROW = 8 * 19  # bytes of one row of float64 logits at the vocabulary below
-BUDGETS = {"one row": 1, "three rows": 3 * ROW, "a head": 13 * ROW, "two heads": 27 * ROW, "all": DEFAULT_BYTE_BUDGET}
+BUDGETS = {"one row": 1, "three rows": 3 * ROW, "a head": 13 * ROW, "two heads": 27 * ROW, "all": LOGITS_BUDGET}
 
 
 def case(rows=13, heads=5, width=7, vocab=19, dtype=torch.float64, per_head_weights=False, seed=0):
@@ -138,7 +139,7 @@ def test_large_logits_do_not_overflow():
     torch.testing.assert_close(loss, naive(hidden, weight, targets, weights.float())[0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("budget", [3 * 4 * 300, DEFAULT_BYTE_BUDGET], ids=["chunks", "whole"])
+@pytest.mark.parametrize("budget", [3 * 4 * 300, LOGITS_BUDGET], ids=["chunks", "whole"])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_bf16_errs_little_more_than_torch_in_bf16(budget, heads):
     """Logits in bf16, softmax in float32, each error against the truth of the same rounded inputs in float64."""
@@ -175,7 +176,7 @@ def gradients(inputs, **options):
 def test_kernel_within_the_error_budget(dtype, vocab, rows, heads, chunk):
     inputs = case(rows, heads, 96, vocab, dtype, per_head_weights=True)
     inputs[2].masked_fill_(torch.rand(inputs[2].shape, generator=torch.Generator().manual_seed(1)) < 0.1, -100)
-    budget = 7 * vocab * 4 if chunk == "small" else DEFAULT_BYTE_BUDGET
+    budget = 7 * vocab * 4 if chunk == "small" else LOGITS_BUDGET
     exact = [x.detach().double().requires_grad_() for x in inputs[:2]]
     truth = gradients((*exact, *inputs[2:]), impl="torch")
     plain = gradients(inputs, impl="torch", byte_budget=budget)

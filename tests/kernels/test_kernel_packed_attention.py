@@ -71,7 +71,7 @@ def test_output_and_gradients(monkeypatch, lengths, heads, form):
         by_formula(monkeypatch)
     elif form == "blocks":
         monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
     inputs, grad = case(lengths, heads)
     with poisoned():
         out = packed_attention(*inputs, cumulative(lengths), max(lengths))
@@ -90,7 +90,7 @@ def test_errors_are_those_of_pytorch_in_the_same_dtype(monkeypatch, lengths, dty
         by_formula(monkeypatch)
     elif form == "blocks":
         monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
     inputs, grad = case(lengths, width=16, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     out, truth, same = (
@@ -114,7 +114,7 @@ def test_autocast_changes_nothing(monkeypatch, dtype, form):
         by_formula(monkeypatch)
     elif form == "blocks":
         monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))
     lengths = LAYOUTS["ragged"]
     inputs, grad = case(lengths, width=16, dtype=dtype)
     results = []
@@ -131,21 +131,21 @@ def test_scores_in_pieces(monkeypatch):
     lengths = (30, 28, 29, 30, 4, 27)
     inputs, grad = case(lengths)
     want = packed_attention(*inputs, cumulative(lengths), 30)
-    monkeypatch.setattr(module, "MOST_SCORES", 2 * 6 * 30 * 30)
+    monkeypatch.setattr(module, "GROUP_SCORES", 2 * 6 * 30 * 30)
     sizes = []
     form = module.attention_reference
     monkeypatch.setattr(module, "attention_reference", lambda q, *kv: sizes.append(len(q)) or form(q, *kv))
     got = packed_attention(*inputs, cumulative(lengths), 30)
     assert sizes == [1, 2, 2, 1]
     sizes.clear()
-    monkeypatch.setattr(module, "MOST_SCORES", 2 * 30 * 30)  # a key-value head of a segment at a time
+    monkeypatch.setattr(module, "GROUP_SCORES", 2 * 30 * 30)  # a key-value head of a segment at a time
     by_head = packed_attention(*inputs, cumulative(lengths), 30)
     assert sizes == [1] + [1] * 5 * inputs[1].shape[1]
     torch.testing.assert_close(by_head, want, rtol=1e-12, atol=1e-12)
     both = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in (by_head, want))
     for g, w in zip(*both, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(module, "MOST_SCORES", 2 * 6 * 30 * 30)
+    monkeypatch.setattr(module, "GROUP_SCORES", 2 * 6 * 30 * 30)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     grads = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in (got, want))
     for g, w in zip(*grads, strict=True):

@@ -12,6 +12,7 @@ from csm_fast.commands import doctor
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
+from csm_fast.system.device import resolve_precision
 
 
 def train(impl: str, steps: int = 10) -> list[float]:
@@ -80,11 +81,11 @@ def test_doctor_says_what_was_chosen_and_what_to_type(tmp_path, monkeypatch, cap
     assert "next: csm-fast-train --data tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("processor", "passes", "hint"),
-    [("AMD EPYC (AVX2)", "built by g++", True), ("AMD EPYC (AVX2)", "no C++ compiler", False), ("arm", "built", False)],
-)
-def test_doctor_tells_of_bf16_where_only_our_own_is_fast(processor, passes, hint):
-    found = doctor.examine() | {"precision": "fp32", "processor": processor, "cpu_passes": passes}
-    (line,) = (line for line in doctor.report(found) if line.startswith("precision"))
-    assert ("--weights bf16-stochastic" in line) is hint
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_cpu_trains_in_bf16_only_with_instructions_for_it(monkeypatch, has_instructions):
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: has_instructions, raising=False)
+    precision = resolve_precision("auto", torch.device("cpu"))
+    assert precision == ("bf16" if has_instructions else "fp32")
+    (line,) = (x for x in doctor.report(doctor.examine() | {"precision": precision}) if x.startswith("precision"))
+    assert ("no fast bf16" in line) is not has_instructions

@@ -8,7 +8,7 @@ from model_cases import MICRO, random_conversations, random_model, relative
 
 from csm_fast.config.train import AdapterSection
 from csm_fast.data.token_store import open_split
-from csm_fast.generate.generator import Generator, Turn
+from csm_fast.generate.generator import Generator, Utterance
 from csm_fast.model import adapters, layer_cpu, loss
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
@@ -37,7 +37,7 @@ def test_dtypes_and_what_is_trained(method, dtype):
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_adapter_changes_nothing(monkeypatch, method, dtype):
-    monkeypatch.setattr(layer_cpu, "serves", lambda *_: False)  # a plain layer in one node rounds less often
+    monkeypatch.setattr(layer_cpu, "supports", lambda *_: False)  # a plain layer in one node rounds less often
     plain = random_model()
     for name, parameter in plain.named_parameters():
         parameter.data = parameter.data if name.endswith(".scale") else parameter.data.to(dtype)
@@ -179,7 +179,7 @@ def test_a_layer_compiles_into_one_graph(method, dtype, bound):
     """``compile_layers`` asks for whole graphs; other segments compile nothing anew."""
     model = attached(method, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_cpu, "serves", lambda *_: False)  # the form that is compiled
+        patch.setattr(layer_cpu, "supports", lambda *_: False)  # the form that is compiled
         if (
             dtype == torch.bfloat16
         ):  # with its roundings: in so small a model others move gradients by more than a tenth
@@ -199,7 +199,7 @@ def test_a_layer_compiles_into_one_graph(method, dtype, bound):
 @pytest.mark.parametrize("settings", [{"target_modules": EVERYWHERE}, {"train_heads": True, "train_embeddings": "all"}])
 def test_generation_computes_in_the_adapters_type(method, settings):
     model = attached(method, torch.bfloat16, **settings)
-    speech = Generator(model).generate_codes([Turn([1, 2, 3])], max_frames=3, temperature=0)
+    speech = Generator(model).generate_codes([Utterance([1, 2, 3])], max_frames=3, temperature=0)
     assert speech.codes.shape == (3, MICRO.num_codebooks) or speech.ended
     assert model.training
 

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from csm_kernels import frame_embed as frame_embed_module
 from csm_kernels import linear_cross_entropy as linear_cross_entropy_module
+from csm_kernels.constants import HEAD_COLUMNS, LOGITS_BUDGET
 from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu import passes as cpu_passes
-from csm_kernels.linear_cross_entropy import COLUMNS, DEFAULT_BYTE_BUDGET, linear_cross_entropy
+from csm_kernels.linear_cross_entropy import linear_cross_entropy
 from kernel_cases import interpreted
 from model_cases import TINY, one_layer, padded, quick_model, random_conversations
 from torch import Tensor
@@ -52,7 +53,7 @@ class Rule:
 
     model: CSM
     pack: Pack
-    byte_budget: int = DEFAULT_BYTE_BUDGET
+    byte_budget: int = LOGITS_BUDGET
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -63,7 +64,7 @@ class Rule:
             self.rows * backbone.intermediate_dim, frames * max(decoder.intermediate_dim, backbone.embed_dim)
         )
         vocab = config.audio_vocab_size
-        self.vocab = {vocab, -(-vocab // COLUMNS) * COLUMNS}
+        self.vocab = {vocab, -(-vocab // HEAD_COLUMNS) * HEAD_COLUMNS}
         # Of the library, per thread: a head's logits twice and its weight; or copies of a segment's rows of one head,
         # and blocks of scores; or 96 columns of a product's rows. All threads share the smaller matrix of a weight's
         # gradient.
@@ -149,12 +150,12 @@ def rows_by_rows(model: CSM, pack: Pack) -> Tensor:
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Scores, wide logits and sums of embeddings come in pieces of a size for true widths: of these, one is a pack."""
-    monkeypatch.setattr(folded_attention, "SCORES", 2**12)
+    monkeypatch.setattr(folded_attention, "FOLDED_SCORES", 2**12)
     monkeypatch.setattr(frame_embed_module, "_PIECE_BYTES", 2**14)
-    monkeypatch.setattr(cpu_passes, "PIECE_BYTES", 2**11)
+    monkeypatch.setattr(cpu_passes, "SOFTMAX_BUDGET", 2**11)
 
 
-@pytest.mark.parametrize("byte_budget", [2**12, DEFAULT_BYTE_BUDGET], ids=["4 KiB", "default"])
+@pytest.mark.parametrize("byte_budget", [2**12, LOGITS_BUDGET], ids=["4 KiB", "default"])
 @pytest.mark.parametrize(
     ("form", "fraction"),
     [("bf16", 1 / 16), ("bf16", 1), ("fp32", 1 / 16), ("fp32", 1), ("kernels", 1 / 16)],  # interpreted ones are slow
@@ -256,7 +257,7 @@ def heads_alone(model: CSM, pack: Pack) -> Tensor:
     return ce0 + ced
 
 
-@pytest.mark.parametrize("byte_budget", [2**20, DEFAULT_BYTE_BUDGET], ids=["1 MiB", "default"])
+@pytest.mark.parametrize("byte_budget", [2**20, LOGITS_BUDGET], ids=["1 MiB", "default"])
 @pytest.mark.parametrize("impl", ["library", "torch", "triton"])
 def test_csm_1b_heads_within_the_budget(monkeypatch, all_threads, wide_model, impl, byte_budget):
     with_budget(monkeypatch, byte_budget)

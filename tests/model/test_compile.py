@@ -64,7 +64,7 @@ def plain_forms(monkeypatch):
 @pytest.fixture(autouse=True)
 def written_layers(monkeypatch):
     """Uncompiled layers run as ``run_layer`` is written, not as ``layer_cpu`` has them with fewer roundings."""
-    monkeypatch.setattr(layer_cpu, "serves", lambda *_: False)
+    monkeypatch.setattr(layer_cpu, "supports", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.model import layer_cpu
+from csm_fast.model.layer import run_layer
 from csm_fast.model.rope import rope_table
-from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone, run_layer, wide_dtype
+from csm_fast.model.stacks import DepthAttend, PackedAttend, run_backbone
 from csm_fast.packing.pack import Segments
 
 pytestmark = pytest.mark.usefixtures("cpu_form")
@@ -24,7 +25,7 @@ def packed(dtype: torch.dtype, grad: bool = True):
     """(layer, its inputs x, cos and sin, its attention) of the micro backbone."""
     layer = random_model(MICRO, dtype).backbone.layers[0]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    table = rope_table(layer.attn.rope, 64, wide_dtype(dtype), torch.device("cpu"))
+    table = rope_table(layer.attn.rope, 64, ops.wide_dtype(dtype), torch.device("cpu"))
     x = torch.randn(sum(LENGTHS), 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     cos, sin = (t[positions].unsqueeze(-2) for t in table)
     return layer, x.requires_grad_(grad), cos, sin, PackedAttend(Segments.of(LENGTHS))
@@ -32,7 +33,7 @@ def packed(dtype: torch.dtype, grad: bool = True):
 
 def frames(dtype: torch.dtype):
     layer = random_model(MICRO, dtype).decoder.layers[0]
-    table = rope_table(layer.attn.rope, 6, wide_dtype(dtype), torch.device("cpu"))
+    table = rope_table(layer.attn.rope, 6, ops.wide_dtype(dtype), torch.device("cpu"))
     x = torch.randn(5, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
     cos, sin = (t.unsqueeze(-2) for t in table)
     return layer, x.requires_grad_(), cos, sin, DepthAttend("auto")
@@ -43,7 +44,7 @@ def results(case, written: bool, recompute: bool = False, rows: Tensor | None = 
     layer, x, cos, sin, attend = case
     with pytest.MonkeyPatch.context() as patch, poisoned():
         if written:
-            patch.setattr(layer_cpu, "serves", lambda *_: False)
+            patch.setattr(layer_cpu, "supports", lambda *_: False)
         out = run_layer(layer, 0, x, cos, sin, attend, recompute, rows)
         wanted = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         wanted |= {"x": x} if x.requires_grad else {}
@@ -63,7 +64,7 @@ def test_it_is_the_layer(monkeypatch, make, some, recompute, blocks):
         monkeypatch.setattr(folded_attention, "BLOCK", (1, 1))  # in steps of 32
     rows = torch.tensor([3, 0, 41, 88]) if some and make is packed else None
     case = make(torch.float64)
-    assert layer_cpu.serves(case[0], case[1], case[4])
+    assert layer_cpu.supports(case[0], case[1], case[4])
     got, want = results(case, False, recompute, rows), results(case, True, recompute, rows)
     assert got.keys() == want.keys() and len(got) == 11
     for name in want:
@@ -92,7 +93,7 @@ def test_errors_are_those_of_the_written_layer(make, dtype):
     wide = (case[0].double(), case[1].detach().double().requires_grad_(), *(t.double() for t in case[2:4]), case[4])
     truth = results(wide, True)
     case = make(dtype)
-    assert layer_cpu.serves(case[0], case[1], case[4])
+    assert layer_cpu.supports(case[0], case[1], case[4])
     got, want = results(case, False), results(case, True)
     for name, true in truth.items():
         error, same = (float((r[name].double() - true).norm() / true.norm()) for r in (got, want))
@@ -105,7 +106,7 @@ def test_autocast_casts_what_it_would_cast(residual):
     layer, x, cos, sin, attend = packed(torch.float32)
     case = (layer, x.detach().to(residual).requires_grad_(), cos, sin, attend)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer_cpu.serves(case[0], case[1], attend)
+        assert layer_cpu.supports(case[0], case[1], attend)
         got, want = results(case, False), results(case, True)
     for name in want:
         assert got[name].dtype == want[name].dtype
@@ -161,24 +162,24 @@ def test_no_frames():
 
 def test_it_serves_plain_layers_only():
     layer, x, *_, attend = packed(torch.float32)
-    assert layer_cpu.serves(layer, x, attend)
+    assert layer_cpu.supports(layer, x, attend)
     with ops.using("triton"):
-        assert not layer_cpu.serves(layer, x, attend)
-    assert not layer_cpu.serves(layer, x, lambda *_: None)  # a cache's attention
-    assert not layer_cpu.serves(layer, x.to("meta"), attend)
-    assert not layer_cpu.serves(layer, x.bfloat16(), attend)  # run_layer says what does not fit
+        assert not layer_cpu.supports(layer, x, attend)
+    assert not layer_cpu.supports(layer, x, lambda *_: None)  # a cache's attention
+    assert not layer_cpu.supports(layer, x.to("meta"), attend)
+    assert not layer_cpu.supports(layer, x.bfloat16(), attend)  # run_layer says what does not fit
     handle = layer.mlp.w2.register_forward_hook(lambda *_: None)
-    assert not layer_cpu.serves(layer, x, attend)
+    assert not layer_cpu.supports(layer, x, attend)
     handle.remove()
-    assert layer_cpu.serves(layer, x, attend)
+    assert layer_cpu.supports(layer, x, attend)
     layer.attn.v_proj = nn.Linear(64, 32)
-    assert not layer_cpu.serves(layer, x, attend)
+    assert not layer_cpu.supports(layer, x, attend)
 
     class Adapted(nn.Linear):
         pass
 
     layer.attn.v_proj = Adapted(64, 32, bias=False)
-    assert not layer_cpu.serves(layer, x, attend)
+    assert not layer_cpu.supports(layer, x, attend)
 
 
 def test_rows_that_nobody_wants_stop_at_the_last_layers_attention():

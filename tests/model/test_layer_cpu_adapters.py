@@ -33,7 +33,7 @@ def form(written: bool):
     ran = []
     with pytest.MonkeyPatch.context() as patch, poisoned():
         if written:
-            patch.setattr(layer_cpu, "serves", lambda *_: False)
+            patch.setattr(layer_cpu, "supports", lambda *_: False)
         patch.setattr(layer_cpu, "run", lambda *given, run=layer_cpu.run: ran.append(given) or run(*given))
         yield ran
 
@@ -111,7 +111,7 @@ def test_errors_are_those_of_the_written_layer(method):
 def serves(model) -> bool:
     layer = model.backbone.layers[0]
     with model.adapter.autocast("cpu"):
-        return layer_cpu.serves(layer, torch.zeros(3, 64, dtype=torch.bfloat16), PackedAttend(Segments.of([3])))
+        return layer_cpu.supports(layer, torch.zeros(3, 64, dtype=torch.bfloat16), PackedAttend(Segments.of([3])))
 
 
 def test_it_serves_what_it_computes():

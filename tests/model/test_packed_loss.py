@@ -165,7 +165,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("spec", [[[(12, 499, 0)]], [[(4, 251, 0)], [(6, 249, 1)]]], ids=["one", "two"])
 def test_no_tensor_of_rows_by_codebooks_by_width_nor_rows_by_rows(monkeypatch, fraction, dtype, spec):
-    monkeypatch.setattr(folded_attention, "SCORES", 2**16)  # a bound for true widths holds one sequence's scores here
+    # A bound for true widths holds one sequence's scores here.
+    monkeypatch.setattr(folded_attention, "FOLDED_SCORES", 2**16)
     # The decoder is narrow here, so that its own [frames, K, width] states stay apart from the backbone's.
     config = CSMConfig(
         TransformerConfig(1, 6, 2, 96, 128),

@@ -150,7 +150,7 @@ class Finder:
         if name == "kernels": print("ASKED")
 sys.meta_path.insert(0, Finder())
 from csm_fast.model.adapters import load_peft
-from csm_fast.quantize import load_bitsandbytes
+from csm_fast.system.optional import load_bitsandbytes
 load_peft(); load_bitsandbytes()
 assert "kernels" not in sys.modules
 """

@@ -14,7 +14,7 @@ from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing import loader
-from csm_fast.packing.draws import FRAMES, GAMMA, lowest, numbered_draws, splitmix
+from csm_fast.packing.draws import GAMMA, Purpose, make_step_keys, select_lowest, splitmix
 from csm_fast.packing.fit import MAX_POSITIONS, padded_rows
 from csm_fast.packing.loader import Packer, read_ahead
 
@@ -103,12 +103,14 @@ def test_weights_and_draws_by_their_definition(path, name):
         np.testing.assert_allclose(chosen, weights[picked] / max(weights[picked].sum(), 1e-300), rtol=1e-12)
         # The draw goes over the step's frames in the order of the conversations' ids.
         if len(step.packs) == 1:
-            documents = sorted(packer.plan(0, step.index)[0], key=lambda d: (d.rows, d.conversation, d.first))
+            documents = sorted(
+                packer.layout_steps(0, step.index).list_documents()[0], key=lambda d: (d.rows, d.conversation, d.first)
+            )
             owner = np.repeat(np.arange(len(documents)), [d.rows for d in documents])
             of = owner[step.packs[0].target_rows.numpy()]
             ids = np.array([(d.conversation, d.first) for d in documents])[of]
             canonical = np.lexsort((np.arange(len(of)), ids[:, 1], ids[:, 0]))
-            numbers = numbered_draws(0, FRAMES, 0)(np.array([step.index]), np.array([len(of)]))
+            numbers = make_step_keys(0, Purpose.FRAMES, 0)(np.array([step.index]), np.array([len(of)]))
             drawn = np.argsort(numbers)[: step.selected]
             np.testing.assert_array_equal(np.sort(canonical[drawn]), picked)
     assert seen > 100
@@ -188,7 +190,7 @@ def test_turns_are_read_end_to_end_and_checked(tmp_path):
 
 def test_a_padded_pack_longer_than_the_context_wraps_its_positions():
     packer = Packer(MemoryStore(conversations_of(1, seed=1)), DataSection(pack_rows=8192), LossSection())
-    packer._size = lambda rows: 8192
+    packer._pad = lambda rows: 8192
     (pack,) = packer.step(0, 0).packs
     assert len(pack.tokens) == 8192 and pack.segments.lengths == (pack.rows, 8192 - pack.rows)
     assert int(pack.positions.max()) == MAX_POSITIONS - 1
@@ -196,15 +198,15 @@ def test_a_padded_pack_longer_than_the_context_wraps_its_positions():
 
 
 def test_numbered_draws_are_functions_of_their_place_and_number():
-    draws = numbered_draws(7, FRAMES, 3)
+    draws = make_step_keys(7, Purpose.FRAMES, 3)
     numbers, counts = np.array([0, 1, 2, 500_000]), np.array([5, 0, 1000, 17])
     together = np.split(draws(numbers, counts), np.cumsum(counts)[:-1])
     assert len(np.unique(np.concatenate(together))) == counts.sum()
     for number, count, some in zip(numbers, counts, together, strict=True):
-        alone = numbered_draws(7, FRAMES, 3)(np.array([number]), np.array([count + 3]))
+        alone = make_step_keys(7, Purpose.FRAMES, 3)(np.array([number]), np.array([count + 3]))
         np.testing.assert_array_equal(alone[:count], some)
-    for place in ((8, FRAMES, 3), (7, FRAMES, 4), (7, 3, 3)):
-        assert not np.isin(numbered_draws(*place)(numbers, counts), np.concatenate(together)).any()
+    for place in ((8, Purpose.FRAMES, 3), (7, Purpose.FRAMES, 4), (7, 3, 3)):
+        assert not np.isin(make_step_keys(*place)(numbers, counts), np.concatenate(together)).any()
 
 
 def test_numbered_draws_are_splitmix64():
@@ -223,8 +225,10 @@ def test_numbered_draws_are_splitmix64():
 def test_every_frame_is_drawn_as_often_alone_and_in_pairs():
     steps, many, wanted = 20_000, 48, 3
     counts = np.full(steps, many)
-    keys = numbered_draws(1, FRAMES, 0)(np.arange(steps), counts)
-    picked = lowest(keys, counts, np.full(steps, wanted)).reshape(steps, wanted) - np.arange(steps)[:, None] * many
+    keys = make_step_keys(1, Purpose.FRAMES, 0)(np.arange(steps), counts)
+    picked = (
+        select_lowest(keys, counts, np.full(steps, wanted)).reshape(steps, wanted) - np.arange(steps)[:, None] * many
+    )
     drawn = np.zeros((steps, many))
     np.put_along_axis(drawn, picked, 1.0, 1)
     assert (drawn.sum(1) == wanted).all()
@@ -253,7 +257,7 @@ def test_lowest_is_a_sort_of_each_run(uniform):
         order = np.argsort(keys[begin : begin + count] >> np.uint64(24), kind="stable")
         expected += (begin + order[:some]).tolist()
         begin += count
-    assert lowest(keys, counts, wanted).tolist() == expected
+    assert select_lowest(keys, counts, wanted).tolist() == expected
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

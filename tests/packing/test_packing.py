@@ -1,5 +1,6 @@
 """Plans and packs: pure functions, no padding, nothing cut."""
 
+import bisect
 import itertools
 import threading
 import time
@@ -15,7 +16,7 @@ from csm_fast import InputError
 from csm_fast.config.shape import TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
-from csm_fast.model.csm import Attention
+from csm_fast.model.layer import Attention
 from csm_fast.model.rope import apply_rope, rope_table
 from csm_fast.model.stacks import packed_attention
 from csm_fast.ops import plan_segments
@@ -39,17 +40,43 @@ class LengthsOnly:
         return np.full(n, 5), self.rows - 6, np.zeros(n, dtype=int), np.arange(n)
 
 
+def best_fit_groups(sizes, budget):
+    """best_fit as lists of indices."""
+    order, counts = best_fit(np.asarray(sizes, dtype=np.int64), budget)
+    return [group.tolist() for group in np.split(order, np.cumsum(counts)[:-1])] if len(counts) else []
+
+
 def test_best_fit_holds_everything_once_within_the_budget():
     rng = np.random.default_rng(0)
     for _ in range(50):
         sizes = rng.integers(1, 100, rng.integers(1, 200)).tolist()
-        groups = best_fit(sizes, 100)
+        groups = best_fit_groups(sizes, 100)
         assert sorted(i for g in groups for i in g) == list(range(len(sizes)))
         assert all(sum(sizes[i] for i in g) <= 100 for g in groups)
         # Best-fit decreasing needs at most 11/9 of the best plus one.
         assert len(groups) <= 11 / 9 * -(-sum(sizes) // 100) + 1 + sum(s > 50 for s in sizes)
     with pytest.raises(ValueError, match="101 rows cannot fit"):
-        best_fit([101], 100)
+        best_fit(np.array([101]), 100)
+
+
+def best_fit_by_the_book(sizes, budget):
+    groups, room = [], []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = bisect.bisect_left(room, (sizes[item], -1))
+        free, group = room.pop(place) if place < len(room) else (budget, len(groups))
+        if group == len(groups):
+            groups.append([])
+        groups[group].append(item)
+        bisect.insort(room, (free - sizes[item], group))
+    return groups
+
+
+def test_best_fit_is_the_one_by_the_book():
+    rng = np.random.default_rng(0)
+    for n in [0, 1, 2, 3, 4, 7, 8, *rng.integers(1, 600, 60).tolist()]:
+        budget = int(rng.integers(20, 5000))
+        sizes = rng.integers(1, int(rng.integers(1, budget + 1)) + 1, n).tolist()
+        assert best_fit_groups(sizes, budget) == best_fit_by_the_book(sizes, budget)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.5])
@@ -60,7 +87,7 @@ def test_a_real_corpus_wastes_under_two_percent(share, seed):
     lengths = rng.permutation(LENGTHS)[: int(share * len(LENGTHS))]
     packer = Packer(LengthsOnly(lengths), DataSection(batch_rows=2048, pack_rows=2048, seed=seed), LossSection())
     for epoch in range(10):
-        steps = [packer.plan(epoch, i) for i in range(packer.steps_in_epoch(epoch))]
+        steps = [packer.layout_steps(epoch, i).list_documents() for i in range(packer.steps_in_epoch(epoch))]
         packs = [p for step in steps for p in step]
         assert sorted(d.conversation for p in packs for d in p) == list(range(len(lengths)))
         rows = sorted(sum(d.rows for d in p) for p in packs)
@@ -72,11 +99,11 @@ def test_a_real_corpus_wastes_under_two_percent(share, seed):
 def test_windows_hold_back_what_is_not_full():
     lengths = np.random.default_rng(0).integers(20, 400, 3000)
     packer = Packer(LengthsOnly(lengths), DataSection(batch_rows=4096, pack_rows=2048, pack_window=300), LossSection())
-    packs = [p for i in range(packer.steps_in_epoch(0)) for p in packer.plan(0, i)]
+    packs = [p for i in range(packer.steps_in_epoch(0)) for p in packer.layout_steps(0, i).list_documents()]
     assert sorted(d.conversation for p in packs for d in p) == list(range(3000))
     rows = sorted(sum(d.rows for d in p) for p in packs)
     assert 1 - sum(rows[1:]) / (2048 * (len(rows) - 1)) < 0.02
-    assert len(packer.plan(0, 0)) == 2
+    assert len(packer.layout_steps(0, 0).packs) == 2
 
 
 def test_plans_are_functions_of_seed_and_epoch_and_a_step_does_not_know_its_packs():

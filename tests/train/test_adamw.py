@@ -127,8 +127,6 @@ def test_stochastic_rounding_follows_the_true_weights_on_average():
 @needs_bitsandbytes
 @pytest.mark.parametrize("numel", [5000, 4000], ids=["in blocks, the last one cut", "small: float32 moments"])
 def test_8_bits_are_those_of_bitsandbytes(form, numel):
-    if form == "library":
-        pytest.skip("takes the nearest code, as bitsandbytes on CUDA, which on a CPU takes one nearby")
     bnb = load_bitsandbytes()
     grads = gradients(numel)
     p = torch.nn.Parameter(start(numel))
@@ -318,7 +316,7 @@ def test_scratch_memory_is_bounded_whatever_the_size(form, bits, rounding, dtype
         with Tracked() as tracked:
             optimizer.step()
         peaks.append(tracked.peak)
-    if form == "library":
+    if form == "library" and bits == 32:
         assert not any(peaks)
         return
     # Weight, gradient and two moments in float32, codes; stochastic rounding has its hashed tile, and a key per tile.

@@ -11,7 +11,7 @@ from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import TokenStore, TurnTokens
-from csm_fast.generate.generator import Generator, Turn
+from csm_fast.generate.generator import Generator, Utterance
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 
@@ -57,10 +57,10 @@ def test_four_real_turns_are_recited_by_greedy_generation_from_text_alone(tmp_pa
 
     generator = Generator(model)
     for i in range(3):
-        context: list[Turn] = []
+        context: list[Utterance] = []
         for turn in store.conversation(i):
-            speech = generator.generate_codes([*context, Turn(turn.text)], max_frames=40, temperature=0)
+            speech = generator.generate_codes([*context, Utterance(turn.text)], max_frames=40, temperature=0)
             assert speech.ended, "the model must end the turn itself"
             np.testing.assert_array_equal(speech.codes, turn.codes)
             # The context is what the model itself said, not what it should have said.
-            context.append(Turn(turn.text, speech.codes))
+            context.append(Utterance(turn.text, speech.codes))

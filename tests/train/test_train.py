@@ -204,7 +204,8 @@ def test_a_short_context_cuts_both_splits(tmp_path):
     (tmp_path / "model.yaml").write_text(MODEL_YAML.replace("embed_dim: 48", "embed_dim: 48, max_seq_len: 18"))
     trainer = Trainer(config(tmp_path, max_steps=2))
     for packer in (trainer.packer, trainer.validator.packer):
-        documents = [d for c in range(packer.store.num_conversations) for d in packer.documents(c)]
+        layout = packer.layout_conversations(range(packer.store.num_conversations))
+        documents = [d for pack in layout.list_documents() for d in pack]
         assert len(documents) > packer.store.num_conversations and max(d.rows for d in documents) <= 18
     assert trainer.run()["complete"]
 

@@ -273,8 +273,8 @@ def test_how_often_one_validates_and_samples_leaves_no_trace_in_the_weights(tmp_
         def encode(self, text, speaker):
             return [ord(c) % TEXT for c in text]
 
-    monkeypatch.setattr("csm_fast.data.codec.load.load_codec", lambda *a, **k: Codec())
-    monkeypatch.setattr("csm_fast.data.text.load_text_tokenizer", lambda *a: Tokenizer())
+    monkeypatch.setattr("csm_fast.generate.voice.load_codec", lambda *a, **k: Codec())
+    monkeypatch.setattr("csm_fast.generate.voice.load_text_tokenizer", lambda *a: Tokenizer())
     sampling = {"gen_every": 2, "gen_sentences": "one two", "gen_seconds": 0.4}
     runs = {}
     for name, options in {"alone": {}, "often": {"val_every": 1, **sampling}, "never": {"val_every": 0}}.items():

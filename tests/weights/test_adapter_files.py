@@ -18,7 +18,9 @@ from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.linear import is_quantized
 from csm_fast.system.errors import InputError
 from csm_fast.weights import adapter_files
+from csm_fast.weights.adapter_formats import read_adapter
 from csm_fast.weights.export import to_csm_mlx, to_transformers
+from csm_fast.weights.merge import add_adapters, replace_whole
 from csm_fast.weights.names import interleave_rows
 
 
@@ -76,6 +78,14 @@ def test_the_configuration_is_pefts_and_says_what_it_belongs_to(tmp_path):
     assert ours["target_modules"] == ["attn"]
 
 
+def merged(directory):
+    """The micro model with the adapter in ``directory`` added."""
+    model, saved = random_model(), read_adapter(directory, MICRO)
+    replace_whole(model, saved)
+    add_adapters(model, saved)
+    return model
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "everywhere", "few"])
 def test_peft_loads_it_onto_the_plain_model(kind, tmp_path):
     import peft
@@ -97,7 +107,7 @@ def test_a_wrong_base_is_refused(tmp_path):
     other = fill(random_model(), seed=1)
     with pytest.raises(InputError, match=r"belongs to the base micro \(weights \w{16}\), not to the given model"):
         adapter_files.load_adapters(other, tmp_path)
-    assert not hasattr(other, "adapter")
+    assert other.adapter is None
     adapters.attach(other, AdapterSection(method="lora", lora_rank=4), compute_dtype=torch.float32, base="other")
     with pytest.raises(InputError, match="not to other"):
         adapter_files.load_into(other, tmp_path)
@@ -278,8 +288,6 @@ def test_peft_loads_it_onto_transformers_csm(kind, tmp_path):
     """The loss of our model with the adapter merged, in transformers' form, is that of PEFT's on the base."""
     import peft
 
-    from csm_fast.weights.merge import merge_into
-
     plain = random_model()
     model = stir_besides(attached(**KINDS[kind]))
     adapter_files.save_adapter(model, tmp_path / "ours")
@@ -288,8 +296,7 @@ def test_peft_loads_it_onto_transformers_csm(kind, tmp_path):
     before = peer_loss(base)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "theirs"))
     got = peer_loss(theirs.base_model.model)
-    merge_into(model)
-    want = peer_loss(transformers_model(MICRO, model.state_dict()))
+    want = peer_loss(transformers_model(MICRO, merged(tmp_path / "ours").state_dict()))
     assert abs(before - want) > 1e-3
     assert abs(got - want) < 1e-5 * abs(want)
 
@@ -323,13 +330,10 @@ def test_we_load_what_peft_made_on_transformers_csm(dora, tmp_path):
     model = random_model()
     attached_now = adapter_files.load_adapters(model, tmp_path)
     assert len(attached_now.targets) == 28 + 2
-    from csm_fast.weights.merge import merge_into
-
     layer = model.backbone.layers[0].attn.q_proj
     b = load_file(file)["base_model.model.backbone_model.layers.0.self_attn.q_proj.lora_B.weight"]
     assert torch.equal(layer.lora_B["default"].weight, interleave_rows(b, MICRO.backbone.num_heads))
-    merge_into(model)
-    got = peer_loss(transformers_model(MICRO, model.state_dict()))
+    got = peer_loss(transformers_model(MICRO, merged(tmp_path).state_dict()))
     assert abs(got - peer_loss(transformers_model(MICRO, plain.state_dict()))) > 1e-3
     assert abs(got - want) < 1e-5 * abs(want)
 

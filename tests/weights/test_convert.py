@@ -14,7 +14,7 @@ from benchmarks.common.baselines import transformers_model
 from csm_fast import CSM, CSMConfig, load_model, save_model
 from csm_fast.model.stacks import model_config
 from csm_fast.weights.config_json import from_transformers_config, sesame_config, transformers_config
-from csm_fast.weights.names import naming, sesame_to_transformers, transformers_to_sesame
+from csm_fast.weights.names import detect_naming, sesame_to_transformers, transformers_to_sesame
 
 # ----------------------------------------------------------------------------------------------------- round trips
 
@@ -189,7 +189,7 @@ def mlx_names(state):
 def test_csm_mlx_names_need_no_rotation(tmp_path):
     model = random_model()
     state = mlx_names(model.state_dict())
-    assert naming(state) == "csm-mlx" and "backbone.norm.weight" in state
+    assert detect_naming(state) == "csm-mlx" and "backbone.norm.weight" in state
     assert same(load_model(write(tmp_path, state, sesame_config(MICRO), "ckpt.safetensors")), model.state_dict())
 
 

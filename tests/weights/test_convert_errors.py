@@ -184,15 +184,18 @@ class Hub:
             siblings = [type("File", (), {"rfilename": p.name}) for p in files.iterdir()]
             return type("Info", (), {"siblings": siblings, "sha": "abc"})
 
-        def download(name, file, local_files_only=False, **_):
-            where = cached if local_files_only else files
-            if where is None or not (where / file).exists():
+        def download(name, file, **_):
+            if files is None or not (files / file).exists():
                 raise LocalEntryNotFoundError(f"{file} is not there")
             self.fetched.append(file)
-            return str(where / file)
+            return str(files / file)
+
+        def find(name, file):
+            return str(cached / file) if cached is not None and (cached / file).exists() else None
 
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", find)
 
 
 def hub_error(kind: str):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
 from csm_fast.data.codec.mimi_shape import described
 from csm_fast.data.codec.mimi_weights import codebooks, to_module
 from csm_fast.system.errors import InputError
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-SAMPLE_RATE = 24000
-SAMPLES_PER_FRAME = 1920
 OFFLINE_NAME = "offline codec (Mimi's architecture narrowed, seeded random weights; its audio is not intelligible)"
 # What is coded at once: 2 minutes, some 4 GB of activations in Mimi's first layers. A longer clip is coded in pieces,
 # each after enough of what came before it to come out the same; the first is whole, the others advance by this or more.
@@ -64,7 +63,7 @@ class Codec:
         if self._sizes.sampling_rate != SAMPLE_RATE or self._sizes.frame_size != SAMPLES_PER_FRAME:
             raise InputError(
                 f"{name} codes {self._sizes.frame_size} samples of {self._sizes.sampling_rate} Hz per frame",
-                mend="CSM needs Mimi's 1920 samples of 24000 Hz",
+                mend=f"CSM needs Mimi's {SAMPLES_PER_FRAME} samples of {SAMPLE_RATE} Hz",
             )
         self.name, self.fingerprint, self.num_codebooks = name, table_hash(tables[:num_codebooks]), num_codebooks
         self.codebook_size = self._sizes.codebook_size

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
+
 # kyutai/mimi's config.json, which are also the defaults of transformers' MimiConfig.
 MIMI: dict[str, Any] = {
-    "sampling_rate": 24000,
-    "frame_rate": 12.5,
+    "sampling_rate": SAMPLE_RATE,
+    "frame_rate": SAMPLE_RATE / SAMPLES_PER_FRAME,
     "audio_channels": 1,
     "hidden_size": 512,
     "num_filters": 64,

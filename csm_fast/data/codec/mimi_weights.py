@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -267,48 +267,15 @@ def find_weights(source: str | os.PathLike[str] | None) -> tuple[str, Path, Path
 
 def hub_file(repository: str, filename: str) -> Path:
     """A hub file: from the local cache, else downloaded. Raises InputError within seconds when there is no hub."""
-    try:
-        from huggingface_hub import hf_hub_download, hf_hub_url
-    except ImportError as error:
-        raise needs("huggingface_hub", error) from None
-    try:
-        return Path(hf_hub_download(repository, filename, local_files_only=True))
-    except Exception:  # noqa: BLE001, S110 - not cached, in whatever way this version says so
-        pass
+    if (cached := hub.cached_file(repository, filename)) is not None:
+        return cached
     way_out = "give a local copy with source=, or use the offline codec"
-    if not _reachable(hf_hub_url(repository, filename)):
+    if not hub.hub_answers(_HUB_SECONDS):
         raise InputError(f"{repository} is not in the local cache and the hub cannot be reached", mend=way_out)
     try:
-        return Path(hf_hub_download(repository, filename))
-    except Exception as error:
-        raise InputError(f"{repository}/{filename} cannot be downloaded ({error})", mend=way_out) from None
-
-
-def _reachable(url: str) -> bool:
-    """Whether a server answers at all within seconds (huggingface_hub itself retries for half a minute)."""
-    import urllib.error
-    import urllib.request
-
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    answered: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_SECONDS).close()
-            answered.append(True)
-        except urllib.error.HTTPError:
-            answered.append(True)  # a refusal is an answer; the download will say which
-        except OSError:
-            pass
-
-    # In a thread: looking up a name obeys no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_HUB_SECONDS + 1)
-    return bool(answered)
+        return hub.download_file(repository, filename)
+    except hub.HubError as error:
+        raise InputError(f"{repository}/{filename} cannot be downloaded ({error.reason})", mend=way_out) from None
 
 
 def table_hash(tables: list[torch.Tensor]) -> str:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
 from csm_fast.data.codec.mimi_weights import codebooks, flat_name, mapped, read_weights, table_hash
 from csm_fast.system.errors import InputError
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 2  # part of the file's name and of its hash: raise it whenever a fitted file would come out different
-RATE = 24000
 HOP = 480  # 20 ms: the step at which the synthetic sounds change
 
 
@@ -287,7 +287,7 @@ def synthetic_speech(seed: int, clips: int, frames: int) -> Iterator[np.ndarray]
     import numpy as np
 
     for clip in range(clips):
-        yield _sound(np.random.RandomState((seed * 100003 + 1000 + clip) & 0xFFFFFFFF), frames * 1920)
+        yield _sound(np.random.RandomState((seed * 100003 + 1000 + clip) & 0xFFFFFFFF), frames * SAMPLES_PER_FRAME)
 
 
 def _sound(random: np.random.RandomState, samples: int) -> np.ndarray:
@@ -316,14 +316,14 @@ def _sound(random: np.random.RandomState, samples: int) -> np.ndarray:
     for track in (level, tilt, pitch, *formant.T):
         track[:] = np.convolve(np.pad(track, 1, mode="edge"), [0.25, 0.5, 0.25], "valid")
 
-    phase = np.cumsum(np.interp(np.arange(samples) / HOP, np.arange(steps), pitch) / RATE)
-    pulses = np.diff(np.floor(phase), prepend=0.0) * np.sqrt(RATE / base)
+    phase = np.cumsum(np.interp(np.arange(samples) / HOP, np.arange(steps), pitch) / SAMPLE_RATE)
+    pulses = np.diff(np.floor(phase), prepend=0.0) * np.sqrt(SAMPLE_RATE / base)
     noise = random.randn(samples)
     # Windows of 40 ms every 20 ms, shaped in the frequency domain and added up again.
     size, count = 1024, samples // HOP
     at = np.arange(2 * HOP)[None] + HOP * np.arange(count)[:, None]
     source = np.pad(pulses, HOP)[at] * voiced[:count, None] + np.pad(noise, HOP)[at] * noisy[:count, None]
-    hertz = np.arange(size // 2 + 1) * RATE / size
+    hertz = np.arange(size // 2 + 1) * SAMPLE_RATE / size
     response = np.zeros((count, len(hertz)))
     for j in range(4):
         response += 0.7**j / (1 + ((hertz[None] - formant[:count, j : j + 1]) / width[:count, j : j + 1]) ** 2)
@@ -333,7 +333,7 @@ def _sound(random: np.random.RandomState, samples: int) -> np.ndarray:
     for i in range(count):
         sound[i * HOP : i * HOP + size] += pieces[i]
     spectrum = np.fft.rfft(sound[HOP : HOP + samples])
-    spectrum[int((3600, 3800, 7000, 11900)[random.randint(4)] * samples / RATE) :] = 0
+    spectrum[int((3600, 3800, 7000, 11900)[random.randint(4)] * samples / SAMPLE_RATE) :] = 0
     sound = np.fft.irfft(spectrum, samples)
     sound *= 10 ** (random.uniform(-28, -14) / 20) / np.sqrt((sound**2).mean() + 1e-12)
     sound += noise[::-1] * 10 ** (random.uniform(-95, -50) / 20)

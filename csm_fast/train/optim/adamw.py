@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from csm_kernels.constants import MOMENT_BLOCK, SMALLEST_8BIT
 from torch import Tensor, nn
 
 from csm_fast import ops
@@ -28,8 +29,6 @@ log = logging.getLogger("csm_fast")
 
 CHUNK = 1 << 22  # elements updated at once: at most 80 MiB of scratch, 19 bytes each
 CPU_CHUNK = 1 << 19  # on a CPU: the pieces in float32 stay in its caches, 2.7 times the speed of CHUNK
-BLOCK = 256  # elements that share a scale; bitsandbytes' choice for optimizers
-FEWEST = 4096  # elements below which moments stay in float32, as in bitsandbytes: norms need it and cost nothing
 FEWEST_PAGED = 100_000  # elements below which paging costs more than it saves, as in bitsandbytes
 
 Rounding = Literal["stochastic", "kahan", "nearest"]
@@ -43,11 +42,11 @@ def chunk_on(device: torch.device) -> int:
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), the mathematics of ``torch.optim.AdamW``.
 
-    Every parameter is updated in float32: in one pass over memory, on CUDA by a Triton kernel and on a CPU by the
-    library built for the processor; else by PyTorch's fused kernel, a chunk at a time. Nothing asks the device for a
-    value: where the attribute ``found_inf`` (a 0-dim float32 tensor on the parameters' device) is 1, weights, moments
-    and step count stay as they are. Gradients are divided by the attribute ``grad_scale`` (such a tensor too) where
-    there is one; PyTorch's kernel may do so where they lie.
+    Every parameter is updated in float32: in one pass over memory, on CUDA by a Triton kernel and on a CPU, where the
+    moments are in 32 bits, by the library built for the processor; else by PyTorch's fused kernel, a chunk at a time.
+    Nothing asks the device for a value: where the attribute ``found_inf`` (a 0-dim float32 tensor on the parameters'
+    device) is 1, weights, moments and step count stay as they are. Gradients are divided by the attribute
+    ``grad_scale`` (such a tensor too) where there is one; PyTorch's kernel may do so where they lie.
 
     Where a matrix does not decay, what never had a gradient has no moments and stays as it is under any update: the one
     pass goes past it, by rows on a CPU. Of a table of embeddings these are the tokens that no recording holds.
@@ -89,8 +88,8 @@ class AdamW(torch.optim.Optimizer):
         paged: bool = False,
         chunk: int | None = None,
     ):
-        if chunk is not None and (chunk <= 0 or chunk % BLOCK):
-            raise ValueError(f"chunk is {chunk}; use a multiple of {BLOCK}")
+        if chunk is not None and (chunk <= 0 or chunk % MOMENT_BLOCK):
+            raise ValueError(f"chunk is {chunk}; use a multiple of {MOMENT_BLOCK}")
         self.bits, self.rounding, self.seed, self.paged, self.chunk = bits, rounding, seed, paged, chunk
         if bits == 8:
             _bitsandbytes_functional()
@@ -106,12 +105,12 @@ class AdamW(torch.optim.Optimizer):
 
     def state_form(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of the state of ``p``."""
-        quantized = self.bits == 8 and p.numel() >= FEWEST
+        quantized = self.bits == 8 and p.numel() >= SMALLEST_8BIT
         form: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.float32)}
         for name in ("exp_avg", "exp_avg_sq"):
             form[name] = tuple(p.shape), torch.uint8 if quantized else torch.float32
             if quantized:
-                form[f"{name}_absmax"] = (-(-p.numel() // BLOCK),), torch.float32
+                form[f"{name}_absmax"] = (-(-p.numel() // MOMENT_BLOCK),), torch.float32
         if self.rounding == "kahan" and p.dtype == torch.bfloat16:
             form["compensation"] = tuple(p.shape), torch.bfloat16
         return form
@@ -229,7 +228,7 @@ class AdamW(torch.optim.Optimizer):
         chunk = self.chunk or chunk_on(p.device)
         for first in range(0, p.numel(), chunk):
             some = slice(first, min(first + chunk, p.numel()))
-            blocks = slice(first // BLOCK, -(-some.stop // BLOCK))
+            blocks = slice(first // MOMENT_BLOCK, -(-some.stop // MOMENT_BLOCK))
             weight = weights[some].float()  # itself where it is float32, as the gradient
             if "compensation" in flat:
                 weight += flat["compensation"][some]
@@ -238,7 +237,7 @@ class AdamW(torch.optim.Optimizer):
             else:
                 moments = [
                     torch.ops.bitsandbytes.dequantize_blockwise(
-                        flat[name][some], flat[f"{name}_absmax"][blocks], code, BLOCK, torch.float32
+                        flat[name][some], flat[f"{name}_absmax"][blocks], code, MOMENT_BLOCK, torch.float32
                     )
                     for name, code in zip(("exp_avg", "exp_avg_sq"), maps, strict=True)
                 ]
@@ -298,7 +297,7 @@ def _adamw(
 def _quantized(values: Tensor, code: Tensor, of_square: bool) -> tuple[Tensor, Tensor]:
     """Codes [n] and the largest magnitude of each block. A second moment gets no code of zero: where the gradient then
     is zero, as in rows of a table that a step does not read, the first moment would be divided by ``eps`` alone."""
-    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, code, BLOCK)
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(values, code, MOMENT_BLOCK)
     return codes.clamp_(min=1) if of_square else codes, absmax
 
 

@@ -74,7 +74,7 @@ def _norm(x: Tensor) -> Tensor:
     """[] float32, or float64 as ``x``. In pieces: a CPU widens bf16 as a whole here, twice what is to be dropped."""
     if (squares := ops.sum_of_squares(x)) is not None:
         return squares.sqrt().float()
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = ops.wide_dtype(x.dtype)
     pieces = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in x.flatten().split(_NORM_PIECE)]
     return torch.linalg.vector_norm(torch.stack(pieces))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from csm_kernels.constants import MOMENT_BLOCK
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from csm_fast import ops
 
 SMALLEST = torch.finfo(torch.float32).tiny
-SCALED = 256  # moments in 8 bits that share a scale
 
 
 class LiveParts:
@@ -31,7 +31,7 @@ class LiveParts:
 
     def of(self, form: str, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor | None:
         """uint8, one for each part of ``p``; None where everything changes, as where weights decay."""
-        size = ops.adamw_part(form, p, "exp_avg_absmax" in state) if p.dim() == 2 else 0
+        size = ops.adamw_part(form, p) if p.dim() == 2 else 0
         if not size or group["weight_decay"] or group["eps"] < SMALLEST:
             self.forget(p)
             return None
@@ -51,7 +51,7 @@ class LiveParts:
             if name not in state:
                 continue
             scales = state.get(f"{name}_absmax")
-            values, each = (state[name], size) if scales is None else (scales, size // SCALED)
+            values, each = (state[name], size) if scales is None else (scales, size // MOMENT_BLOCK)
             for first in range(0, len(marks), 1024):
                 some = values.view(-1)[first * each : (first + 1024) * each].ne(0)
                 marks[first : first + 1024] |= nn.functional.pad(some, (0, -len(some) % each)).view(-1, each).any(1)

@@ -9,9 +9,8 @@ import functools
 import hashlib
 
 import torch
+from csm_kernels.constants import DRAW_TILE as TILE
 from torch import Tensor
-
-TILE = 1 << 17  # elements whose draws are hashed; other tiles have the same with some bits flipped
 
 Keys = tuple[int, int, int]  # where the counters of draws begin, of the step's salt and of the tiles' keys
 

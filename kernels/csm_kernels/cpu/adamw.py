@@ -3,58 +3,22 @@ processor (``adamw.cpp``). Where there is none, PyTorch's operators do both, in 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from csm_kernels.constants import PARTIAL_SUM
 from csm_kernels.cpu import native
 from csm_kernels.cpu.passes import nothing, operator
 
 BF16, FP32 = torch.bfloat16, torch.float32
-QUANTIZED, SUMMED = 256, 2**16  # numbers that share a scale, numbers of a partial sum: as in adamw.cpp
 
 
 def serves_adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
-    """Whether ``adamw_`` takes these: on a CPU, bf16 or float32, with moments in float32 or 8 bits."""
-    there = weight.device.type == "cpu" and exp_avg.dtype in (FP32, torch.uint8)
+    """Whether ``adamw_`` takes these: on a CPU, bf16 or float32, with moments in float32."""
+    there = weight.device.type == "cpu" and exp_avg.dtype == FP32
     return there and native.function("adamw", weight.dtype, grad.dtype) is not None
-
-
-@functools.lru_cache(maxsize=8)
-def _code_table(values: bytes) -> tuple[Tensor, Tensor]:
-    """How the nearest of 256 values is found from the first 16 bits of a float32 between -1 and 1.
-
-    With them fixed a number lies between two that differ by 1/128, where no two borders between values are: it has the
-    first one's code, or, above the border, the one after that.
-
-    Args:
-        values: of 256 ascending float32.
-
-    Returns:
-        For the magnitudes from 2^-24 to 1 of positive, then of negative numbers, [2, 3073]: int32, the first code, and
-        float32, the border (infinity where there is none).
-    """
-    code = torch.frombuffer(bytearray(values), dtype=FP32).double()
-    cpu = torch.device("cpu")
-    borders = (code[:-1] + code[1:]) / 2
-    prefixes = torch.arange((127 - 24) << 7, (127 << 7) + 1, dtype=torch.int32, device=cpu) << 16
-    low, high = prefixes.view(FP32).double(), (prefixes | 0xFFFF).view(FP32).double()
-    low[0] = 0.0  # whatever is smaller
-    ends = torch.stack([torch.stack([low, -high]), torch.stack([high, -low])])  # least, most; positive, negative
-    first, last = torch.searchsorted(borders, ends)  # how many borders lie below
-    if bool((last - first > 1).any()):
-        raise ValueError("the values of 8-bit codes lie too near to one another")
-    there = torch.cat([borders, torch.tensor([torch.inf], device=cpu)])[first]
-    return first.int().contiguous(), torch.where(last > first, there, torch.inf).float().contiguous()
-
-
-@functools.lru_cache(maxsize=8)
-def _tables(signed: bytes, unsigned: bytes) -> tuple[Tensor, Tensor]:
-    """``_code_table`` of both moments, end to end."""
-    first, second = _code_table(signed), _code_table(unsigned)
-    return torch.stack([first[0], second[0]]), torch.stack([first[1], second[1]])
 
 
 def _is(x: Tensor, dtype: torch.dtype, numel: int) -> bool:
@@ -63,10 +27,9 @@ def _is(x: Tensor, dtype: torch.dtype, numel: int) -> bool:
 
 
 @operator(
-    "adamw_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? exp_avg_absmax, "
-    "Tensor(e!)? exp_avg_sq_absmax, Tensor? maps, Tensor(f!)? compensation, Tensor(g!)? live, Tensor step, "
-    "Tensor? found_inf, Tensor? grad_scale, float lr, float beta1, float beta2, float weight_decay, float eps, "
-    "bool stochastic, int counters, int salt, int tiles) -> ()",
+    "adamw_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? compensation, "
+    "Tensor(e!)? live, Tensor step, Tensor? found_inf, Tensor? grad_scale, float lr, float beta1, float beta2, "
+    "float weight_decay, float eps, bool stochastic, int counters, int salt, int tiles) -> ()",
     fake=nothing,
 )
 def adamw_(
@@ -74,9 +37,6 @@ def adamw_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    exp_avg_absmax: Tensor | None,
-    exp_avg_sq_absmax: Tensor | None,
-    maps: Tensor | None,
     compensation: Tensor | None,
     live: Tensor | None,
     step: Tensor,
@@ -97,13 +57,10 @@ def adamw_(
     Args:
         weight: any shape, contiguous, bf16 or float32.
         grad: like ``weight``.
-        exp_avg, exp_avg_sq: like ``weight`` in float32, or in uint8, codes.
-        exp_avg_absmax, exp_avg_sq_absmax: [ceil(n / 256)] float32, the scales of codes; else None.
-        maps: [2, 256] float32, ascending, what the codes of both moments stand for; else None. The nearest is taken;
-            that of 0, the first, for no second moment (``csm_fast.train.optim.adamw``).
+        exp_avg, exp_avg_sq: like ``weight`` in float32.
         compensation: like ``weight`` in bf16, what rounding took off it (Kahan); or None.
         live: uint8 [rows] or None: rows of ``weight`` [rows, ...] that never had a gradient are not updated, which is
-            the same where nothing decays. Those that now have one are marked. With codes a row is a multiple of 256.
+            the same where nothing decays. Those that now have one are marked.
         step: [] float32, the number of this update, from 1.
         found_inf: [] float32; where it is 1, nothing happens.
         grad_scale: [] float32 that the gradient is divided by.
@@ -114,16 +71,12 @@ def adamw_(
         RuntimeError: types that there is no form for, or tensors that are not contiguous.
     """
     run = native.library_function("adamw", weight.dtype, grad.dtype)
-    quantized = exp_avg_absmax is not None and exp_avg_sq_absmax is not None and maps is not None
-    n, blocks, moments = weight.numel(), -(-weight.numel() // QUANTIZED), torch.uint8 if quantized else FP32
+    n = weight.numel()
     given: list[tuple[Tensor | None, torch.dtype, int]] = [
         (weight, weight.dtype, n),
         (grad, grad.dtype, n),
-        (exp_avg, moments, n),
-        (exp_avg_sq, moments, n),
-        (exp_avg_absmax, FP32, blocks),
-        (exp_avg_sq_absmax, FP32, blocks),
-        (maps, FP32, 512),
+        (exp_avg, FP32, n),
+        (exp_avg_sq, FP32, n),
         (compensation, BF16, n),
         (live, torch.uint8, weight.shape[0] if weight.dim() else 1),
         *((x, FP32, 1) for x in (step, found_inf, grad_scale)),
@@ -136,22 +89,14 @@ def adamw_(
     if not n:
         return
     rows = weight.shape[0] if live is not None else 1
-    width = n // rows
-    found: tuple[Tensor | None, ...] = (None, None, None)
-    if quantized:
-        if live is not None and width % QUANTIZED:
-            raise RuntimeError(f"a row of {width} is no multiple of {QUANTIZED}")
-        assert maps is not None
-        found = maps, *_tables(*(values.numpy().tobytes() for values in maps))
-    held = weight, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax
     run(
-        *(None if x is None else x.data_ptr() for x in (*held, *found, compensation, live)),
+        *(None if x is None else x.data_ptr() for x in (weight, grad, exp_avg, exp_avg_sq, compensation, live)),
         rows,
-        width,
+        n // rows,
         *(None if x is None else x.data_ptr() for x in (step, found_inf, grad_scale)),
         *(lr, beta1, beta2, weight_decay, eps),
         *(stochastic, counters, salt, tiles),
-        native.threads(weight.numel()),
+        native.threads(n),
     )
 
 
@@ -168,7 +113,7 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
         raise RuntimeError(f"there is no sum_of_squares for {x.dtype}, or it is not contiguous")
     width = x.shape[-1] if rows is not None else 1
     count = x.numel() if rows is None else len(rows)
-    sums = torch.empty(-(-count // SUMMED) if rows is None else count, dtype=torch.float64, device=x.device)
+    sums = torch.empty(-(-count // PARTIAL_SUM) if rows is None else count, dtype=torch.float64, device=x.device)
     index: Any = None if rows is None else rows.contiguous().data_ptr()
     run(x.data_ptr(), index, count, width, sums.data_ptr(), native.threads(count * width))
     return sums.sum()

@@ -1,6 +1,6 @@
 """Causal grouped-query attention of a pack on a CPU with its rotation, without autograd.
 
-In bf16, on processors with AVX512-BF16 or AVX2, one call of the library built for this processor
+In bf16, on processors with AMX or AVX512-BF16, one call of the library built for this processor
 (``attention.cpp``), over the rows as they lie; elsewhere batched products over folded rows (``folded_attention``).
 """
 

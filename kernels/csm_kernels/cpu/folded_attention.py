@@ -22,12 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csm_kernels.constants import FOLDED_SCORES, QUERY_ROWS
 from csm_kernels.cpu.passes import causal_softmax_, causal_softmax_backward_, gathered
+from csm_kernels.dtypes import wide_dtype
 
-# Longest segment whose scores are one square, and the fewest and most query rows in a block of a longer one.
-WHOLE, BLOCK = 112, (64, 256)
-# Most scores at once: 4 MiB in bf16, which the caches of a few cores hold.
-SCORES = 2**21
+WHOLE = 112  # rows of the longest segment whose scores are one square
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,13 @@ def _blocks(rows: int) -> list[tuple[int, int]]:
     """[first, last) of the blocks of query rows; a block sees the keys up to its last row."""
     if rows <= WHOLE:
         return [(0, rows)]
-    step = min(max(rows // 8, BLOCK[0]), BLOCK[1])
+    step = min(max(rows // 8, QUERY_ROWS[0]), QUERY_ROWS[1])
     step = -(-step // 32) * 32
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
 def _pieces(sequences: int, scores: int) -> Iterator[slice]:
-    step = max(1, SCORES // scores)
+    step = max(1, FOLDED_SCORES // scores)
     return (slice(i, min(i + step, sequences)) for i in range(0, sequences, step))
 
 
@@ -211,7 +210,7 @@ def _backward_whole(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, d
 def _backward_in_blocks(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
     """The same, block of queries by block; what several give the same key is added up in the wide dtype."""
     repeat, rows = q.shape[1:3]
-    wide = torch.promote_types(k.dtype, torch.float32)
+    wide = wide_dtype(k.dtype)
     sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     for first, last in _blocks(rows):
         block_q, block_grad = (x[:, :, first:last].flatten(1, 2) for x in (q, grad))

@@ -1,5 +1,5 @@
 """Many linear heads over the same few rows and their cross-entropies on a CPU: one call of the library built for this
-processor (``heads.cpp``), in bf16 on processors with AVX512-BF16 or AVX2."""
+processor (``heads.cpp``), in bf16 on processors with AMX or AVX512-BF16."""
 
 from __future__ import annotations
 

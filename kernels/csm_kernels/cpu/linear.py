@@ -1,7 +1,7 @@
 """Matrix products of a CPU's linear layers, forward and backward.
 
-In bf16, on processors with AMX, AVX512-BF16 or AVX2, by the library built for this processor (``linear.cpp``),
-elsewhere PyTorch's.
+In bf16, on processors with AMX or AVX512-BF16, by the library built for this processor (``linear.cpp``), elsewhere
+PyTorch's.
 """
 
 from __future__ import annotations

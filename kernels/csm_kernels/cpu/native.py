@@ -28,12 +28,17 @@ from typing import Any
 
 import torch
 
+from csm_kernels.constants import DRAW_TILE, PARTIAL_SUM
+
 FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"{noun}.cpp" for noun in NOUNS)
-HEADERS = tuple(FOLDER / name for name in ("common.h", "moments_8bit.h", "lanes.h", "tiles.h", "products.h"))
+HEADERS = tuple(FOLDER / name for name in ("common.h", "lanes.h", "tiles.h", "products.h"))
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC")
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC"),
+    *(f"-DDRAW_TILE={DRAW_TILE}", f"-DPARTIAL_SUM={PARTIAL_SUM}"),
+)
 SECONDS = 120
 
 _VOID, _LONG, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
@@ -46,7 +51,7 @@ SIGNATURES = {
     "causal_softmax": (_VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
-    "adamw": (_VOID,) * 11 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
+    "adamw": (_VOID,) * 6 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
     "sums_of_squares": (_VOID, _VOID, _LONG, _LONG, _VOID, _INT),
     "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
     "attention_scratch": (_LONG, _LONG, _INT),
@@ -56,8 +61,8 @@ SIGNATURES = {
     "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
     "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
-# These are there only where the library multiplies bf16 faster than PyTorch: on processors that do so in tiles (AMX) or
-# registers (AVX512-BF16), or floats only (AVX2).
+# These are there only where the library multiplies bf16 faster than PyTorch: on processors with instructions for it, in
+# tiles (AMX) or registers (AVX512-BF16).
 OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
 # A row that is not as it must be, or bytes.
 ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
@@ -136,7 +141,7 @@ def _load() -> tuple[Functions | None, str]:
         try:
             functions = _bound(_opened(compiler))
             own = ("product", BF16) in functions
-            rest = "" if own else "; matrix products are PyTorch's (its own need AMX, AVX512-BF16 or AVX2)"
+            rest = "" if own else "; matrix products are PyTorch's (its own need AMX or AVX512-BF16)"
             return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
             why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"

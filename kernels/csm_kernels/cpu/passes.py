@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csm_kernels.constants import SOFTMAX_BUDGET
 from csm_kernels.cpu import native
 from csm_kernels.cpu.native import threads
+from csm_kernels.dtypes import wide_dtype
 
 _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
 
@@ -61,11 +63,6 @@ def nothing(*_: Any) -> None:
     """What an operator that works in place does without data."""
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Of what is computed with more precision: float32, float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # --- RMS norm ---------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +85,7 @@ def norm(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tens
         n = threads(x.numel())
         run(x.data_ptr(), wide_scale.data_ptr(), eps, r.data_ptr(), y.data_ptr(), rows, width, 0, n)
         return r, y
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
     r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return r, _normed(x, r, scale, dtype)
 
@@ -350,17 +347,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad:
     return losses
 
 
-# Logits in the wide dtype exist for this many bytes at a time, few enough for a second-level cache: in one piece of
-# 64 MiB this pass took as long as the matrix products around it. Another device, where this form runs without Triton,
-# takes 16 times as much at once: there a launch costs what a cache gains here.
-PIECE_BYTES = 2**20
-
-
 def plain_cross_entropy_(
     logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, wants_grad: bool, scale: float
 ) -> None:
     """``cross_entropy_`` into ``losses`` in PyTorch's operators, on any device."""
-    piece_bytes = PIECE_BYTES if logits.device.type == "cpu" else 16 * PIECE_BYTES
+    # Another device takes more at once: there a launch costs what a cache gains here.
+    piece_bytes = SOFTMAX_BUDGET if logits.device.type == "cpu" else 16 * SOFTMAX_BUDGET
     rows = max(1, piece_bytes // (logits.shape[1] * weights.element_size()))
     for first in range(0, len(logits), rows):
         some = slice(first, first + rows)

@@ -26,7 +26,6 @@ struct Numbers {
 };
 typedef Numbers<uint16_t, 32> Halves32;
 typedef Numbers<uint16_t, 16> Halves16;
-typedef Numbers<uint8_t, 16> Bytes16;
 typedef Numbers<uint32_t, 16> Words16;
 typedef Numbers<uint64_t, 8> Longs;
 typedef Numbers<float, 16> Floats16;
@@ -128,15 +127,6 @@ inline __m512 permuted(__m512i which, __m512 a) {
     return as<__m512>(out);
 }
 
-inline __m512 permuted_of_two(__m512 a, __m512i which, __m512 b) {
-    Floats16 out;
-    for (int i = 0; i < 16; ++i) {
-        const uint32_t place = as<Words16>(which).at[i] % 32;
-        out.at[i] = as<Floats16>(place < 16 ? a : b).at[place % 16];
-    }
-    return as<__m512>(out);
-}
-
 inline __m512 permuted_in_quarters(__m512 a, int which) {
     Floats16 out;
     for (int i = 0; i < 16; ++i) out.at[i] = as<Floats16>(a).at[i / 4 * 4 + (which >> (2 * (i % 4)) & 3)];
@@ -170,41 +160,6 @@ inline uint16_t less(__m512i a, __m512i b) {
     int mask = 0;
     for (int i = 0; i < 16; ++i) mask |= (static_cast<int32_t>(as<Words16>(a).at[i]) < static_cast<int32_t>(as<Words16>(b).at[i])) << i;
     return static_cast<uint16_t>(mask);
-}
-
-inline uint16_t tested(__m512i a, __m512i b) {
-    int mask = 0;
-    for (int i = 0; i < 16; ++i) mask |= ((as<Words16>(a).at[i] & as<Words16>(b).at[i]) != 0) << i;
-    return static_cast<uint16_t>(mask);
-}
-
-inline __m512i sum(__m512i a, __m512i b) {
-    return each<__m512i, Words16>([](uint32_t x, uint32_t y) { return x + y; }, a, b);
-}
-
-inline __m512i sum_masked(__m512i other, uint32_t mask, __m512i a, __m512i b) {
-    Words16 out = as<Words16>(other);
-    for (int i = 0; i < 16; ++i) {
-        if (mask >> i & 1) out.at[i] = as<Words16>(a).at[i] + as<Words16>(b).at[i];
-    }
-    return as<__m512i>(out);
-}
-
-inline __m512i higher(__m512i a, __m512i b) {
-    return each<__m512i, Words16>(
-        [](uint32_t x, uint32_t y) { return static_cast<int32_t>(x) > static_cast<int32_t>(y) ? x : y; }, a, b);
-}
-
-inline __m512i of_bytes(__m128i a) {
-    Words16 out;
-    for (int i = 0; i < 16; ++i) out.at[i] = as<Bytes16>(a).at[i];
-    return as<__m512i>(out);
-}
-
-inline __m128i low_bytes(__m512i a) {
-    Bytes16 out;
-    for (int i = 0; i < 16; ++i) out.at[i] = static_cast<uint8_t>(as<Words16>(a).at[i]);
-    return as<__m128i>(out);
 }
 
 inline uint16_t greater(__m512 a, __m512 b, int) {
@@ -260,17 +215,9 @@ inline __m512 pairs_added(__m512 sum, __m512i a, __m512i b) {
 #define _mm512_set_epi32 written_out::numbers
 #define _mm512_set1_epi32 written_out::all
 #define _mm512_permutexvar_ps written_out::permuted
-#define _mm512_permutex2var_ps written_out::permuted_of_two
 #define _mm512_permute_ps written_out::permuted_in_quarters
 #define _mm512_castps256_ps512 written_out::widened
 #define _mm512_setzero_ps() __m512{}
-#define _mm512_setzero_si512() __m512i{}
-#define _mm512_add_epi32 written_out::sum
-#define _mm512_mask_add_epi32 written_out::sum_masked
-#define _mm512_max_epi32 written_out::higher
-#define _mm512_test_epi32_mask written_out::tested
-#define _mm512_cvtepu8_epi32 written_out::of_bytes
-#define _mm512_cvtepi32_epi8 written_out::low_bytes
 #define _mm512_mask_sub_ps written_out::difference
 #define _mm512_mask_mov_ps written_out::moved
 #define _mm512_cmplt_epi32_mask written_out::less

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from csm_kernels import linear_cross_entropy
+from csm_kernels.constants import LOGITS_BUDGET
 from csm_kernels.cpu import attention as cpu_attention
 from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu import heads as cpu_heads
@@ -224,7 +225,7 @@ def heads_case(rows: int, heads: int, width: int, vocab: int):
     return hidden, weight, targets, random(rows, 1, dtype=FP32, seed=2).abs()
 
 
-def run_heads(hidden, weight, targets, weights, wants=(True, True), budget=linear_cross_entropy.DEFAULT_BYTE_BUDGET):
+def run_heads(hidden, weight, targets, weights, wants=(True, True), budget=LOGITS_BUDGET):
     return linear_cross_entropy._losses_and_gradients(hidden, weight, targets, weights, 0.5, budget, *wants, False)
 
 

@@ -37,7 +37,7 @@ def exact(q, k, v, grad):
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
 @pytest.mark.parametrize(("sequences", "length"), [(1, 2), (3, 7), (50, 32), (2, 150)])
 def test_forward_and_gradients(dtype, heads, sequences, length, monkeypatch):
-    monkeypatch.setattr(folded_attention, "SCORES", 40_000)  # several chunks, the last one smaller
+    monkeypatch.setattr(folded_attention, "FOLDED_SCORES", 40_000)  # several chunks, the last one smaller
     generator = torch.Generator().manual_seed(length)
     shapes = [(sequences, length, h, 16) for h in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, grad = (torch.randn(s, generator=generator).to(dtype) for s in shapes)

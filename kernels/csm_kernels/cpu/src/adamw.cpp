@@ -3,14 +3,15 @@
 
 #include <cmath>
 
-#include "moments_8bit.h"
+#include "common.h"
 
 namespace {
 
-constexpr int64_t PIECE = 1024;      // places whose draws are made at once
-constexpr int64_t TILE = 1 << 17;    // places with draws of their own: `Draws` in csm_fast/rounding.py
-constexpr int64_t SUMMED = 1 << 16;  // numbers of a partial sum
-constexpr int64_t ROWS = 32;         // rows of a table that a thread takes at once
+// From constants.py, by the compiler's command line.
+constexpr int64_t TILE = DRAW_TILE;      // places with draws of their own: `Draws` in csm_fast/rounding.py
+constexpr int64_t SUMMED = PARTIAL_SUM;  // numbers of a partial sum
+constexpr int64_t PIECE = 1024;          // places whose draws are made at once
+constexpr int64_t ROWS = 32;             // rows of a table that a thread takes at once
 
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 
@@ -51,6 +52,10 @@ class Draws {
     const uint32_t counters, tiles, moment;
 };
 
+struct Moments {
+    float *mean, *square;
+};
+
 struct Settings {
     float factor;       // of the gradient
     float keep;         // 1 - lr weight_decay
@@ -85,31 +90,15 @@ INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_
     }
 }
 
-// Where the moments are: in float32, or (`eighths`) in 8 bits.
-struct Moments {
-    float *mean, *square;
-    const Eighths *mean_eighths, *square_eighths;
-};
-
-// The places [first, last); of moments in 8 bits, `first` divides by QUANTIZED.
+// The places [first, last).
 template <class T, Rounding ROUNDING>
 void update(T* weight, const T* grad, Moments moments, bf16* rest, int64_t first, int64_t last, Settings s, const Draws& draws) {
     alignas(64) uint16_t room[PIECE + 2];
-    alignas(64) float mean[QUANTIZED], square[QUANTIZED];
-    const int64_t piece = moments.mean ? PIECE : QUANTIZED;
     for (int64_t at = first; at < last;) {
-        const int64_t end = at / piece * piece + piece, count = (end < last ? end : last) - at;
+        const int64_t end = at / PIECE * PIECE + PIECE, count = (end < last ? end : last) - at;
         bf16* c = ROUNDING == KAHAN ? rest + at : nullptr;
         const uint16_t* drawn = ROUNDING == STOCHASTIC ? draws.of(at, count, room) : room;
-        if (moments.mean) {
-            advance<T, ROUNDING>(weight + at, grad + at, moments.mean + at, moments.square + at, c, drawn, count, s);
-        } else {
-            widen(*moments.mean_eighths, at, count, mean);
-            widen(*moments.square_eighths, at, count, square);
-            advance<T, ROUNDING>(weight + at, grad + at, mean, square, c, drawn, count, s);
-            narrow(*moments.mean_eighths, at, count, mean);
-            narrow(*moments.square_eighths, at, count, square);
-        }
+        advance<T, ROUNDING>(weight + at, grad + at, moments.mean + at, moments.square + at, c, drawn, count, s);
         at += count;
     }
 }
@@ -205,26 +194,13 @@ void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t wi
 }  // namespace
 
 #define UPDATES(NAME, T)                                                                                                     \
-    extern "C" void adamw_##NAME(void* weight, const void* grad, void* mean, void* square, float* mean_scales,               \
-                                 float* square_scales, const float* maps, const int32_t* first_codes, const float* bounds,   \
-                                 void* rest, uint8_t* live, int64_t rows, int64_t width, const float* step,                  \
-                                 const float* found_inf, const float* grad_scale, double lr, double beta1, double beta2,     \
-                                 double weight_decay, double eps, int stochastic, int64_t counters, int64_t salt,            \
-                                 int64_t tiles, int threads) {                                                               \
-        const auto run = [=](Moments moments) {                                                                              \
-            adamw(static_cast<T*>(weight), static_cast<const T*>(grad), moments, static_cast<bf16*>(rest), live, rows,       \
-                  width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt,       \
-                  tiles, threads);                                                                                           \
-        };                                                                                                                   \
-        if (!mean_scales) {                                                                                                  \
-            run({static_cast<float*>(mean), static_cast<float*>(square), nullptr, nullptr});                                 \
-            return;                                                                                                          \
-        }                                                                                                                    \
-        const Codes mean_codes(maps, first_codes, bounds);                                                                   \
-        const Codes square_codes(maps + 256, first_codes + 2 * PREFIXES, bounds + 2 * PREFIXES);                             \
-        const Eighths mean_eighths = {static_cast<uint8_t*>(mean), mean_scales, &mean_codes, 0};                             \
-        const Eighths square_eighths = {static_cast<uint8_t*>(square), square_scales, &square_codes, 1};                     \
-        run({nullptr, nullptr, &mean_eighths, &square_eighths});                                                             \
+    extern "C" void adamw_##NAME(void* weight, const void* grad, float* mean, float* square, void* rest, uint8_t* live,      \
+                                 int64_t rows, int64_t width, const float* step, const float* found_inf,                     \
+                                 const float* grad_scale, double lr, double beta1, double beta2, double weight_decay,        \
+                                 double eps, int stochastic, int64_t counters, int64_t salt, int64_t tiles, int threads) {   \
+        adamw(static_cast<T*>(weight), static_cast<const T*>(grad), {mean, square}, static_cast<bf16*>(rest), live, rows,    \
+              width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles,    \
+              threads);                                                                                                      \
     }                                                                                                                        \
     extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums,  \
                                            int threads) {                                                                    \

@@ -1,5 +1,5 @@
-// Registers of integers for products of bf16, and what differs between processors that add up products of bf16 pairs in one
-// instruction (AVX512-BF16) and those that widen them to floats first (AVX2 with FMA).
+// Registers of integers and floats for products of bf16, on processors that add up products of bf16 pairs in one instruction
+// (AVX512-BF16).
 //
 // A "pair" is a 32-bit number with two bf16, neighbours along the inner dimension of a product: the first in the low half.
 
@@ -11,16 +11,13 @@
 
 // Where this process may use tiles (AMX), which a processor can have and a system refuse, whoever builds defines MAY_USE_TILES.
 // A compiler that does not know them then leaves all products to PyTorch, whose tiles are several times as fast as registers.
-// On AVX-512 without bf16 it multiplies in float32 registers itself.
+// Without AVX512-BF16 they are PyTorch's, too.
 #if defined(MAY_USE_TILES) && !(defined(__AMX_TILE__) && defined(__AMX_BF16__))
 #elif defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_PRODUCTS 1
-#define ADDS_PAIRS 1
 #ifdef MAY_USE_TILES
 #define HAS_TILES 1
 #endif
-#elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define HAS_PRODUCTS 1
 #endif
 
 #ifdef HAS_PRODUCTS
@@ -32,8 +29,6 @@ constexpr int64_t LINE = 32;     // bf16 of a cache line
 
 // The first `count` of the bits, all of them or none where it is outside.
 INLINE uint32_t first_bits(int64_t count) { return count >= 32 ? ~0u : (1u << (count > 0 ? count : 0)) - 1; }
-
-#ifdef ADDS_PAIRS
 
 typedef __m512i Bits;
 
@@ -119,74 +114,6 @@ INLINE void put_lanes(bf16* to, Floats low, Floats high) {
 INLINE void stream_lanes(bf16* to, Floats low, Floats high) {
     stream_bits(to, (Bits)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
-
-#else
-
-typedef __m256i Bits;
-
-INLINE Bits load_bits(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-INLINE void store_bits(void* to, Bits x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
-INLINE void stream_bits(void* to, Bits x) { _mm256_stream_si256(static_cast<__m256i*>(to), x); }
-
-INLINE Bits load_some(const void* from, int64_t count) {
-    if (count >= 2 * LANE) return load_bits(from);
-    alignas(32) uint16_t some[2 * LANE] = {};
-    if (count > 0) std::memcpy(some, from, static_cast<size_t>(count) * sizeof some[0]);
-    return load_bits(some);
-}
-
-INLINE Bits spread(const bf16* x) {
-    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
-INLINE Bits spread_some(const bf16* x, int64_t count) {
-    return _mm256_cvtepu16_epi32(_mm256_castsi256_si128(load_some(x, count < LANE ? count : LANE)));
-}
-
-INLINE Bits paired(Bits low, Bits high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
-INLINE Bits paired_low(Bits first, Bits second) { return _mm256_unpacklo_epi16(first, second); }
-INLINE Bits paired_high(Bits first, Bits second) { return _mm256_unpackhi_epi16(first, second); }
-
-INLINE void transpose(Bits (&r)[LANE]) {
-    Bits t[8], u[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-        u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    // Of u[4 i + j], the half l has column 4 l + j of the rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-        r[j] = _mm256_permute2x128_si256(u[j], u[4 + j], 0x20);
-        r[4 + j] = _mm256_permute2x128_si256(u[j], u[4 + j], 0x31);
-    }
-}
-
-INLINE Floats twice_each(const float* half) {
-    const __m256i twice = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
-    return (Floats)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(half)), twice);
-}
-INLINE Floats neighbours_swapped(Floats x) { return (Floats)_mm256_permute_ps((__m256)x, 0xb1); }
-INLINE Floats even_negative(Floats x) { return x * Floats{-1, 1, -1, 1, -1, 1, -1, 1}; }
-
-typedef Ints Mask;
-
-INLINE Mask before(int64_t first, int64_t live) {
-    return Ints{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(live - first);
-}
-INLINE Mask others(Mask mask) { return ~mask; }
-INLINE Floats chosen(Mask mask, Floats x, Floats other) { return mask ? x : other; }
-INLINE Floats larger(Floats x, Floats y) { return x > y ? x : y; }
-
-INLINE void put_lane(bf16* to, Floats x) { store(to, x); }
-
-#endif
 
 INLINE void put_lane(float* to, Floats x) { store(to, x); }
 

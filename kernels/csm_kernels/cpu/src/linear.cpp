@@ -22,19 +22,11 @@ constexpr int64_t STRIP = BLOCK_SIDE;        // columns of the right matrix that
 constexpr int64_t PANEL_BYTES = 1 << 20;     // of so many strips, half of a second-level cache
 constexpr int64_t AHEAD = 4;                 // pairs of rows that are asked for ahead of their use
 constexpr int64_t PART = 2048;               // of the inner dimension at once, about
-#elif defined(ADDS_PAIRS)
-constexpr int64_t PANEL = 64;  // columns of the right matrix at once
+constexpr int64_t PIECE = 4 * BLOCK_SIDE;    // rows of a panel's product that a thread takes at once
+constexpr int64_t BLOCK = 2 * PIECE;         // rows of a transposed left matrix at once
 #else
-constexpr int64_t PANEL = 128;  // rows of the left one are widened once for so many
-#endif
-#ifdef HAS_TILES
-constexpr int64_t PIECE = 4 * BLOCK_SIDE;
-#else
-constexpr int64_t PIECE = 96;  // rows of a panel's product that a thread takes at once; whole tiles
-#endif
-#ifdef HAS_TILES
-constexpr int64_t BLOCK = 2 * PIECE;  // rows of a transposed left matrix at once
-#else
+constexpr int64_t PANEL = 64;                // columns of the right matrix at once
+constexpr int64_t PIECE = 96;                // as above; whole tiles
 constexpr int64_t BLOCK = PIECE;
 #endif
 

@@ -17,10 +17,7 @@
 
 namespace {
 
-#ifdef ADDS_PAIRS
-
 constexpr int TILE_ROWS = 6, TILE_LANES = 4;
-typedef bf16 Left;  // as a tile reads it
 
 // sum[i][j] += the products of row i's pair at `a` with the pairs at `b`.
 template <int R, int C>
@@ -40,51 +37,10 @@ INLINE void add_products(Floats (&sum)[R][C], const bf16* a, int64_t a_stride, c
     }
 }
 
-#else
-
-constexpr int TILE_ROWS = 6, TILE_LANES = 2;
-typedef float Left;
-
-// First the even numbers of the pairs, then the odd ones: so there are registers enough.
-template <int R, int C>
-INLINE void add_products(Floats (&sum)[R][C], const float* a, int64_t a_stride, const uint32_t* b) {
-#pragma GCC unroll 2
-    for (int odd = 0; odd < 2; ++odd) {
-        Floats right[C];
-#pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) {
-            const Words pair = (Words)load_bits(b + j * LANE);
-            right[j] = reinterpret_cast<Floats>(odd ? pair & 0xffff0000u : pair << 16);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            const Floats left = (Floats)_mm256_broadcast_ss(a + i * a_stride + odd);
-#pragma GCC unroll 4
-            for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
-        }
-    }
-}
-
-#endif
-
-#ifndef ADDS_PAIRS
-// Rows as floats, zeros behind them up to `to_stride`.
-inline void widen_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, float* to, int64_t to_stride) {
-    for (int64_t i = 0; i < rows; ++i) {
-        const bf16* from = x + i * stride;
-        float* row = to + i * to_stride;
-        int64_t j = 0;
-        for (; j + LANE <= width; j += LANE) store(row + j, load(from + j));
-        for (; j < width; ++j) row[j] = wide(from[j]);
-        for (; j < to_stride; ++j) row[j] = 0.0f;
-    }
-}
-#endif
-
 // c[R, C registers] = a b, or plus + a b; plus has c's stride, and may be c. Strides count numbers of their own type.
 // Where `inner` is odd, what lies behind a's rows is not read.
 template <int R, int C, class T>
-inline __attribute__((noinline)) void tile(const Left* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
+inline __attribute__((noinline)) void tile(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
                                            int64_t inner, T* c, int64_t c_stride, const T* plus) {
     Floats sum[R][C];
 #pragma GCC unroll 8
@@ -95,7 +51,7 @@ inline __attribute__((noinline)) void tile(const Left* a, int64_t a_stride, cons
     const int64_t pairs = inner / 2;
     for (int64_t p = 0; p < pairs; ++p) add_products(sum, a + 2 * p, a_stride, b + p * b_stride);
     if (inner % 2) {
-        Left last[2 * R] = {};
+        bf16 last[2 * R] = {};
         for (int i = 0; i < R; ++i) last[2 * i] = a[i * a_stride + 2 * pairs];
         add_products(sum, last, 2, b + pairs * b_stride);
     }
@@ -110,7 +66,7 @@ inline __attribute__((noinline)) void tile(const Left* a, int64_t a_stride, cons
 }
 
 template <class T>
-using Tile = void (*)(const Left*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, const T*);
+using Tile = void (*)(const bf16*, int64_t, const uint32_t*, int64_t, int64_t, T*, int64_t, const T*);
 
 template <class T, int R, int... C>
 constexpr std::array<Tile<T>, TILE_LANES> tiles_of(std::integer_sequence<int, C...>) {
@@ -127,7 +83,7 @@ template <class T>
 constexpr auto TILES = all_tiles<T>(std::make_integer_sequence<int, TILE_ROWS>{});
 
 template <class T>
-INLINE void run_tile(Share row, Share lane, const Left* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t inner,
+INLINE void run_tile(Share row, Share lane, const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t inner,
                      T* c, int64_t c_stride, const T* plus) {
     TILES<T>[static_cast<size_t>(row.last - row.first - 1)][static_cast<size_t>(lane.last - lane.first - 1)](
         a, a_stride, b, b_stride, inner, c, c_stride, plus);
@@ -147,7 +103,6 @@ inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32
     const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const auto row_of = [=](int64_t y) { return share(rows, static_cast<int>(y), static_cast<int>(down)); };
     const auto lane_of = [=](int64_t x) { return share(lanes, static_cast<int>(x), static_cast<int>(across)); };
-#ifdef ADDS_PAIRS
     for (int64_t x = across; x-- > 0;) {
         const Share lane = lane_of(x);
         for (int64_t y = 0; y < down; ++y) {
@@ -157,59 +112,6 @@ inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32
                      plus ? plus + at : nullptr);
         }
     }
-#else
-    // Of a tile's rows, as floats, what the first-level cache holds.
-    constexpr int64_t DEPTH = 512;  // even
-    alignas(64) float left[TILE_ROWS * DEPTH];
-    const int64_t left_stride = std::min((inner + 1) / 2 * 2, DEPTH);
-    if (inner <= DEPTH) {
-        for (int64_t y = 0; y < down; ++y) {
-            const Share row = row_of(y);
-            widen_rows(a + row.first * a_stride, a_stride, row.last - row.first, inner, left, left_stride);
-            for (int64_t x = across; x-- > 0;) {
-                const Share lane = lane_of(x);
-                const int64_t column = lane.first * LANE, at = row.first * c_stride + column;
-                run_tile(row, lane, left, left_stride, b + column, b_stride, inner, c + at, c_stride,
-                         plus ? plus + at : nullptr);
-            }
-        }
-        return;
-    }
-    // Some tiles' sums are kept in floats, so that a part of the inner dimension of b, which the second-level cache holds,
-    // meets all of their rows before the next part comes.
-    constexpr int64_t WIDE = 8, HIGH = 16;  // tiles
-    constexpr int64_t stride = WIDE * TILE_LANES * LANE;
-    alignas(64) float sums[HIGH * TILE_ROWS * stride];
-    for (int64_t top = 0; top < down; top += HIGH) {
-        const int64_t bottom = std::min(top + HIGH, down);
-        const Share block{row_of(top).first, row_of(bottom - 1).last};
-        for (int64_t last = across; last > 0; last -= std::min(WIDE, last)) {
-            const int64_t first = std::max(last - WIDE, int64_t{0});
-            const int64_t origin = lane_of(first).first * LANE, end = lane_of(last - 1).last * LANE;
-            for (int64_t k = 0; k < inner; k += DEPTH) {
-                const int64_t some = std::min(DEPTH, inner - k);
-                for (int64_t y = top; y < bottom; ++y) {
-                    const Share row = row_of(y);
-                    widen_rows(a + row.first * a_stride + k, a_stride, row.last - row.first, some, left, left_stride);
-                    for (int64_t x = first; x < last; ++x) {
-                        const Share lane = lane_of(x);
-                        const int64_t column = lane.first * LANE;
-                        float* to = sums + (row.first - block.first) * stride + column - origin;
-                        run_tile<float>(row, lane, left, left_stride, b + k / 2 * b_stride + column, b_stride, some, to, stride,
-                                        k ? to : nullptr);
-                    }
-                }
-            }
-            for (int64_t i = block.first; i < block.last; ++i) {
-                for (int64_t j = end - LANE; j >= origin; j -= LANE) {
-                    const int64_t at = i * c_stride + j;
-                    const Floats sum = load(sums + (i - block.first) * stride + j - origin);
-                    put_lane(c + at, plus ? sum + load(plus + at) : sum);
-                }
-            }
-        }
-    }
-#endif
 #endif
 }
 
