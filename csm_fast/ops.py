@@ -232,7 +232,8 @@ def linear_cross_entropy(
     Shapes, results and errors as in ``csm_kernels.linear_cross_entropy``.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_cast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
