@@ -31,6 +31,6 @@ def cpu_form(request):
         with native.left_out():
             yield request.param
     elif not native.is_built():
-        pytest.skip(native.reason())
+        pytest.skip(native.describe_library())
     else:
         yield request.param

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,23 @@ OPTIONAL = {
 }
 
 
+def run() -> None:
+    """Print the findings."""
+    print("\n".join(report(examine())))
+
+
 def examine() -> dict[str, Any]:
-    """Everything ``report`` prints, JSON-able."""
+    """Everything that ``report`` prints; can be written as JSON."""
     import torch
 
     from csm_fast import __version__, ops
-    from csm_fast.system.device import processor, resolve_device, resolve_precision
+    from csm_fast.system.device import compute_dtype, processor, resolve_device, resolve_precision
 
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
-    impl, why = ops.chosen(device)
+    # The optimizer works on float32 weights and gradients, all others in the dtype of the products.
+    dtypes = {"adamw": torch.float32, "sum_of_squares": torch.float32}
+    chosen = {op: ops.choose(op, device, dtypes.get(op, compute_dtype(precision))) for op in ops.OPERATORS}
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -50,28 +58,17 @@ def examine() -> dict[str, Any]:
         "gpu": gpu,
         "device": str(device),
         "precision": precision,
-        "kernels": impl,
-        "kernels_why": why,
-        "attention": attention(device.type, precision),
-        "cpu_passes": ops.cpu_passes() if device.type == "cpu" else None,
+        "kernels": "triton" if chosen["frame_embed"].impl == "triton" else "torch",
+        "kernels_why": chosen["frame_embed"].why,
+        "attention": chosen["packed_attention"].why,
+        "cpu_passes": ops.describe_cpu_library() if device.type == "cpu" else None,
         "optional": {name: version(name) for name in OPTIONAL},
+        "operators": {op: choice._asdict() for op, choice in chosen.items()},
     }
 
 
-def attention(device_type: str, precision: str) -> str:
-    """What runs the backbone's packed attention."""
-
-    from csm_fast import ops
-    from csm_fast.system.device import compute_dtype
-
-    backend = ops.varlen_backend(device_type, compute_dtype(precision))
-    if not backend:
-        return "segments grouped by length: the variable-length kernels need CUDA from sm_80 on, and bf16 or fp16"
-    return f"the variable-length kernel of {backend}"
-
-
 def version(module: str) -> str | None:
-    """The installed version of a package, found without importing it; None where it is missing."""
+    """The installed version of a package, found without importing it; None if it is not installed."""
     if importlib.util.find_spec(module) is None:
         return None
     try:
@@ -101,6 +98,10 @@ def report(found: dict[str, Any]) -> list[str]:
     lines = [f"{name:11}{text}".rstrip() for name, text in rows]
     for name, use in OPTIONAL.items():
         lines.append(f"{name:14} {found['optional'][name] or 'not installed':14} {use}")
+    lines += ["", f"{'operator':22}{'runs as':12}why"]
+    for op, choice in found["operators"].items():
+        row = f"{op:22}{choice['impl']:12}{choice['why']}"
+        lines += textwrap.wrap(row, 100, subsequent_indent=" " * 34, drop_whitespace=True)
     return [*lines, "", f"next: {next_command()}"]
 
 
@@ -108,12 +109,12 @@ def _precision_reason(found: dict[str, Any]) -> str:
     if found["precision"] == "bf16":
         return "float32 master weights under bf16 autocast, which this machine multiplies fast"
     if found["precision"] == "fp16":
-        return "float32 master weights under fp16 autocast, with loss scaling: this GPU's tensor cores know no bf16"
+        return "float32 master weights under fp16 autocast, with loss scaling: this GPU's tensor cores lack bf16"
     return "this machine has no fast bf16"
 
 
 def next_command() -> str:
-    """What a newcomer in this directory would type next."""
+    """The command that comes next in the current directory."""
     if Path("run").is_dir():
         return "csm-fast-train --data tokens --output-dir run   (continues the run)"
     if Path("tokens/train").is_dir():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from csm_fast.config.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from csm_fast.config.train import TrainConfig, option
+from csm_fast.config.train import OTHER_TOOLS, TrainConfig, option
 from csm_fast.system.errors import InputError
 
 
@@ -100,6 +100,8 @@ class PlanConfig:
 class ProfileConfig(TrainConfig):
     """``csm-fast profile``: its own settings, and those of the training run whose steps are profiled. Of the latter,
     those that say when a run ends, what it saves and where are taken and mean nothing."""
+
+    OTHER_FLAGS: ClassVar[tuple] = OTHER_TOOLS
 
     output: str = option("profile", "directory for the trace and the table")
     steps: int = option(5, "optimizer steps that are measured")

@@ -217,7 +217,8 @@ def dump_yaml(config: Any) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One flag per field. Values stay text; ``parse`` coerces them as it does YAML's."""
+    """One flag per field. Values stay text; ``coerce`` turns them into values as it does YAML's. ``cls.OTHER_FLAGS``
+    lists (spellings, arguments of ``add_argument``) of other flags, which the help does not show."""
     for section, field, hint in leaves(cls):
         default = field.default if field.default is not dataclasses.MISSING else None
         group: Any = parser
@@ -255,6 +256,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
                 group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)
         if hidden:
             group.add_argument(*hidden, help=argparse.SUPPRESS, **kwargs)
+    for spellings, settings in getattr(cls, "OTHER_FLAGS", ()):
+        parser.add_argument(*spellings, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **settings)
 
 
 def _spellings(field: dataclasses.Field) -> list[str]:

@@ -113,7 +113,7 @@ class Walk(Layers):
         vocab, padded = head.outputs, 0
         if self.setup.device == "cuda":
             columns = -(-vocab // HEAD_COLUMNS) * HEAD_COLUMNS
-            padded = head.inputs * columns * c * (1 + trained) if columns != vocab else 0
+            padded = head.inputs * columns * c * (1 + trained)
             vocab = columns
         each = rows * vocab * c + padded
         chunk = max(1, min(heads, LOGITS_BUDGET // max(1, each)))

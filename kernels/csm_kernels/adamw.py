@@ -1,204 +1,14 @@
-"""AdamW in one pass over memory on a GPU: float32 or bf16 weights, moments in float32 or 8 bits, stochastic or
-compensated rounding. On a CPU ``cpu_adamw`` does the same; ``csm_fast.train.optim.adamw`` has it in PyTorch's
-operators, and says what it means.
-
-Those operators widen a chunk, update it and narrow it again: by count 74 bytes per weight in bf16 with float32 moments
-and 94 with moments in 8 bits. What has to be read and written is 22 and 10.
+"""AdamW in one pass over memory: the contract of the kernel for CUDA (``gpu.adamw``) and of the form for a CPU
+(``cpu.adamw``). ``csm_fast.train.optim.adamw`` has the same update in PyTorch's operators.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from csm_kernels.constants import DRAW_TILE, MOMENT_BLOCK
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # PyTorch's operators need none
-    triton = None
-
-BLOCK = 1024  # elements of a program
-WARPS = 8  # four elements a thread: pieces of all types have one layout, so nothing goes through shared memory
-NEAREST, STOCHASTIC, KAHAN = 0, 1, 2
-DTYPES = (torch.bfloat16, torch.float32)
-
-# --- the kernel -------------------------------------------------------------------------------------------------------
-# Prefixes: p_ pointer. A program owns BLOCK elements; their places are int64 before anything multiplies them.
-
-
-def _jit(kernel):
-    """Compiled once per types and rounding, and once more for sizes that are no multiple of 16, which loads of 16 bytes
-    do not fit: settings change from step to step."""
-    names = ["keep", "size", "log_beta1", "log_beta2", "fresh", "fresh_square", "eps", "counters", "salt", "tiles"]
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=names)
-
-
-def _device_function(function):
-    return function if triton is None else triton.jit(function)
-
-
-@_device_function
-def _mixed(x):
-    return (x ^ (x >> 16)) * 0x7FEB352D
-
-
-@_device_function
-def _finished(x):
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@_device_function
-def _missing(x):
-    """1 - e^x for x <= 0, exact to float32's rounding also where x is near zero."""
-    series = 1.0 + x * (1 / 8)
-    series = 1.0 + x * (1 / 7) * series
-    series = 1.0 + x * (1 / 6) * series
-    series = 1.0 + x * (1 / 5) * series
-    series = 1.0 + x * (1 / 4) * series
-    series = 1.0 + x * (1 / 3) * series
-    series = 1.0 + x * (1 / 2) * series
-    return tl.where(x > -0.35, -x * series, 1.0 - tl.exp(x))
-
-
-@_device_function
-def _to_nearest(x):
-    """The nearest bf16 number, ties to even. (A conversion does the same, but cuts in Triton's interpreter.)"""
-    bits = x.to(tl.uint32, bitcast=True)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
-
-
-@_device_function
-def _nearest_code(x, p_map):
-    """Which of the 256 ascending values at ``p_map`` is nearest."""
-    code = tl.zeros_like(x).to(tl.int32)
-    for power in tl.static_range(8):
-        higher = code + (128 >> power)
-        code = tl.where(x >= tl.load(p_map + higher), higher, code)
-    above = tl.minimum(code + 1, 255)
-    return tl.where(tl.load(p_map + above) - x < x - tl.load(p_map + code), above, code)
-
-
-@_jit
-def _adamw_kernel(
-    # data
-    p_weight,  # [n]
-    p_grad,  # [n]
-    p_mean,  # [n] float32, or codes in uint8 if EIGHT
-    p_square,  # [n] the same
-    p_mean_scale,  # [n / 256] float32, if EIGHT
-    p_square_scale,  # the same
-    p_mean_map,  # [256] float32, what the codes stand for, if EIGHT
-    p_square_map,  # the same
-    p_rest,  # [n] bf16, if ROUNDING is KAHAN
-    p_live,  # [n / BLOCK] uint8, which programs had a gradient, if LIVE
-    p_step,  # [] float32
-    p_found_inf,  # [] float32, if MAY_SKIP
-    p_grad_scale,  # [] float32, if SCALES
-    # settings
-    n,
-    keep,  # 1 - lr weight_decay
-    size,  # lr
-    log_beta1,
-    log_beta2,
-    fresh,  # 1 - beta1
-    fresh_square,  # 1 - beta2
-    eps,
-    counters,
-    salt,
-    tiles,
-    # meta
-    ROUNDING: tl.constexpr,
-    EIGHT: tl.constexpr,
-    LIVE: tl.constexpr,
-    MAY_SKIP: tl.constexpr,
-    SCALES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    QUANTIZED: tl.constexpr,
-):
-    """m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2; w = w keep - lr / (1 - beta1^t) m / (sqrt(v / (1 -
-    beta2^t)) + eps), in float32."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    inside = tl.arange(0, BLOCK)
-    place = first + inside
-    here = place < n
-    if MAY_SKIP:
-        here = here & (tl.load(p_found_inf) + tl.zeros([BLOCK], dtype=tl.float32) != 1.0)
-    grad = tl.load(p_grad + place, mask=here, other=0.0).to(tl.float32)
-    if LIVE:
-        # NaN counts as a gradient, too.
-        lives = tl.maximum(tl.load(p_live + tl.program_id(0)).to(tl.int32), tl.max((grad != 0.0).to(tl.int32), axis=0))
-        tl.store(p_live + tl.program_id(0), lives.to(tl.uint8))
-        here = here & (inside * 0 + lives != 0)
-    if SCALES:
-        grad = grad / tl.load(p_grad_scale)
-    weight = tl.load(p_weight + place, mask=here, other=0.0).to(tl.float32)
-    if ROUNDING == 2:
-        weight += tl.load(p_rest + place, mask=here, other=0.0).to(tl.float32)
-    if EIGHT:
-        p_scales = place // QUANTIZED
-        mean = tl.load(p_mean_map + tl.load(p_mean + place, mask=here, other=0).to(tl.int32))
-        mean *= tl.load(p_mean_scale + p_scales, mask=here, other=0.0)
-        square = tl.load(p_square_map + tl.load(p_square + place, mask=here, other=0).to(tl.int32))
-        square *= tl.load(p_square_scale + p_scales, mask=here, other=0.0)
-    else:
-        mean = tl.load(p_mean + place, mask=here, other=0.0)
-        square = tl.load(p_square + place, mask=here, other=0.0)
-
-    step = tl.load(p_step)
-    mean += fresh * (grad - mean)
-    square = square * (1.0 - fresh_square) + fresh_square * grad * grad
-    root = tl.sqrt(_missing(step * log_beta2))
-    weight = weight * keep - size / _missing(step * log_beta1) * mean / (tl.sqrt(square) / root + eps)
-
-    if ROUNDING == 1:
-        # The draws of csm_fast.rounding.Draws; a program's elements are of one tile.
-        salted = _mixed(_mixed(step.to(tl.int32).to(tl.uint32, bitcast=True) + salt.to(tl.uint32, bitcast=True)))
-        within = (first % TILE).to(tl.uint32) + inside.to(tl.uint32)
-        words = _finished(_mixed(counters.to(tl.uint32, bitcast=True) + within // 2) ^ salted)
-        tile = (first // TILE).to(tl.uint32)
-        key = _finished(_mixed(tiles.to(tl.uint32, bitcast=True) + tile // 2) ^ _mixed(salted))
-        key = tl.where(tile == 0, key * 0, (key >> (tile % 2 * 16)) & 0xFFFF)
-        draws = ((words >> (within % 2 * 16)) & 0xFFFF) ^ key
-        noisy = weight.to(tl.uint32, bitcast=True) + draws
-        weight = (noisy & 0xFFFF0000).to(tl.float32, bitcast=True)
-    elif p_weight.dtype.element_ty == tl.bfloat16:
-        exact = weight
-        weight = _to_nearest(exact)
-        if ROUNDING == 2:
-            tl.store(p_rest + place, _to_nearest(exact - weight).to(tl.bfloat16), mask=here)
-    tl.store(p_weight + place, weight.to(p_weight.dtype.element_ty), mask=here)
-    if EIGHT:
-        ROWS: tl.constexpr = BLOCK // QUANTIZED
-        row = tl.arange(0, ROWS)
-        scales = first // QUANTIZED + row
-        scaled_here = tl.max(tl.reshape(here.to(tl.int32), (ROWS, QUANTIZED)), axis=1) != 0
-        mean = tl.reshape(tl.where(here, mean, 0.0), (ROWS, QUANTIZED))
-        square = tl.reshape(tl.where(here, square, 0.0), (ROWS, QUANTIZED))
-        mean_scale, square_scale = tl.max(tl.abs(mean), axis=1), tl.max(square, axis=1)
-        tl.store(p_mean_scale + scales, mean_scale, mask=scaled_here)
-        tl.store(p_square_scale + scales, square_scale, mask=scaled_here)
-        mean /= tl.where(mean_scale == 0.0, 1.0, mean_scale)[:, None]
-        square /= tl.where(square_scale == 0.0, 1.0, square_scale)[:, None]
-        mean, square = tl.reshape(mean, (BLOCK,)), tl.reshape(square, (BLOCK,))
-        tl.store(p_mean + place, _nearest_code(mean, p_mean_map).to(tl.uint8), mask=here)
-        # Never the code of zero: where the gradient then is zero, as in rows of a table that a step does not read, the
-        # first moment would be divided by eps alone.
-        square_code = tl.maximum(_nearest_code(square, p_square_map), 1)
-        tl.store(p_square + place, square_code.to(tl.uint8), mask=here)
-    else:
-        tl.store(p_mean + place, mean, mask=here)
-        tl.store(p_square + place, square, mask=here)
-
-
-# --- what launches it -------------------------------------------------------------------------------------------------
+from csm_kernels.gpu.adamw import BLOCK, launch_adamw_
 
 
 class Moments(NamedTuple):
@@ -206,8 +16,8 @@ class Moments(NamedTuple):
 
     Attributes:
         exp_avg, exp_avg_sq: like the weight, in float32 or uint8.
-        scales: of uint8: the largest magnitude of each 256, [ceil(n / 256)] float32, of both.
-        maps: of uint8: the ascending values in [-1, 1] and [0, 1] that codes stand for, [2, 256] float32.
+        scales: of uint8 moments: the largest magnitude of each block of 256, [ceil(n / 256)] float32, of both.
+        maps: of uint8 moments: the ascending values in [-1, 1] and [0, 1] of their codes, [2, 256] float32.
     """
 
     exp_avg: Tensor
@@ -217,11 +27,11 @@ class Moments(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Of one parameter's update.
+    """The settings of one parameter's update.
 
     Attributes:
-        draws: what the draws of stochastic rounding depend on (``csm_fast.train.optim.rounding.drawing``); None: to
-        nearest.
+        draws: the keys of stochastic rounding's random bits (``csm_fast.train.optim.rounding``); None: round to
+            nearest.
     """
 
     lr: float
@@ -232,12 +42,14 @@ class Settings(NamedTuple):
     draws: tuple[int, int, int] | None = None
 
 
-def live_parts(numel: int) -> int:
-    """How many parts of a weight ``live`` marks."""
-    return -(-numel // BLOCK)
+def adamw_part(impl: str, weight: Tensor) -> int:
+    """How many elements of a table ``adamw_`` updates or skips together: a row on a CPU, those of a program of the
+    kernel on CUDA."""
+    return weight.shape[-1] if impl == "cpu" else BLOCK
 
 
 def adamw_(
+    impl: str,
     weight: Tensor,
     grad: Tensor,
     moments: Moments,
@@ -248,63 +60,27 @@ def adamw_(
     grad_scale: Tensor | None,
     settings: Settings,
 ) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) in place; nothing waits for the device.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) in float32, in place; the mathematics of ``torch.optim.AdamW``.
 
     Args:
+        impl: "triton", or "cpu", which takes moments in float32 only.
         weight: contiguous, bf16 or float32.
         grad: like ``weight``.
         compensation: like ``weight`` in bf16, what rounding took off it (Kahan); or None.
-        live: uint8 [live_parts(n)] or None: parts of 1,024 elements that never had a gradient are not updated, which is
-            the same where nothing decays. Those that now have one are marked.
+        live: uint8, a mark for each ``adamw_part`` elements; or None. Parts that never had a gradient are not updated,
+            which changes nothing where weights do not decay. Parts that now have one are marked.
         step: [] float32, the number of this update, from 1.
         found_inf: [] float32; where it is 1, nothing happens.
         grad_scale: [] float32 that the gradient is divided by.
 
     Raises:
-        ValueError: tensors of other types or layouts.
+        ValueError, RuntimeError: tensors of other types or layouts, with "triton" and "cpu".
     """
-    tensors = weight, grad, moments.exp_avg, moments.exp_avg_sq, compensation
-    if not all(x is None or (x.is_contiguous() and x.numel() == weight.numel()) for x in tensors):
-        raise ValueError("adamw_ takes contiguous tensors of one size")
-    if live is not None and live.numel() != live_parts(weight.numel()):
-        raise ValueError(f"live has {live.numel()} marks for {live_parts(weight.numel())} parts")
-    if weight.dtype not in DTYPES or (moments.scales is None) != (moments.exp_avg.dtype == torch.float32):
-        raise ValueError(f"there is no adamw_ for {weight.dtype} with moments in {moments.exp_avg.dtype}")
-    n = weight.numel()
-    if not n:
+    if impl == "triton":
+        launch_adamw_(weight, grad, *moments, compensation, live, step, found_inf, grad_scale, **settings._asdict())
         return
-    bf16 = weight.dtype == torch.bfloat16
-    rounding = KAHAN if compensation is not None else STOCHASTIC if bf16 and settings.draws else NEAREST
-    with torch.cuda.device_of(weight):
-        _adamw_kernel[(live_parts(n),)](
-            weight,
-            grad,
-            moments.exp_avg,
-            moments.exp_avg_sq,
-            *(moments.scales or (step, step)),  # what a form does not have is not looked at
-            *((step, step) if moments.maps is None else moments.maps),
-            weight if compensation is None else compensation,
-            step if live is None else live,
-            step,
-            step if found_inf is None else found_inf,
-            step if grad_scale is None else grad_scale,
-            n,
-            1.0 - settings.lr * settings.weight_decay,
-            settings.lr,
-            math.log(settings.beta1) if settings.beta1 else -math.inf,
-            math.log(settings.beta2) if settings.beta2 else -math.inf,
-            1.0 - settings.beta1,
-            1.0 - settings.beta2,
-            settings.eps,
-            *(settings.draws or (0, 0, 0)),
-            ROUNDING=rounding,
-            EIGHT=moments.scales is not None,
-            LIVE=live is not None,
-            MAY_SKIP=found_inf is not None,
-            SCALES=grad_scale is not None,
-            BLOCK=BLOCK,
-            TILE=DRAW_TILE,
-            QUANTIZED=MOMENT_BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
+    from csm_kernels.cpu import adamw
+
+    rounding = (settings.draws is not None, *(settings.draws or (0, 0, 0)))
+    scalars = (step, found_inf, grad_scale, *settings[:5], *rounding)
+    adamw.adamw_(weight, grad, moments.exp_avg, moments.exp_avg_sq, compensation, live, *scalars)

@@ -1,363 +1,44 @@
 """Causal attention over the K codebooks of each frame, with the rotary embedding folded in.
 
-The depth decoder's sequences are K = 32 long and there are thousands of them, a shape that general flash kernels handle
-badly. Here a program owns one (frame, KV head): the rotated K tile and the V tile stay on the chip, and the query heads
-that share them pass by one at a time. A row of scores is whole within one tile, so nothing is saved for the backward
-but the inputs: scores, maximum, sum and the row sums of p dp are recomputed from what the backward loads anyway.
+The depth decoder's sequences have K = 32 positions, and there are thousands of them. General flash kernels are slow at
+this shape, so CUDA has kernels of its own (``gpu.depth_attention``) and a CPU has batched matrix products
+(``cpu.short_attention``).
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_kernels.cpu import short_attention
+from csm_kernels.choice import resolve
+from csm_kernels.gpu.depth_attention import launch_backward, launch_forward, why_unsupported
 from csm_kernels.pointwise import rotate_pairs
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the PyTorch form needs none
-    triton = None
-
-IMPLS = ("auto", "triton", "torch")
-MAX_LENGTH, HEAD_WIDTHS = 64, (32, 64, 128)
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# --- reference ----------------------------------------------------------------------------------------------------
+# --- PyTorch's operators ----------------------------------------------------------------------------------------------
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention; on a CPU batched GEMMs,
-    which sequences this short do not leave empty."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-    if q.device.type == "cpu":
-        return short_attention.short_attention(q, k, v)
+    """The rotation in the table's dtype, rounded to the inputs', then PyTorch's attention."""
+    q, k = (rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1), "reference") for x in (q, k))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
-# Prefixes: p_ pointer, s_ stride, o_ offsets, b_ block of values, i_ index. K is LENGTH rounded up for tl.dot.
-#
-# Pairs are separated once, by tl.split on a contiguously loaded tile, and stay separated: a dot over d is the sum of a
-# dot over the even and one over the odd columns, in whatever order both operands agree on. tl.join in front of a dot
-# would undo the split in registers too, but Triton takes it for packed 4-bit operands and gives up ldmatrix. V and the
-# output's gradient come in a left and a right half, so that every dot is [K, d/2] wide or [K, K].
-#
-# The loop over heads is pipelined in two stages. Beside the overlap that keeps the rotation in the layout of its load;
-# unpipelined, the compiler moves it into the layout of the dot's operand, where every warp repeats all of it.
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from csm_kernels.cpu.short_attention import short_attention
+
+    q, k = (rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+    return short_attention(q, k, v)
 
 
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
-def _load_rotated(p_x, o_x, m_x, b_cos, b_sin, K: tl.constexpr, D: tl.constexpr):
-    """Even and odd columns of a [K, D] tile, rotated in float32 and rounded."""
-    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
-    b_even, b_odd = tl.split(tl.reshape(b_x.to(tl.float32), (K, D // 2, 2)))
-    return (b_even * b_cos - b_odd * b_sin).to(b_x.dtype), (b_odd * b_cos + b_even * b_sin).to(b_x.dtype)
-
-
-@_jit
-def _store_rotated_back(p_x, o_x, m_x, b_even, b_odd, b_cos, b_sin, K: tl.constexpr, D: tl.constexpr):
-    """The transposed rotation of a gradient in float32, its pairs interleaved again."""
-    dtype = p_x.dtype.element_ty
-    b_x = tl.join((b_even * b_cos + b_odd * b_sin).to(dtype), (b_odd * b_cos - b_even * b_sin).to(dtype))
-    tl.store(p_x + o_x, tl.reshape(b_x, (K, D)), mask=m_x)
-
-
-@_jit
-def _forward_kernel(
-    # data
-    p_q,
-    p_k,
-    p_v,
-    p_cos,
-    p_sin,
-    p_out,
-    # strides of frames, positions and heads; columns are contiguous
-    s_qm,
-    s_qk,
-    s_qh,
-    s_km,
-    s_kk,
-    s_kh,
-    s_vm,
-    s_vk,
-    s_vh,
-    # meta
-    LENGTH: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    SCALE: tl.constexpr,
-):
-    """softmax(rotate(q) rotate(k)^T scale, causal) v for the GROUP query heads of one KV head of one frame."""
-    HALF: tl.constexpr = D // 2
-    i_frame = tl.program_id(0).to(tl.int64) // KV_HEADS
-    i_kv = tl.program_id(0).to(tl.int64) % KV_HEADS
-    i_row = tl.arange(0, K)
-    row = i_row[:, None].to(tl.int64)
-    column = tl.arange(0, D)[None, :]
-    half = tl.arange(0, HALF)[None, :]
-    live = row < LENGTH
-    seen = i_row[None, :] <= i_row[:, None]  # keys past the end too: no row that is kept sees one
-
-    b_cos = tl.load(p_cos + row * HALF + half, mask=live, other=0.0)
-    b_sin = tl.load(p_sin + row * HALF + half, mask=live, other=0.0)
-    o_k = i_frame * s_km + row * s_kk + i_kv * s_kh + column
-    b_k_even, b_k_odd = _load_rotated(p_k, o_k, live, b_cos, b_sin, K, D)
-    o_v = i_frame * s_vm + row * s_vk + i_kv * s_vh + half
-    b_v_left = tl.load(p_v + o_v, mask=live, other=0.0)
-    b_v_right = tl.load(p_v + o_v + HALF, mask=live, other=0.0)
-
-    o_q = i_frame * s_qm + row * s_qk + column
-    o_out = (i_frame * LENGTH + row) * (KV_HEADS * GROUP * D) + half
-    for n in tl.range(0, GROUP, num_stages=2):
-        i_head = i_kv * GROUP + n
-        b_q_even, b_q_odd = _load_rotated(p_q, o_q + i_head * s_qh, live, b_cos, b_sin, K, D)
-        b_s = tl.dot(b_q_even, b_k_even.T, input_precision="ieee")
-        b_s = tl.dot(b_q_odd, b_k_odd.T, b_s, input_precision="ieee")
-        b_s = tl.where(seen, b_s * (SCALE * 1.4426950408889634), float("-inf"))  # log2(e): exp2 is one instruction
-        b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
-        b_p = (b_p / tl.sum(b_p, 1)[:, None]).to(b_v_left.dtype)
-        b_left = tl.dot(b_p, b_v_left, input_precision="ieee")
-        b_right = tl.dot(b_p, b_v_right, input_precision="ieee")
-        p_head = p_out + o_out + i_head * D
-        tl.store(p_head, b_left.to(b_v_left.dtype), mask=live)
-        tl.store(p_head + HALF, b_right.to(b_v_left.dtype), mask=live)
-
-
-@_jit
-def _backward_kernel(
-    # data
-    p_q,
-    p_k,
-    p_v,
-    p_cos,
-    p_sin,
-    p_do,
-    p_dq,
-    p_dk,
-    p_dv,
-    # strides of frames, positions and heads; columns are contiguous
-    s_qm,
-    s_qk,
-    s_qh,
-    s_km,
-    s_kk,
-    s_kh,
-    s_vm,
-    s_vk,
-    s_vh,
-    s_dm,
-    s_dk,
-    s_dh,
-    # meta
-    LENGTH: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    SCALE: tl.constexpr,
-    WANTS_Q: tl.constexpr,
-    WANTS_K: tl.constexpr,
-    WANTS_V: tl.constexpr,
-):
-    """All gradients of one KV head of one frame; its query heads follow one another, so their sum needs no atomics.
-
-    With s = rotate(q) rotate(k)^T scale, p = softmax(s) and o = p v:
-    dv = p^T do, dp = do v^T, ds = p (dp - rowsum(p dp)), dq = rotate^T(ds rotate(k)) scale, dk = rotate^T(ds^T
-    rotate(q)) scale. Everything here is transposed, [keys, queries]: then k, v, p^T and ds^T are the left operands,
-    which each warp holds whole, q and do only right ones, of which it holds its columns; and a softmax stays in a warp.
-    """
-    HALF: tl.constexpr = D // 2
-    i_frame = tl.program_id(0).to(tl.int64) // KV_HEADS
-    i_kv = tl.program_id(0).to(tl.int64) % KV_HEADS
-    i_row = tl.arange(0, K)
-    row = i_row[:, None].to(tl.int64)
-    column = tl.arange(0, D)[None, :]
-    half = tl.arange(0, HALF)[None, :]
-    live = row < LENGTH
-    seen = i_row[:, None] <= i_row[None, :]  # queries past the end have a gradient of zero, and so add nothing
-
-    b_cos = tl.load(p_cos + row * HALF + half, mask=live, other=0.0)
-    b_sin = tl.load(p_sin + row * HALF + half, mask=live, other=0.0)
-    o_k = i_frame * s_km + row * s_kk + i_kv * s_kh + column
-    b_k_even, b_k_odd = _load_rotated(p_k, o_k, live, b_cos, b_sin, K, D)
-    o_v = i_frame * s_vm + row * s_vk + i_kv * s_vh + half
-    b_v_left = tl.load(p_v + o_v, mask=live, other=0.0)
-    b_v_right = tl.load(p_v + o_v + HALF, mask=live, other=0.0)
-
-    b_dk_even = tl.zeros((K, HALF), tl.float32)
-    b_dk_odd = tl.zeros((K, HALF), tl.float32)
-    b_dv_left = tl.zeros((K, HALF), tl.float32)
-    b_dv_right = tl.zeros((K, HALF), tl.float32)
-    o_q = i_frame * s_qm + row * s_qk + column
-    o_do = i_frame * s_dm + row * s_dk + half
-    o_dq = (i_frame * LENGTH + row) * (KV_HEADS * GROUP * D) + column
-    for n in tl.range(0, GROUP, num_stages=2):
-        i_head = i_kv * GROUP + n
-        b_q_even, b_q_odd = _load_rotated(p_q, o_q + i_head * s_qh, live, b_cos, b_sin, K, D)
-        p_do_head = p_do + o_do + i_head * s_dh
-        b_do_left = tl.load(p_do_head, mask=live, other=0.0)
-        b_do_right = tl.load(p_do_head + HALF, mask=live, other=0.0)
-        b_s = tl.dot(b_k_even, b_q_even.T, input_precision="ieee")
-        b_s = tl.dot(b_k_odd, b_q_odd.T, b_s, input_precision="ieee")
-        b_s = tl.where(seen, b_s * (SCALE * 1.4426950408889634), float("-inf"))
-        b_p = tl.exp2(b_s - tl.max(b_s, 0)[None, :])
-        b_p = b_p / tl.sum(b_p, 0)[None, :]
-        if WANTS_V:
-            b_pt = b_p.to(b_do_left.dtype)
-            b_dv_left = tl.dot(b_pt, b_do_left, b_dv_left, input_precision="ieee")
-            b_dv_right = tl.dot(b_pt, b_do_right, b_dv_right, input_precision="ieee")
-        if WANTS_Q or WANTS_K:
-            b_dp = tl.dot(b_v_left, b_do_left.T, input_precision="ieee")
-            b_dp = tl.dot(b_v_right, b_do_right.T, b_dp, input_precision="ieee")
-            b_ds = (b_p * (b_dp - tl.sum(b_p * b_dp, 0)[None, :]) * SCALE).to(b_q_even.dtype)
-            if WANTS_K:
-                b_dk_even = tl.dot(b_ds, b_q_even, b_dk_even, input_precision="ieee")
-                b_dk_odd = tl.dot(b_ds, b_q_odd, b_dk_odd, input_precision="ieee")
-            if WANTS_Q:
-                b_dq_even = tl.dot(b_ds.T, b_k_even, input_precision="ieee")
-                b_dq_odd = tl.dot(b_ds.T, b_k_odd, input_precision="ieee")
-                _store_rotated_back(p_dq, o_dq + i_head * D, live, b_dq_even, b_dq_odd, b_cos, b_sin, K, D)
-
-    o_kv = (i_frame * LENGTH + row) * (KV_HEADS * D) + i_kv * D
-    if WANTS_K:
-        _store_rotated_back(p_dk, o_kv + column, live, b_dk_even, b_dk_odd, b_cos, b_sin, K, D)
-    if WANTS_V:
-        tl.store(p_dv + o_kv + half, b_dv_left.to(p_dv.dtype.element_ty), mask=live)
-        tl.store(p_dv + o_kv + half + HALF, b_dv_right.to(p_dv.dtype.element_ty), mask=live)
-
-
-# --- launchers ----------------------------------------------------------------------------------------------------
-
-
-# Registers per thread and shared memory for csm-1b (K = 32, d = 128), compiled ahead of time by Triton 3.7; Triton 3.6
-# is within 8 registers of it. Nothing of this has been timed.
-#
-#                      warps   sm_80   sm_86   sm_89   sm_90  sm_100  sm_120   shared     sm_75, fp16
-#   forward   bf16         4     126     128     128     126     128     128   28 KiB    162, 40 KiB
-#   backward  bf16         8     201     201     201     204     204     194   44 KiB    255 + 320 spilled, 40 KiB
-#   forward   fp32         8     198     197     197      80      80      80   64 KiB
-#   backward  fp32         8     254     246     246     248     248     248   84 KiB
-#
-# No spills but that one: Turing has no asynchronous copies, so its loop is not pipelined (see above). The backward on 4
-# warps needs all 255 registers and spills 16 to 32 bytes on sm_100 and 120. Of the sketches before this form, scores as
-# [queries, keys] took the backward 233 to 248 registers on 8 warps (spilling 300 bytes when held to 128, for a second
-# program on a multiprocessor), and two heads in one tile of 64 rows spilled there and cost the forward 190. Where
-# K >= d / 2 Triton lays out the backward's warps worse: K = 64 with d = 128 spills 3 KiB (8 bytes on sm_90), K = 64
-# with d = 64 up to 1.3 KiB, K = 32 with d = 64 up to 16 bytes. Those are right, but not what this file is for.
-
-
-def _num_warps(dtype_bytes: int, backward: bool) -> int:
-    return 8 if backward or dtype_bytes == 4 else 4
-
-
-def _block(length: int) -> int:
-    """Rows of a tile: a power of two, at least the 16 of a tensor core."""
-    block = 16
-    while block < length:
-        block *= 2
-    return block
-
-
-def _meta(q: Tensor, k: Tensor, backward: bool) -> dict:
-    _, length, heads, width = q.shape
-    return {
-        "LENGTH": length,
-        "KV_HEADS": k.shape[2],
-        "GROUP": heads // k.shape[2],
-        "K": _block(length),
-        "D": width,
-        "SCALE": 1 / math.sqrt(width),
-        "num_warps": _num_warps(q.element_size(), backward),
-        "enable_fp_fusion": True,
-    }
-
-
-def _columns_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    _check_for_triton(q, cos)
-    q, k, v = _columns_contiguous(q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel():
-        grid = (q.shape[0] * k.shape[2],)
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        with torch.cuda.device_of(q):
-            _forward_kernel[grid](
-                q, k, v, cos.contiguous(), sin.contiguous(), out, *strides, **_meta(q, k, backward=False)
-            )
-    return out
-
-
-def _launch_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, wants: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv; empty where not wanted."""
-    grad, q, k, v = _columns_contiguous(grad, q, k, v)
-    grads = [
-        torch.empty(x.shape if wanted else 0, dtype=x.dtype, device=x.device)
-        for x, wanted in zip((q, k, v), wants, strict=True)
-    ]
-    if q.numel():
-        grid = (q.shape[0] * k.shape[2],)
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-        flags = dict(zip(("WANTS_Q", "WANTS_K", "WANTS_V"), wants, strict=True))
-        with torch.cuda.device_of(q):
-            _backward_kernel[grid](
-                q, k, v, cos.contiguous(), sin.contiguous(), grad, *grads, *strides, **_meta(q, k, True), **flags
-            )
-    return grads[0], grads[1], grads[2]
-
-
-def _check_for_triton(q: Tensor, cos: Tensor) -> None:
-    if not q.is_cuda and not triton.knobs.runtime.interpret:
-        raise ValueError("depth_attention: impl='triton' needs CUDA tensors, or Triton's interpreter")
-    reason = _why_not_triton(q, cos)
-    if reason:
-        raise ValueError(f"depth_attention: impl='triton' is for {reason}")
-
-
-def _why_not_triton(q: Tensor, cos: Tensor) -> str:
-    """What the kernels ask for and these inputs are not; empty where they run."""
-    if q.dtype not in _TRITON_DTYPES or cos.dtype != torch.float32:
-        return f"bfloat16, float16 and float32 with a float32 table, not {q.dtype} with {cos.dtype}"
-    if q.shape[1] > MAX_LENGTH or q.shape[3] not in HEAD_WIDTHS:
-        return f"at most {MAX_LENGTH} positions and heads of {HEAD_WIDTHS}, not {q.shape[1]} and {q.shape[3]}"
-    if q.is_cuda:
-        # Four to six tiles of K or V are in use at once.
-        needed, there = 6 * _block(q.shape[1]) * q.shape[3] * q.element_size(), _shared_memory(str(q.device))
-        if needed > there:
-            return f"tiles that need {there} bytes of shared memory at most, not {needed}"
-    return ""
-
-
-@torch.compiler.assume_constant_result
-def _shared_memory(device: str) -> int:
-    """Bytes that a block may have: 64 KiB on Turing, at least 99 after it."""
-    return (99 if torch.cuda.get_device_properties(device).major >= 8 else 64) * 1024
-
-
-# --- autograd -----------------------------------------------------------------------------------------------------
+# --- registered operators ---------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("csm_kernels::depth_attention", mutates_args=())
 def _depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _launch_forward(q, k, v, cos, sin)
+    return launch_forward(q, k, v, cos, sin)
 
 
 @_depth_attention.register_fake
@@ -369,7 +50,7 @@ def _(q, k, v, cos, sin):
 def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, wants_q: bool, wants_k: bool, wants_v: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_backward(grad, q, k, v, cos, sin, (wants_q, wants_k, wants_v))
+    return launch_backward(grad, q, k, v, cos, sin, (wants_q, wants_k, wants_v))
 
 
 @_gradients.register_fake
@@ -391,40 +72,36 @@ def _backward(ctx, grad):
 _depth_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- public function ----------------------------------------------------------------------------------------------
+# --- public function --------------------------------------------------------------------------------------------------
 
 
 def depth_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> Tensor:
     """Causal self-attention inside each frame, grouped-query: rotate q and k, then softmax(q k^T / sqrt(d)) v.
 
-    The rotation turns the interleaved pairs (x[2i], x[2i + 1]) in the table's dtype and rounds to the inputs'.
+    The interleaved pairs (x[2i], x[2i + 1]) are rotated in the table's dtype and rounded to the inputs'.
 
     Args:
-        q: [M, K, H, d], before rotation. Any strides; only columns that are not contiguous are copied.
+        q: [M, K, H, d], before rotation. Any strides; columns that are not contiguous are copied.
         k, v: [M, K, Hkv, d], same dtype as ``q``; H is a multiple of Hkv.
         cos, sin: [K, d / 2], no gradient; float32, or float64 for float64 inputs.
-        impl: ``"triton"``: the kernels, for bfloat16, float16 and float32 on CUDA, K up to 64, d of 32, 64 or 128;
-            ``"torch"``: the rotation, then ``scaled_dot_product_attention``, on a CPU ``short_attention``; ``"auto"``:
-            the kernels where they run.
+        impl: "triton": the kernels, for bfloat16, float16 and float32 on CUDA, K up to 64, d of 32, 64 or 128;
+            "torch": PyTorch's operators; "auto": the kernels where they run; or an answer of
+            ``csm_kernels.choice.resolve``.
 
     Returns:
-        [M, K, H, d] in the inputs' dtype; softmax and sums in float32 (float64 for float64 inputs). Saved for the
-        backward: the inputs. Gradients are deterministic with the kernels.
+        [M, K, H, d] in the inputs' dtype; softmax and sums in float32 (float64 for float64 inputs). Only the inputs are
+        saved for the backward pass. Gradients are deterministic with the kernels.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown ``impl``, or ``"triton"`` where the kernels do not run.
-        ImportError: ``"triton"`` without Triton.
+        ValueError: shapes or dtypes that do not fit, an unknown ``impl``, or ``impl="triton"`` with inputs that the
+            kernels do not support.
+        ImportError: ``impl="triton"`` without Triton.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
+    impl = resolve(impl, q.device, q.dtype, why_unsupported, q, cos).impl
     _check(q, k, v, cos, sin)
-    if impl == "auto":
-        impl = "triton" if triton is not None and q.is_cuda and not _why_not_triton(q, cos) else "torch"
-    if impl == "torch":
-        return _reference(q, k, v, cos, sin)
-    if triton is None:
-        raise ImportError("depth_attention: impl='triton' needs the package triton")
-    return _depth_attention(q, k, v, cos, sin)
+    if impl == "triton":
+        return _depth_attention(q, k, v, cos, sin)
+    return (_on_cpu if impl == "cpu" else _reference)(q, k, v, cos, sin)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csm_kernels.choice import resolve
 from csm_kernels.gpu import frame_embed as kernels
-
-IMPLS = ("auto", "triton", "torch")
 
 # --- reference ----------------------------------------------------------------------------------------------------
 
@@ -351,21 +350,12 @@ def frame_embed_with_codes(
     Returns:
         [N, D] as ``frame_embed``'s, and [M, K - 1, D]: ``audio_table[tokens[frames, k] + k * V]`` for k < K - 1.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, not {impl!r}")
-    if impl == "auto":
-        known = text_table.dtype in kernels.DTYPES and audio_table.dtype in kernels.DTYPES
-        impl = "triton" if kernels.triton is not None and audio_table.is_cuda and known else "torch"
+    dtype = torch.promote_types(text_table.dtype, audio_table.dtype)
+    impl = resolve(impl, audio_table.device, dtype).impl
     if any(rows is not None for rows in into):
-        if impl != "torch" or sparse or not _is_cpu(tokens):
+        if impl != "cpu" or sparse:
             raise ValueError("frame_embed: a RowGradient is for impl='torch' on a CPU, without sparse gradients")
         return _IntoRows.apply(tokens, is_audio, frames, text_table, audio_table, *into)
-    if impl == "torch" and not _is_cpu(tokens):
+    if impl == "reference":
         return _reference(tokens, is_audio, frames, text_table, audio_table, sparse)
-    if impl == "triton" and kernels.triton is None:
-        raise ImportError("frame_embed: impl='triton' needs the package triton")
     return _frame_embed(tokens, is_audio, frames, text_table, audio_table, sparse, impl == "triton")
-
-
-def _is_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"

@@ -374,7 +374,9 @@ def test_stores_that_do_not_fit_the_model(tmp_path, refused):
 
 def test_conversations_that_do_not_fit(tmp_path, refused, monkeypatch):
     prepare(tmp_path)
-    monkeypatch.setattr("csm_fast.train.loop.starting_model", lambda *_: pytest.fail("made before the packs were"))
+    monkeypatch.setattr(
+        "csm_fast.train.setup.load_starting_model", lambda *_: pytest.fail("made before the packs were")
+    )
     refused(train(tmp_path, pack_rows=9), "tokens/train: conversation", "a pack here holds 9", "raise --pack-rows to")
     refused(train(tmp_path, batch_rows=20), "needs 2", "--batch-rows is 20", "raise --batch-rows to at least")
     (tmp_path / "short.yaml").write_text(
@@ -628,7 +630,7 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
             "free some space and run the same command again",
             keep=saved,
         )
-    assert ckpt.complete(saved) and ckpt.complete(tmp_path / "run" / "last")
+    assert ckpt.read_if_complete(saved) and ckpt.read_if_complete(tmp_path / "run" / "last")
     assert not list((tmp_path / "run").glob(".step*"))
     assert cli.main(train(tmp_path, max_steps=3, save_every=1)) == 0
     whole, pieces = contents(tmp_path / "alone"), contents(tmp_path / "run")
@@ -639,7 +641,7 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
 def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
     assert cli.main(train(prepare(tmp_path), max_steps=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.train.loop.write_file", no_space)
+        patch.setattr("csm_fast.report.metrics.write_file", no_space)
         refused(train(tmp_path, max_steps=2), "run: the run could not be started: the disk is full", "free some space")
     with monkeypatch.context() as patch:
         patch.setattr("csm_fast.report.summary.plot", no_space)
@@ -657,7 +659,7 @@ def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
         return real(path, mode, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.train.loop.open", full, raising=False)
+        patch.setattr("csm_fast.report.metrics.open", full, raising=False)
         refused(
             train(tmp_path, max_steps=5),
             "run: metrics.jsonl could not be written: the disk is full",

@@ -23,7 +23,7 @@ from csm_fast.train.optim.rounding import TILE, Draws, drawing
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-LIBRARY = pytest.param("library", marks=pytest.mark.skipif(not native.is_built(), reason=native.reason()))
+LIBRARY = pytest.param("library", marks=pytest.mark.skipif(not native.is_built(), reason=native.describe_library()))
 KERNEL = ["interpreter", pytest.param("cuda", marks=GPU)]
 FORMS = [LIBRARY, *KERNEL]
 needs_bitsandbytes = pytest.mark.skipif(
@@ -69,7 +69,7 @@ def running(form: str):
         with ops.using("torch"), native.left_out():
             yield None
     else:
-        assert form != "cuda" or ops.chosen("cuda")[0] == "triton"
+        assert form != "cuda" or ops.choose("adamw", "cuda", F32).impl == "triton"
         yield None
 
 
@@ -268,7 +268,7 @@ def test_another_hand_in_the_state_is_seen(form):
         assert change is one_row or not torch.equal(results[0][3], start(40, 1024, device=device_of(form))[3])
 
 
-@pytest.mark.skipif(not native.is_built(), reason=native.reason())
+@pytest.mark.skipif(not native.is_built(), reason=native.describe_library())
 def test_another_form_goes_on_with_the_same_state():
     results = []
     for forms in (("interpreter", "library", "interpreter"), ("PyTorch",) * 3):
@@ -329,7 +329,7 @@ def test_a_backward_pass_with_weights_of_before_is_refused(form):
         y.backward()
 
 
-@pytest.mark.skipif(not native.is_built(), reason=native.reason())
+@pytest.mark.skipif(not native.is_built(), reason=native.describe_library())
 def test_the_library_takes_only_what_it_can_read():
     weight = torch.ones(8, 4)
     zeros = [torch.zeros(8, 4) for _ in range(3)]
@@ -417,7 +417,7 @@ def test_a_scale_divides_the_gradients(form, dtype):
 
 def test_threads_change_nothing(all_threads):
     if not native.is_built():
-        pytest.skip(native.reason())
+        pytest.skip(native.describe_library())
     most = torch.get_num_threads()
     results = []
     for threads in {1, most, 3}:

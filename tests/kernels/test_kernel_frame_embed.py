@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from csm_kernels import frame_embed as module
+from csm_kernels.choice import Choice
 from csm_kernels.frame_embed import frame_embed, frame_embed_with_codes
 from csm_kernels.gpu import frame_embed as kernels
+from csm_kernels.gpu import jit
 from kernel_cases import DTYPES, assert_within_budget, interpreted, poisoned
 
 TEXT, VOCAB, CODEBOOKS, WIDTH = 23, 11, 5, 12
@@ -42,7 +44,7 @@ def case(rows: int, share: float, dtype=torch.float64, seed: int = 0):
 def form(request, monkeypatch):
     """Both PyTorch forms: that of CPUs, and that of devices whose host must not wait."""
     if request.param == "reference":
-        monkeypatch.setattr(module, "_is_cpu", lambda _: False)
+        monkeypatch.setattr(module, "resolve", lambda *_: Choice("reference", "as asked"))
 
 
 both_forms = pytest.mark.usefixtures("form")
@@ -459,7 +461,7 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="CUDA"):
         frame_embed(tokens, is_audio, text.float(), audio.float(), impl="triton")
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(jit, "triton", None)
     with pytest.raises(ImportError, match="needs the package triton"):
         frame_embed(tokens, is_audio, text.float(), audio.float(), impl="triton")
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from csm_kernels import packed_attention as module
 from csm_kernels.cpu import folded_attention
-from csm_kernels.packed_attention import packed_attention, plan
+from csm_kernels.packed_attention import packed_attention
+from csm_kernels.segments import _plan_from_bytes, plan_segments
 from kernel_cases import assert_within_budget, poisoned
 
 LAYOUTS = {
@@ -58,23 +59,22 @@ def per_segment_sdpa(q, k, v, lengths):
     return torch.cat(out)
 
 
-def by_formula(monkeypatch):
-    """As on a device that has no variable-length kernels."""
-    monkeypatch.setattr(module, "_on_cpu", lambda q: False)
+def implementation(monkeypatch, form: str) -> str:
+    """``impl`` of a form; "formula": as on a device that has no variable-length kernels."""
+    if form == "blocks":
+        monkeypatch.setattr(folded_attention, "WHOLE", 0)
+        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
+    return "reference" if form == "formula" else "auto"
 
 
 @pytest.mark.parametrize("form", ["folded", "blocks", "formula"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_output_and_gradients(monkeypatch, lengths, heads, form):
-    if form == "formula":
-        by_formula(monkeypatch)
-    elif form == "blocks":
-        monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
+    impl = implementation(monkeypatch, form)
     inputs, grad = case(lengths, heads)
     with poisoned():
-        out = packed_attention(*inputs, cumulative(lengths), max(lengths))
+        out = packed_attention(*inputs, cumulative(lengths), max(lengths), impl)
         got = torch.autograd.grad(out, inputs, grad)
     want = naive(*inputs, lengths)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
@@ -86,15 +86,11 @@ def test_output_and_gradients(monkeypatch, lengths, heads, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [LAYOUTS["ragged"], LAYOUTS["long and short"]])
 def test_errors_are_those_of_pytorch_in_the_same_dtype(monkeypatch, lengths, dtype, form):
-    if form == "formula":
-        by_formula(monkeypatch)
-    elif form == "blocks":
-        monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))  # in steps of 32
+    impl = implementation(monkeypatch, form)
     inputs, grad = case(lengths, width=16, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     out, truth, same = (
-        packed_attention(*inputs, cumulative(lengths), max(lengths)),
+        packed_attention(*inputs, cumulative(lengths), max(lengths), impl),
         naive(*wide, lengths),
         per_segment_sdpa(*inputs, lengths),
     )
@@ -110,36 +106,31 @@ def test_errors_are_those_of_pytorch_in_the_same_dtype(monkeypatch, lengths, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(monkeypatch, dtype, form):
     """What is widened inside stays wide, in the forward pass, which runs under autocast, as in the backward pass."""
-    if form == "formula":
-        by_formula(monkeypatch)
-    elif form == "blocks":
-        monkeypatch.setattr(folded_attention, "WHOLE", 0)
-        monkeypatch.setattr(folded_attention, "QUERY_ROWS", (1, 1))
+    impl = implementation(monkeypatch, form)
     lengths = LAYOUTS["ragged"]
     inputs, grad = case(lengths, width=16, dtype=dtype)
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = packed_attention(*inputs, cumulative(lengths), max(lengths))
+            out = packed_attention(*inputs, cumulative(lengths), max(lengths), impl)
         results.append([out, *torch.autograd.grad(out, inputs, grad)])
     assert all(map(torch.equal, *results))
 
 
 def test_scores_in_pieces(monkeypatch):
     """Of groups whose scores would take too much memory at once."""
-    by_formula(monkeypatch)
     lengths = (30, 28, 29, 30, 4, 27)
     inputs, grad = case(lengths)
-    want = packed_attention(*inputs, cumulative(lengths), 30)
+    want = packed_attention(*inputs, cumulative(lengths), 30, "reference")
     monkeypatch.setattr(module, "GROUP_SCORES", 2 * 6 * 30 * 30)
     sizes = []
     form = module.attention_reference
     monkeypatch.setattr(module, "attention_reference", lambda q, *kv: sizes.append(len(q)) or form(q, *kv))
-    got = packed_attention(*inputs, cumulative(lengths), 30)
+    got = packed_attention(*inputs, cumulative(lengths), 30, "reference")
     assert sizes == [1, 2, 2, 1]
     sizes.clear()
     monkeypatch.setattr(module, "GROUP_SCORES", 2 * 30 * 30)  # a key-value head of a segment at a time
-    by_head = packed_attention(*inputs, cumulative(lengths), 30)
+    by_head = packed_attention(*inputs, cumulative(lengths), 30, "reference")
     assert sizes == [1] + [1] * 5 * inputs[1].shape[1]
     torch.testing.assert_close(by_head, want, rtol=1e-12, atol=1e-12)
     both = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in (by_head, want))
@@ -195,23 +186,23 @@ def test_opcheck(lengths, dtype):
     inputs, _ = case(lengths, dtype=dtype)
     cu = cumulative(lengths)
     tolerance = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
-    torch.library.opcheck(torch.ops.csm_kernels.packed_attention.default, (*inputs, cu), **tolerance)
+    torch.library.opcheck(torch.ops.csm_kernels.packed_attention.default, (*inputs, cu, True), **tolerance)
     q, k, v = (x.detach() for x in inputs)
-    out, lse = torch.ops.csm_kernels.packed_attention(q, k, v, cu)
-    args = (torch.randn_like(q), q, k, v, cu, out, lse)
+    out, lse = torch.ops.csm_kernels.packed_attention(q, k, v, cu, True)
+    args = (torch.randn_like(q), q, k, v, cu, out, lse, True)
     torch.library.opcheck(torch.ops.csm_kernels.packed_attention_backward.default, args, **tolerance)
 
 
 def test_a_plan_is_made_once_and_serves_training_after_inference():
     lengths = (5, 3, 17, 16, 1)
     inputs, grad = case(lengths)
-    module._plan.cache_clear()
+    _plan_from_bytes.cache_clear()
     with torch.inference_mode():
         packed_attention(*inputs, cumulative(lengths), 17)
     packed_attention(*inputs, cumulative(lengths), 17).backward(grad)
-    assert module._plan.cache_info().misses == 1 and module._plan.cache_info().hits == 2
-    made = plan([0, *accumulate(lengths)])
-    assert made is plan(cumulative(lengths))
+    assert _plan_from_bytes.cache_info().misses == 1 and _plan_from_bytes.cache_info().hits == 2
+    made = plan_segments([0, *accumulate(lengths)])
+    assert made is plan_segments(cumulative(lengths))
     groups = made.groups
     assert groups is made.groups and sorted(groups.index[groups.restore].tolist()) == list(range(sum(lengths)))
     assert sum(segments for segments, _ in groups.shapes) == len(lengths)
@@ -222,7 +213,7 @@ def test_a_plan_is_made_once_and_serves_training_after_inference():
 @pytest.mark.parametrize("cu", [[1, 4], [0], [0, 0], [0, 3, 2, 4], []])
 def test_what_is_no_layout_is_refused(cu):
     with pytest.raises(ValueError, match="rise from 0"):
-        plan(cu)
+        plan_segments(cu)
 
 
 def test_a_layout_of_another_pack_is_refused():
@@ -242,7 +233,7 @@ def stub(monkeypatch, name, **functions):
 
 
 def reference(q, k, v, cu):
-    return torch.ops.csm_kernels.packed_attention(q, k, v, cu)[0]
+    return torch.ops.csm_kernels.packed_attention(q, k, v, cu, True)[0]
 
 
 @pytest.mark.parametrize("library", ["flash-attn", "torch", "torch 2.11"])

@@ -7,12 +7,10 @@ import torch
 from kernel_cases import interpreted, poisoned
 from model_cases import MICRO_32, MemoryStore, random_conversations, random_model
 
-from csm_fast import cli, ops
-from csm_fast.commands import doctor
+from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
-from csm_fast.system.device import resolve_precision
 
 
 def train(impl: str, steps: int = 10) -> list[float]:
@@ -49,16 +47,19 @@ def test_ten_steps_on_the_kernels_are_ten_steps_without():
 
 
 def test_using_is_nested_checked_and_undone():
-    assert ops.chosen("cpu")[0] == "torch"
+    def chosen(device: str, dtype: torch.dtype = torch.bfloat16) -> str:
+        return ops.choose("frame_embed", device, dtype).impl
+
+    assert chosen("cpu") == "cpu"
     with ops.using("triton"):
-        assert ops.chosen("cpu") == ("triton", "asked for")
+        assert ops.choose("frame_embed", "cpu", torch.bfloat16) == ("triton", "asked for")
         with ops.using("torch"):
-            assert ops.chosen("cuda")[0] == "torch"
-        assert ops.chosen("cpu")[0] == "triton"
-    assert ops.chosen("cpu")[0] == "torch"
-    with pytest.raises(ValueError, match="impl is 'gpu'"), ops.using("gpu"):
+            assert chosen("cuda") == "reference"
+        assert chosen("cpu") == "triton"
+    assert chosen("cpu") == "cpu"
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, torch, not 'gpu'"), ops.using("gpu"):
         pass
-    assert ops.chosen("cuda", torch.float64) == ("torch", "float64: the kernels compute in float32")
+    assert ops.choose("adamw", "cuda", torch.float64) == ("reference", "float64: the kernels compute in float32")
 
 
 def test_using_reaches_the_threads_of_backward_passes():
@@ -68,24 +69,3 @@ def test_using_reaches_the_threads_of_backward_passes():
         thread.start()
         thread.join()
     assert seen == ["triton"] and ops.asked() == "auto"
-
-
-def test_doctor_says_what_was_chosen_and_what_to_type(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    for words in (torch.__version__, "precision", "kernels", "attention", "bitsandbytes", "next: csm-fast pretokenize"):
-        assert words in text
-    (tmp_path / "tokens" / "train").mkdir(parents=True)
-    cli.main(["doctor"])
-    assert "next: csm-fast-train --data tokens" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("has_instructions", [True, False])
-def test_a_cpu_trains_in_bf16_only_with_instructions_for_it(monkeypatch, has_instructions):
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: has_instructions, raising=False)
-    precision = resolve_precision("auto", torch.device("cpu"))
-    assert precision == ("bf16" if has_instructions else "fp32")
-    (line,) = (x for x in doctor.report(doctor.examine() | {"precision": precision}) if x.startswith("precision"))
-    assert ("no fast bf16" in line) is not has_instructions

@@ -23,10 +23,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from csm_kernels import frame_embed as frame_embed_module
+from csm_kernels import head_chunks
 from csm_kernels import linear_cross_entropy as linear_cross_entropy_module
 from csm_kernels.constants import HEAD_COLUMNS, LOGITS_BUDGET
 from csm_kernels.cpu import folded_attention, native
-from csm_kernels.cpu import passes as cpu_passes
 from csm_kernels.linear_cross_entropy import linear_cross_entropy
 from kernel_cases import interpreted
 from model_cases import TINY, one_layer, padded, quick_model, random_conversations
@@ -152,7 +152,7 @@ def tiny_tiles(monkeypatch):
     """Scores, wide logits and sums of embeddings come in pieces of a size for true widths: of these, one is a pack."""
     monkeypatch.setattr(folded_attention, "FOLDED_SCORES", 2**12)
     monkeypatch.setattr(frame_embed_module, "_PIECE_BYTES", 2**14)
-    monkeypatch.setattr(cpu_passes, "SOFTMAX_BUDGET", 2**11)
+    monkeypatch.setattr(head_chunks, "SOFTMAX_BUDGET", 2**11)
 
 
 @pytest.mark.parametrize("byte_budget", [2**12, LOGITS_BUDGET], ids=["4 KiB", "default"])
@@ -263,7 +263,7 @@ def test_csm_1b_heads_within_the_budget(monkeypatch, all_threads, wide_model, im
     with_budget(monkeypatch, byte_budget)
     _, pack = batch_and_pack(wide_model.config, CLIPS_1B)
     if impl == "library" and not native.is_built():
-        pytest.skip(native.reason())
+        pytest.skip(native.describe_library())
     form = native.left_out() if impl == "torch" else contextlib.nullcontext()
     with form, interpreted() as launches, ops.using("triton" if impl == "triton" else "torch"):
         t = tracked(wide_model, lambda: heads_alone(wide_model, pack))

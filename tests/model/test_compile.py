@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from csm_kernels import packed_attention, pointwise
+from csm_kernels.choice import Choice
 from model_cases import MemoryStore, random_conversations, random_model
 from torch._dynamo.utils import counters
 from train_cases import config
@@ -58,7 +59,7 @@ def step(model, pack, autocast=False):
 @pytest.fixture(autouse=True)
 def plain_forms(monkeypatch):
     """What a compiled layer is traced from, for the eager one too: then both round alike."""
-    monkeypatch.setattr(pointwise, "_few_passes", lambda _: False)
+    monkeypatch.setattr(pointwise, "choose_pointwise", lambda device: Choice("reference", "as compiled"))
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_an_epoch_of_ragged_packs_recompiles_nothing(autocast, checkpointing):
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int) -> torch.Tensor:
     most = int(cu.diff().max())
     assert most == longest
-    return torch.ops.csm_kernels.packed_attention(q, k, v, cu)[0]
+    return torch.ops.csm_kernels.packed_attention(q, k, v, cu, True)[0]
 
 
 @varlen.register_fake
@@ -224,7 +225,7 @@ def test_inductor_computes_the_same_losses_and_recompiles_nothing():
 
 
 def test_a_run_with_the_flag_learns_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("csm_fast.train.loop.compile_layers", partial(compile_layers, backend="aot_eager"))
+    monkeypatch.setattr("csm_fast.train.setup.compile_layers", partial(compile_layers, backend="aot_eager"))
     curves = []
     for choice in ("off", "on"):
         train(config(tmp_path, output_dir=str(tmp_path / choice), compile=choice, n_epochs=1))

@@ -180,8 +180,8 @@ class AdamW(torch.optim.Optimizer):
             state.update(self.initial_state(p))
         step, skip = state["step"].add_(1), self.found_inf
         draws = drawing(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
-        form = ops.adamw_form(p, grad, state["exp_avg"])
-        if form == "torch":
+        form = ops.choose("adamw", p.device, p.dtype, p, grad, state["exp_avg"]).impl
+        if form == "reference":
             self._live.forget(p)
             self._update_in_chunks(p, grad, group, state, draws)
         else:

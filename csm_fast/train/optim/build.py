@@ -58,7 +58,7 @@ def make_optimizer(model: nn.Module, section: OptimizerSection, seed: int = 0) -
     groups = parameter_groups(model, section.weight_decay)
     lr, betas, eps = peak_learning_rate(section), (section.beta1, section.beta2), section.adam_eps
     trained = [p for group in groups for p in group["params"]]
-    ours = all(ops.adamw_form(p, p, p) == "library" for p in trained)
+    ours = all(ops.choose("adamw", p.device, p.dtype, p, p, p).impl == "cpu" for p in trained)
     if section.optimizer == "adamw" and section.weights == "fp32" and not ours:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     rounding = "stochastic" if section.weights == "fp32" else section.weights.removeprefix("bf16-")

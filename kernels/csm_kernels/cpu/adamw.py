@@ -1,5 +1,5 @@
-"""An update of AdamW on a CPU in one pass over memory, and the norm of gradients, by the library built for this
-processor (``adamw.cpp``). Where there is none, PyTorch's operators do both, in the callers."""
+"""An update of AdamW and sums of squares on a CPU, each in one pass over memory of the C++ library (``adamw.cpp``).
+Without the library the callers use PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from csm_kernels.cpu.passes import nothing, operator
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def serves_adamw(weight: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
-    """Whether ``adamw_`` takes these: on a CPU, bf16 or float32, with moments in float32."""
-    there = weight.device.type == "cpu" and exp_avg.dtype == FP32
-    return there and native.function("adamw", weight.dtype, grad.dtype) is not None
+def supports_update(weight: torch.dtype, grad: torch.dtype | None = None, moments: torch.dtype = FP32) -> bool:
+    """Whether ``adamw_`` updates weights of this dtype by gradients (``weight``'s dtype by default) and moments of
+    these."""
+    return moments == FP32 and native.function("adamw", weight, grad or weight) is not None
 
 
 def _is(x: Tensor, dtype: torch.dtype, numel: int) -> bool:
-    """Whether the library may read ``numel`` numbers of this type from where it begins."""
+    """Whether the library may read ``numel`` elements of this type from its memory."""
     return x.dtype == dtype and x.numel() == numel and x.is_contiguous() and x.device.type == "cpu"
 
 
@@ -52,23 +52,10 @@ def adamw_(
     salt: int,
     tiles: int,
 ) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) in float32, in place; the mathematics of ``torch.optim.AdamW``.
-
-    Args:
-        weight: any shape, contiguous, bf16 or float32.
-        grad: like ``weight``.
-        exp_avg, exp_avg_sq: like ``weight`` in float32.
-        compensation: like ``weight`` in bf16, what rounding took off it (Kahan); or None.
-        live: uint8 [rows] or None: rows of ``weight`` [rows, ...] that never had a gradient are not updated, which is
-            the same where nothing decays. Those that now have one are marked.
-        step: [] float32, the number of this update, from 1.
-        found_inf: [] float32; where it is 1, nothing happens.
-        grad_scale: [] float32 that the gradient is divided by.
-        stochastic: round bf16 weights stochastically, by the draws of ``counters``, ``salt`` and ``tiles``
-            (``csm_fast.train.optim.rounding.Draws``), and else to nearest.
+    """As in ``csm_kernels.adamw``, with moments in float32; ``live`` has a mark for each row of ``weight``.
 
     Raises:
-        RuntimeError: types that there is no form for, or tensors that are not contiguous.
+        RuntimeError: types that the library does not support, or tensors that are not contiguous.
     """
     run = native.library_function("adamw", weight.dtype, grad.dtype)
     n = weight.numel()
@@ -105,8 +92,11 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
     """[] float64, the same for any number of threads.
 
     Args:
-        x: contiguous, bf16 or float32 (``serves_sum``).
-        rows: int64 [n], which rows of x [rows, d] are added up; None: all of x.
+        x: contiguous, bf16 or float32 (``supports_sums``).
+        rows: int64 [n], the rows of x [rows, d] to add up; None: all of x.
+
+    Raises:
+        RuntimeError: another type, or not contiguous.
     """
     run = native.library_function("sums_of_squares", x.dtype)
     if run is None or not x.is_contiguous():
@@ -119,6 +109,6 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
     return sums.sum()
 
 
-def serves_sum(x: Tensor) -> bool:
-    """Whether ``sum_of_squares`` takes it."""
-    return x.device.type == "cpu" and x.is_contiguous() and native.function("sums_of_squares", x.dtype) is not None
+def supports_sums(dtype: torch.dtype) -> bool:
+    """Whether ``sum_of_squares`` adds up contiguous tensors of this dtype."""
+    return native.function("sums_of_squares", dtype) is not None

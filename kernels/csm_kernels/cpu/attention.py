@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu.folded_attention import Fold
 from csm_kernels.cpu.passes import gathered, operator, rotated, rotated_back
+from csm_kernels.dtypes import wide_dtype
 
 # Columns of a register: what a head's width must be a multiple of.
 LANES = 16
@@ -67,7 +68,7 @@ def uniform_order(segments: int, rows: int, heads: int, kv_heads: int) -> Order:
 # --- the library's ----------------------------------------------------------------------------------------------------
 
 
-def _serves(q: Tensor, cos: Tensor | None, order: Order, width: int) -> bool:
+def _supports_rows(q: Tensor, cos: Tensor | None, order: Order, width: int) -> bool:
     if width % LANES or (cos is not None and cos.dtype != torch.float32):
         return False
     # Batched products of a long segment are shared by all threads.
@@ -218,7 +219,7 @@ def forward(
     if order.bounds[-1].item() != q.shape[0]:  # the library would read and write behind the rows
         raise ValueError(f"the segments end at {int(order.bounds[-1])}, but there are {q.shape[0]} rows")
     factor = width**-0.5
-    if not _serves(q, cos, order, width):
+    if not _supports_rows(q, cos, order, width):
         return _forward_folded(q, k, v, cos, sin, order, width)
     if cos is None or sin is None:
         q, factor = q * factor, 1.0
@@ -291,3 +292,26 @@ def _backward_folded(
         return dq, gathered(dk, fold.keys_back).view(dv.shape), dv
     dq = rotated_back(dq, fold.queries_back, cos, sin, factor, order.heads)
     return dq, rotated_back(dk, fold.keys_back, cos, sin, 1.0, order.kv_heads), dv
+
+
+# --- for a registered operator, which keeps no ``Kept`` ---------------------------------------------------------------
+
+
+def forward_with_sums(q: Tensor, k: Tensor, v: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+    """Attention of q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d], and for ``backward_with_sums`` the
+    logarithms of the rows' sums of exponentials, [T, heads] in the wide dtype: zeros where rows are folded."""
+    kept, out = forward(q.flatten(1), k.flatten(1), v.flatten(1), None, None, order, q.shape[-1])
+    wide = wide_dtype(q.dtype)
+    sums = q.new_zeros(q.shape[:2], dtype=wide) if kept.logs is None else kept.logs.t().contiguous()
+    return out.view(q.shape), sums
+
+
+def backward_with_sums(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, order: Order
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward_with_sums`` for q, k and v."""
+    width, logs = q.shape[-1], sums.t().contiguous() if sums.any() else None
+    kept = keep(q.flatten(1), k.flatten(1), v.flatten(1), logs, order, width)
+    grads = backward(grad.flatten(1), out.flatten(1), None, kept, None, None, order, width)
+    dq, dk, dv = (g.view(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv

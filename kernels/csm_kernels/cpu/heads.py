@@ -1,5 +1,9 @@
-"""Many linear heads over the same few rows and their cross-entropies on a CPU: one call of the library built for this
-processor (``heads.cpp``), in bf16 on processors with AMX or AVX512-BF16."""
+"""Linear heads over the same rows and their cross-entropies on a CPU.
+
+Many heads over few rows are one call of the C++ library (``heads.cpp``), in bf16 on processors with AMX or AVX512-BF16.
+Other heads in bf16 on these processors go one after the other through the library's matrix products and softmax. What
+the library does not multiply goes in chunks of several heads through PyTorch's products.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,88 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from csm_kernels import head_chunks
 from csm_kernels.cpu import native
 from csm_kernels.cpu.attention import LANES
-from csm_kernels.cpu.passes import operator
+from csm_kernels.cpu.linear import product, supports_products
+from csm_kernels.cpu.passes import cross_entropy_, operator
+from csm_kernels.head_chunks import chunk_sizes, slices
 
 
-def serves(hidden: Tensor, weight: Tensor, targets: Tensor, byte_budget: int) -> bool:
-    """Whether ``heads_cross_entropy`` takes these: a head for every thread, and the logits of so many, which it has
-    twice, within the budget."""
+def losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    scale: float,
+    byte_budget: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in ``head_chunks.losses_and_gradients``."""
+    if supports_heads(hidden, weight, byte_budget):
+        return heads_cross_entropy(hidden, weight, targets, weights, scale, wants_hidden, wants_weight)
+    inputs = (hidden, weight, targets, weights, scale, byte_budget, wants_hidden, wants_weight)
+    if supports_products(hidden.dtype):
+        return _one_by_one(*inputs)
+    return head_chunks.losses_and_gradients(*inputs, cross_entropy_)
+
+
+# --- one head after the other -----------------------------------------------------------------------------------------
+
+
+def _one_by_one(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    scale: float,
+    byte_budget: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, width = hidden.shape
+    vocab, wide = weight.shape[-1], weights.dtype
+    total_bytes = width * vocab * wide.itemsize if wants_weight else 0
+    some_rows, _ = chunk_sizes(rows, heads, vocab * hidden.element_size(), 0, total_bytes, byte_budget)
+    is_whole = some_rows == rows
+    is_product = is_whole and heads == 1  # then one product is the gradient of the weight, and is not copied
+    per_head = weights.new_zeros(heads)
+    grad_hidden, grad_weight = head_chunks.empty_gradients(
+        hidden, weight, wants_hidden, wants_weight and not is_product
+    )
+    for c in range(heads):
+        w = weight[c]
+        total = None if is_whole or not wants_weight else torch.zeros(w.shape, dtype=wide)
+        for at in slices(rows, some_rows):
+            h = hidden[at, c]
+            logits = product(h, w)
+            losses = cross_entropy_(logits, targets[at, c], weights[at, c], wants_hidden or wants_weight, scale)
+            per_head[c] += losses.sum()
+            if wants_hidden:
+                grad_hidden[at, c] = product(logits, w.t())
+            if total is not None:
+                total += product(h.t(), logits)
+            elif is_product and wants_weight:
+                grad_weight = _weight_gradient(h, logits, w).unsqueeze(0)
+            elif wants_weight:
+                grad_weight[c] = _weight_gradient(h, logits, w)
+        if total is not None:
+            grad_weight[c] = total
+    return per_head, grad_hidden, grad_weight
+
+
+def _weight_gradient(h: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """h^T grad [D, V], with the strides of ``weight``."""
+    return product(h.t(), grad) if weight.stride(-1) == 1 else product(grad.t(), h).t()
+
+
+# --- many heads in one call -------------------------------------------------------------------------------------------
+
+
+def supports_heads(hidden: Tensor, weight: Tensor, byte_budget: int) -> bool:
+    """Whether ``heads_cross_entropy`` supports these: there is a head for every thread, and the logits of one head per
+    thread, which it holds twice, fit the budget."""
     rows, heads, width = hidden.shape
     threads = torch.get_num_threads()
     if native.function("heads_cross_entropy", hidden.dtype) is None or weight.dtype != hidden.dtype:
@@ -36,10 +114,11 @@ def _without_data(
     _: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses = hidden.new_empty(hidden.shape[1], dtype=torch.float32)
-    return losses, *_results(hidden, weight, wants_hidden, wants_weight)
+    return losses, *_empty_gradients(hidden, weight, wants_hidden, wants_weight)
 
 
-def _results(hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
+def _empty_gradients(hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
+    """As ``head_chunks.empty_gradients``, that of ``hidden`` always contiguous."""
     return (
         hidden.new_empty(hidden.shape if wants_hidden else 0),
         torch.empty_like(weight) if wants_weight else hidden.new_empty(0),
@@ -64,7 +143,7 @@ def _heads_cross_entropy(
     rows, heads, width = hidden.shape
     vocab = weight.shape[-1]
     losses = hidden.new_empty(heads, dtype=torch.float32)
-    grad_hidden, grad_weight = _results(hidden, weight, wants_hidden, wants_weight)
+    grad_hidden, grad_weight = _empty_gradients(hidden, weight, wants_hidden, wants_weight)
     run = native.library_function("heads_cross_entropy", hidden.dtype)
     bad = run(
         hidden.data_ptr(),

@@ -87,7 +87,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
 
 
-def serves(dtype: torch.dtype) -> bool:
+def supports_products(dtype: torch.dtype) -> bool:
     """Whether products of this dtype are the library's."""
     return native.function("product", dtype) is not None
 

@@ -125,7 +125,7 @@ def is_built() -> bool:
     return _load()[0] is not None
 
 
-def reason() -> str:
+def describe_library() -> str:
     """Which compiler built the library, or why there is none."""
     return _load()[1]
 

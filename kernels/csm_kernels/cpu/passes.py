@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_kernels.constants import SOFTMAX_BUDGET
+from csm_kernels import head_chunks
 from csm_kernels.cpu import native
 from csm_kernels.cpu.native import threads
 from csm_kernels.dtypes import wide_dtype
@@ -335,33 +335,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad:
     Raises:
         RuntimeError: a target outside of [0, V).
     """
-    losses = torch.empty_like(weights, memory_format=torch.contiguous_format)
     if run := native.function("cross_entropy", logits.dtype, targets.dtype, weights.dtype):
+        losses = torch.empty_like(weights, memory_format=torch.contiguous_format)
         targets, weights = targets.contiguous(), weights.contiguous()
         pointers = (x.data_ptr() for x in (logits, targets, weights, losses))
         bad = run(*pointers, scale, wants_grad, *logits.shape, threads(logits.numel()))
         if bad >= 0:
             raise RuntimeError(f"target {targets[bad]} of row {bad} is out of bounds for {logits.shape[1]} classes")
         return losses
-    plain_cross_entropy_(logits, targets, weights, losses, wants_grad, scale)
-    return losses
-
-
-def plain_cross_entropy_(
-    logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, wants_grad: bool, scale: float
-) -> None:
-    """``cross_entropy_`` into ``losses`` in PyTorch's operators, on any device."""
-    # Another device takes more at once: there a launch costs what a cache gains here.
-    piece_bytes = SOFTMAX_BUDGET if logits.device.type == "cpu" else 16 * SOFTMAX_BUDGET
-    rows = max(1, piece_bytes // (logits.shape[1] * weights.element_size()))
-    for first in range(0, len(logits), rows):
-        some = slice(first, first + rows)
-        target, weight = targets[some].unsqueeze(1), weights[some].unsqueeze(1)
-        piece = logits[some].to(weights.dtype)
-        picked, highest = piece.gather(-1, target), piece.amax(-1, keepdim=True)
-        p = piece.softmax(-1)
-        # log sum exp from the largest probability, 1 / sum exp(x - highest), which is at least 1 / V.
-        losses[some] = ((highest - p.amax(-1, keepdim=True).log() - picked) * weight).squeeze(1)
-        if wants_grad:
-            p.scatter_add_(-1, target, torch.full_like(target, -1, dtype=p.dtype))
-            torch.mul(p, weight * scale, out=logits[some])
+    return head_chunks.cross_entropy_(logits, targets, weights, wants_grad, scale)

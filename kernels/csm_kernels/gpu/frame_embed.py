@@ -1,8 +1,8 @@
-"""frame_embed's Triton kernels and what launches them; ``frame_embed`` is the operator.
+"""The Triton kernels of ``frame_embed`` and their launchers.
 
-Forward: one pass over what is read. Backward: the (codebook, code) keys are sorted once; each touched table row is the
-sum of its occurrences, in the order of the rows, in float32, written once. No atomics, so the same input gives the
-same bits; nothing waits for the host.
+Forward: one pass over what is read. Backward: the (codebook, code) keys are sorted once. Each touched table row is the
+float32 sum of its occurrences, in the order of the rows, and is written once. There are no atomics, so the same input
+gives the same bits, and the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -10,25 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the PyTorch form needs none
-    triton = None
+from csm_kernels.gpu.jit import KERNEL_DTYPES, jit, tl, triton
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# --- kernels ------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 # Prefixes: n_ count, p_ pointer. A program owns BLOCK_D columns; row numbers are int64 before D multiplies them.
 
-
-def _jit(kernel):
-    """Compiled once per K, D and dtypes: no specialisation on sizes that change from pack to pack."""
-    return (
-        kernel
-        if triton is None
-        else triton.jit(kernel, do_not_specialize=["M", "n_rows", "n_text", "n_first", "vocab"])
-    )
+# Sizes that change from pack to pack.
+_jit = jit("M", "n_rows", "n_text", "n_first", "vocab")
 
 
 @_jit
@@ -49,7 +37,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One row, BLOCK_D columns. Programs next to each other share a row, so table rows are read whole."""
+    """One row, BLOCK_D columns. Neighbouring programs share a row, so table rows are read as a whole."""
     BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     cols = (tl.program_id(0) % BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -60,8 +48,8 @@ def _forward_kernel(
         ids = tl.arange(0, IDS)
         codes = tl.load(p_tokens + ids, mask=ids < K, other=0)
         unknown = tl.max(((codes < 0) | (codes >= vocab)).to(tl.int32), axis=0) != 0
-        # A round is one load of [ROUND, BLOCK_D], of which each lane holds ROUND pieces of 16 bytes, so that several
-        # are in flight before the first is added. (Code by code, ptxas saves registers and keeps two in flight.)
+        # A round is one load of [ROUND, BLOCK_D], of which each lane holds ROUND pieces of 16 bytes: several loads are
+        # in flight before the first is added. With one code per iteration, ptxas saves registers and keeps two.
         for first in range(0, K, ROUND):
             k = first + tl.arange(0, ROUND)
             code = tl.load(p_tokens + k, mask=k < K, other=0)
@@ -103,8 +91,8 @@ def _sum_kernel(
 ):
     """Sum one piece: a run of equal keys, cut where CHUNK divides the position. dtable[r] = sum of grad over r's run.
 
-    A run in one piece is finished here. Of a run in several, each piece leaves a float32 partial sum: a chunk holds at
-    most two such pieces, one that begins with it (slot 2c) and one that begins later and ends with it (slot 2c + 1).
+    A run of one piece is finished here. Each piece of a longer run leaves a float32 partial sum. A chunk holds at most
+    two such pieces: one that begins with the chunk (slot 2c), and one that begins later and ends with it (slot 2c + 1).
     """
     start = tl.load(p_starts + tl.program_id(0))
     end = tl.load(p_starts + tl.program_id(0) + 1)
@@ -153,7 +141,7 @@ def _join_kernel(
     BLOCK_D: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
-    """Sum the partial sums of a run in several pieces. The program at the first cut through a run does it."""
+    """Sum the partial sums of a run of several pieces. The program at the first cut through the run does this."""
     chunk = tl.program_id(0) + 1
     key = tl.load(p_keys + chunk * CHUNK)
     left = tl.load(p_keys + chunk * CHUNK - 1)
@@ -164,7 +152,7 @@ def _join_kernel(
         live = cols < D
         slot = 2 * (chunk - 1) + (tl.load(p_keys + before) != key).to(tl.int32)
         acc = tl.load(p_partial + slot.to(tl.int64) * D + cols, mask=live)
-        inside = chunk > 0  # true, as a tensor
+        inside = chunk > 0  # True, as a tensor
         while inside:
             acc += tl.load(p_partial + (2 * chunk).to(tl.int64) * D + cols, mask=live)
             chunk += 1
@@ -175,17 +163,17 @@ def _join_kernel(
         tl.store(p_out + row * D + cols, acc.to(p_out.dtype.element_ty), mask=live)
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------
-# Fixed configurations, chosen by counting; a lane always loads 16 bytes of bfloat16 at once.
+# --- launchers --------------------------------------------------------------------------------------------------------
+# Fixed configurations, chosen by counting. A lane loads 16 bytes of bfloat16 at once.
 
-# 1,024 columns in 4 warps: 8 per lane. On sm_90 that takes 40 registers, so 12 programs share an SM; about 4 of a
-# round's loads are in flight at a time (read from the machine code): 96 KiB per SM of an H200, where bandwidth times
-# latency (4.3 TB/s x 1 us / 132) asks for 33 KiB. More columns or longer rounds would cost programs.
+# 1,024 columns in 4 warps: 8 per lane. On sm_90 this takes 40 registers, so 12 programs share an SM. The machine code
+# keeps about 4 loads of a round in flight: 96 KiB per SM of an H200, where bandwidth times latency (4.3 TB/s x 1 us /
+# 132) needs 33 KiB. More columns or longer rounds would reduce the number of programs.
 _FORWARD = {"block_d": 1024, "round": 8}
-# Each row of the gradient is read once per codebook. Columns are the slow axis of the grid, so 512 of them at a time
-# make the part in use small enough for the L2 cache (16,384 rows x 1 KiB). Runs are short: 8 on average there.
+# Each row of the gradient is read once per codebook. Columns are the slow axis of the grid, so the part in use at once
+# is 512 columns wide and fits the L2 cache (16,384 rows x 1 KiB). Runs are short: 8 on average for that many rows.
 _BACKWARD = {"block_d": 512, "round": 8}
-# A piece is at most 256 additions, 32 rounds of loads one after the other; scratch is two float32 rows per 256 keys.
+# A piece is at most 256 additions, in 32 consecutive rounds of loads. Scratch is two float32 rows per 256 keys.
 _CHUNK = 256
 
 
@@ -196,10 +184,15 @@ def _columns(width: int, block_d: int) -> tuple[int, int, int]:
 
 
 def launch_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor) -> Tensor:
+    """The sum of each row's live embeddings, [N, D]; shapes as in ``frame_embed``.
+
+    Raises:
+        ValueError: tables that the kernel does not support.
+    """
     for table in (text_table, audio_table):
         if not table.is_cuda and not triton.knobs.runtime.interpret:
             raise ValueError("frame_embed: impl='triton' needs CUDA tensors, or Triton's interpreter")
-        if table.dtype not in DTYPES:
+        if table.dtype not in KERNEL_DTYPES:
             raise ValueError(f"frame_embed: impl='triton' is for bfloat16, float16 and float32, not {table.dtype}")
     rows, num_codebooks = tokens.shape[0], tokens.shape[1] - 1
     width = audio_table.shape[1]
@@ -232,14 +225,17 @@ def launch_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_t
 def launch_backward(
     grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor, place: Tensor | None
 ) -> None:
-    """Add up the gradient of one table into ``out``. No shape depends on the data: surplus programs leave at once.
+    """Sum the gradient of one table into ``out``. No shape depends on the data: surplus programs return at once.
 
     Args:
-        grad, more: [N, D] and [.., D]: the gradients that ``source`` numbers, one after the other.
+        grad, more: [N, D] and [.., D]: the gradients that ``source`` indexes, one after the other.
         keys, source: [M], see ``_sum_kernel``.
         n_rows: rows of the table.
         out: [n_rows, D], zeros; or the touched rows only.
-        place: [n_rows], where a touched row lies in ``out``; None where ``out`` is the whole table's.
+        place: [n_rows], where a touched row lies in ``out``; None if ``out`` is the gradient of the whole table.
+
+    Raises:
+        ValueError: too many keys for int32.
     """
     count, width = keys.numel(), grad.shape[1]
     if not count:
@@ -248,11 +244,11 @@ def launch_backward(
         raise ValueError(f"frame_embed: {count} embeddings in one backward pass; at most 2**31 - {_CHUNK - 1}")
     grad = grad.contiguous()
     cuts = (count - 1) // _CHUNK
-    pieces = min(count, n_rows) + cuts  # at most; what was not embedded sorts last and may be left out
+    pieces = min(count, n_rows) + cuts  # at most; keys that were not embedded sort last and may be cut off
     begins = torch.ones_like(keys, dtype=torch.bool)
     torch.ne(keys[1:], keys[:-1], out=begins[1:])
     begins[::_CHUNK] = True
-    # The p-th beginning is where the count of beginnings reaches p.
+    # The p-th piece begins where the count of beginnings reaches p.
     wanted = torch.arange(1, pieces + 2, device=keys.device, dtype=torch.int32)
     starts = torch.searchsorted(begins.cumsum(0, dtype=torch.int32), wanted, out_int32=True)
     partial = torch.empty((2 * (cuts + 1), width), dtype=torch.float32, device=grad.device)

@@ -1,6 +1,6 @@
 """AdamW's kernel in every form that a run can choose. Cards without bf16 train float32 weights, also under fp16."""
 
-from csm_kernels import adamw as op
+from csm_kernels.gpu import adamw as op
 from kernel_cases import AotCase
 
 FORMS = {  # by type of the weights: name, rounding, moments in 8 bits

@@ -1,6 +1,6 @@
 """linear_cross_entropy's kernel at csm-1b's shape: V = 2051, padded to 2112 columns."""
 
-from csm_kernels import linear_cross_entropy as op
+from csm_kernels.gpu import linear_cross_entropy as op
 from kernel_cases import AotCase
 
 VOCAB, COLUMNS = 2051, 2112

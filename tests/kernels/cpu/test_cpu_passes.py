@@ -282,7 +282,11 @@ def test_profilers_and_modes_see_operators():
 
 def told(**environment: str) -> str:
     """What a new process says of the library."""
-    command = [sys.executable, "-c", "from csm_kernels.cpu import native as n; print(n.is_built()); print(n.reason())"]
+    command = [
+        sys.executable,
+        "-c",
+        "from csm_kernels.cpu import native as n; print(n.is_built()); print(n.describe_library())",
+    ]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     return done.stdout
 

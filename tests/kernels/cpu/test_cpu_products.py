@@ -14,7 +14,7 @@ from csm_kernels.cpu import folded_attention, native
 from csm_kernels.cpu import heads as cpu_heads
 from csm_kernels.cpu import linear as cpu_linear
 from csm_kernels.cpu.attention import Order
-from csm_kernels.packed_attention import plan
+from csm_kernels.segments import plan_segments
 from kernel_cases import poisoned
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 SERVED = native.function("product", BF16) is not None
-needs_products = pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.reason()}")
+needs_products = pytest.mark.skipif(not SERVED, reason=f"the library has no products: {native.describe_library()}")
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def attention_case(lengths: list[int], heads: int, kv_heads: int, width: int, fr
     q, k, v, grad = (random(total, h * width, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads, heads)))
     angles = random(min(lengths) if frames else total, 1, width // 2, dtype=FP32, seed=9) * 3
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    return (q, k, v, grad, angles.cos(), angles.sin()), plan(cu.int()).order(heads, kv_heads)
+    return (q, k, v, grad, angles.cos(), angles.sin()), plan_segments(cu.int()).order(heads, kv_heads)
 
 
 def run_attention(case, order: Order, width: int, rotated: bool = True, rows: Tensor | None = None):
@@ -226,7 +226,7 @@ def heads_case(rows: int, heads: int, width: int, vocab: int):
 
 
 def run_heads(hidden, weight, targets, weights, wants=(True, True), budget=LOGITS_BUDGET):
-    return linear_cross_entropy._losses_and_gradients(hidden, weight, targets, weights, 0.5, budget, *wants, False)
+    return linear_cross_entropy._losses_and_gradients(hidden, weight, targets, weights, 0.5, budget, *wants, "cpu")
 
 
 HEADS = [(1, 5, 16, 21), (7, 5, 32, 300), (40, 6, 64, 515), (13, 5, 48, 16), (3, 5, 528, 1100)]
@@ -235,7 +235,7 @@ HEADS = [(1, 5, 16, 21), (7, 5, 32, 300), (40, 6, 64, 515), (13, 5, 48, 16), (3,
 @pytest.mark.parametrize("rows, heads, width, vocab", HEADS)
 def test_heads(rows, heads, width, vocab, threads, form):
     case = heads_case(rows, heads, width, vocab)
-    assert cpu_heads.serves(*case[:3], 2**26) == (SERVED and form == "library")
+    assert cpu_heads.supports_heads(*case[:2], 2**26) == (SERVED and form == "library")
     got = run_heads(*case)
     truth = run_heads(*(x.double() if x.is_floating_point() else x for x in case))
     for g, want, bound in zip(got, truth, (1e-3, 3e-3, 6e-3, 6e-3), strict=True):
@@ -252,7 +252,7 @@ def test_heads_as_products(heads, transposed, budget, monkeypatch):
     hidden, weight, targets, weights = heads_case(9, heads, 32, 37)
     if transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    monkeypatch.setattr(cpu_heads, "serves", lambda *_: False)
+    monkeypatch.setattr(cpu_heads, "supports_heads", lambda *_: False)
     got = run_heads(hidden, weight, targets, weights, budget=budget)
     wide = (hidden.double(), weight.double(), targets, weights.double())
     for g, want, bound in zip(got, run_heads(*wide), (1e-3, 3e-3, 6e-3, 6e-3), strict=True):
@@ -288,9 +288,9 @@ def test_a_target_that_is_no_class():
 
 
 def test_more_logits_than_the_budget_are_pytorchs():
-    hidden, weight, targets, _ = heads_case(6, 5, 32, 37)
+    hidden, weight, *_ = heads_case(6, 5, 32, 37)
     threads = torch.get_num_threads()
-    assert not cpu_heads.serves(hidden, weight, targets, threads * 6 * 37 * 4 - 1)
+    assert not cpu_heads.supports_heads(hidden, weight, threads * 6 * 37 * 4 - 1)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

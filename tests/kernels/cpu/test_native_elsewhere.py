@@ -44,13 +44,13 @@ def others() -> dict[str, str]:
     return {**narrow, "AVX512-BF16": wide, "AMX": f"{wide} {tiles}"}
 
 
-@pytest.mark.skipif(not native.is_built(), reason=native.reason())
+@pytest.mark.skipif(not native.is_built(), reason=native.describe_library())
 @pytest.mark.parametrize("other", TESTED)
 def test_the_form_for_other_processors(other, tmp_path):
     if other not in others():
         pytest.skip("is this processor's own form, or it cannot run it")
     there = {**os.environ, "CXX": f"g++ {others()[other]}", "XDG_CACHE_HOME": str(tmp_path)}
-    ask = "from csm_kernels.cpu import native; import torch; print(native.reason().split(';')[1:]); "
+    ask = "from csm_kernels.cpu import native; import torch; print(native.describe_library().split(';')[1:]); "
     ask += "scratch = native.library_function('product_scratch', torch.bfloat16); "
     ask += "print(scratch and scratch(64, 64, 256, False, 1))"
     forms = [
