@@ -153,7 +153,7 @@ def training_config(config: PlanConfig, **settings: Any) -> TrainConfig:
         asked["data"] = config.data
     if config.method != "all":
         asked["method"] = config.method
-    return memory.changed(config.training, **{**asked, **settings})
+    return memory.change_settings(config.training, **{**asked, **settings})
 
 
 # ------------------------------------------------------------------------------------------------------ one way to go
