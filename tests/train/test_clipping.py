@@ -1,4 +1,4 @@
-"""The norm of gradients, and clipping by it: PyTorch's, summed in float32, and by the rows of kept tables."""
+"""The norm of gradients, and clipping by it: PyTorch's, summed in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from kernel_cases import gradients, start
 from csm_fast import ops
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.train.optim.build import clip, gradient_norm
-from csm_fast.train.optim.table_gradients import TableGradients
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -66,23 +65,3 @@ def test_clipping_is_pytorchs(cpu_form, dtype, own, most):
 
 def test_no_gradients_have_no_norm():
     assert gradient_norm([torch.nn.Parameter(torch.ones(3))]) == 0
-
-
-def test_the_norm_of_kept_tables_is_that_of_their_rows(cpu_form):
-    from model_cases import MICRO, random_model
-    from test_optim import batches
-
-    from csm_fast.model.loss import packed_loss
-
-    model = random_model(MICRO)
-    parameters = list(model.parameters())
-    tables = TableGradients(model)
-    packs = batches()[0]
-    assert len(packs) > 1  # their rows overlap
-    with tables:
-        for pack in packs:
-            packed_loss(model, pack, 0.5, 0.5)[0].backward()
-    want = torch.cat([p.grad.double().flatten() for p in parameters]).norm()
-    torch.testing.assert_close(gradient_norm(parameters, tables).double(), want, rtol=1e-6, atol=0)
-    few = tables.touched()[model.text_embeddings.weight]
-    assert 0 < len(few) == len(few.unique()) < len(model.text_embeddings.weight)
