@@ -256,10 +256,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return _pointwise.rms_norm(x, scale, eps, choose("pointwise", x.device, x.dtype).impl)
 
 
-def sum_of_squares(x: Tensor, rows: Tensor | None = None) -> Tensor | None:
-    """[] float64, of all of x or of its ``rows`` (int64 [n]); None where the caller is to use PyTorch's operators."""
+def sum_of_squares(x: Tensor) -> Tensor | None:
+    """[] float64; None where the caller is to use PyTorch's operators."""
     if choose("sum_of_squares", x.device, x.dtype, x).impl != "cpu":
         return None
     from csm_kernels.cpu import adamw as cpu_adamw
 
-    return cpu_adamw.sum_of_squares(x, rows)
+    return cpu_adamw.sum_of_squares(x)
