@@ -17,15 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.table import (
-    Row,
-    is_free,
-    markdown,
-    memory_table,
-    rows_of,
-    summary,
-    time_tables,
-)
+from benchmarks.compare.table import Row, is_free, markdown, memory_table, rows_of, summary, time_tables
 from benchmarks.report import parts as report_parts
 from benchmarks.report.parts import MIB, NOT_MEASURED, provenance
 from csm_fast.config.shape import FRAME_SECONDS

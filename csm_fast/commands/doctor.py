@@ -22,6 +22,11 @@ OPTIONAL = {
 }
 
 
+def run() -> None:
+    """Print the findings."""
+    print("\n".join(report(examine())))
+
+
 def examine() -> dict[str, Any]:
     """Everything that ``report`` prints; can be written as JSON."""
     import torch

@@ -21,6 +21,11 @@ from csm_fast.weights.save import read_record
 log = logging.getLogger("csm_fast")
 
 
+def run(config: GenerateConfig) -> None:
+    """Speak, write the sound file, print what it is."""
+    speak(config)
+
+
 def speak(config: GenerateConfig) -> Speech:
     """Write ``config.out`` and say how long it is and whether the model ended it.
 

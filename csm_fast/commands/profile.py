@@ -1,337 +1,269 @@
-"""``csm-fast profile``: where the time of a training step goes, and how far each operator is from what the machine can.
+"""``csm-fast profile``: where the time of a training step goes, operator by operator.
 
-The steps are the trainer's: its model, packs, optimizer and update, in a process set up as its own. Each is run several
-times: as it comes from the loader, again, with every operator timed (on a GPU not), and under ``torch.profiler``.
-Operators are timed apart from the profiler where that can be done (on a CPU, with eager layers), since its own
-allocations make large operators slower than they are; elsewhere its self times count.
+The trainer builds the model, the packs and the optimizer. The same packs run four times: as the loader delivers them,
+without any instrument, under ``torch.profiler`` (times and shapes) and under ``FlopCounterMode`` (FLOPs). The floor of
+an operator is the time of its FLOPs and bytes at the rates of large matrix products and copies on the same machine.
 """
 
 from __future__ import annotations
 
-import datetime
+import functools
+import json
 import logging
+import math
 import os
 import platform
-import statistics
+import shutil
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from csm_fast import ops
-from csm_fast.commands.profile_ops import STEP, OperatorClock, Step, from_profiler, is_operator, own_functions
-from csm_fast.commands.profile_report import (
-    Rates,
-    Row,
-    Summary,
-    lines,
-    not_written,
-    operator_rows,
-    product_type,
-    python_rows,
-    write_rows,
-)
+from csm_fast.commands.train import set_up_training
 from csm_fast.config.commands import ProfileConfig
 from csm_fast.config.train import TrainConfig
+from csm_fast.model.compile import compile_layers
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import read_ahead
-from csm_fast.system.device import processor
+from csm_fast.system.device import compute_dtype, processor
 from csm_fast.system.errors import InputError, is_out_of_memory
+from csm_fast.system.files import write_file
 from csm_fast.system.version import __version__
-from csm_fast.train import checkpoint as ckpt
-from csm_fast.train.announce import out_of_memory
+from csm_fast.train.announce import explain_out_of_memory
+from csm_fast.train.checkpoint import list_checkpoints
 from csm_fast.train.loop import Trainer
+from csm_fast.train.setup import prepare
 
-log = logging.getLogger("csm_fast")
+STEP = "csm_fast step"  # the profiler's name for one step
+SQUARES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # sizes of the products whose rate is measured
+COPY_BYTES = 256 << 20  # per buffer: more than the caches of common CPUs and GPUs
+ITEMS = {"float": ("fp32", 4), "double": ("fp64", 8), "c10::BFloat16": ("bf16", 2), "c10::Half": ("fp16", 2)}
+ITEMS |= {"long": ("int64", 8), "long int": ("int64", 8), "int": ("int32", 4), "bool": ("bool", 1)}
+ITEMS |= {"unsigned char": ("uint8", 1)}  # the profiler's names for types: our names, and bytes per element
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # operators that only call others
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+OURS = ("csm_kernels::", "csm_fast::")
+PARTIAL = ("index", "gather", "scatter", "embed", "take", "empty", "resize")  # they touch a part of their inputs
 
-COPY_BYTES = 256 << 20  # per buffer: more than the caches of common processors and of GPUs
-SQUARES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
-ENOUGH_SECONDS = 0.3  # of repetitions of one measurement of a rate
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # to multiply two matrices
 
-
-def run(config: ProfileConfig) -> Summary:
+def run(config: ProfileConfig) -> None:
     """Profile, print, and write ``trace.json.gz`` and ``ops.jsonl`` into ``config.output``; nothing else is written.
 
     Raises:
-        InputError: whatever the trainer refuses; an output directory that holds a training run; a device that is
-            neither a CPU nor CUDA.
+        InputError: what the trainer refuses; an output that holds a run or cannot be written; neither CPU nor CUDA.
     """
+    set_up_training(config.run)
     training = training_config(config)
     try:
-        summary, rows, rest = _run(config, Trainer(training))
+        rows, step = profile_steps(Trainer(prepare(training)), config.warmup, config.steps)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(error, training) from error
-    print("\n".join(lines(summary, rows, rest)))
-    return summary
+        raise explain_out_of_memory(error, training) from error
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in [*rows, step])
+    write(Path(training.run.output_dir, "ops.jsonl"), lambda path: write_file(path, text))
+    print("\n".join([*table(rows, shutil.get_terminal_size((100, 24)).columns), "", *step_lines(step)]))
 
 
 def training_config(config: ProfileConfig) -> TrainConfig:
-    """The run that is profiled: nothing is continued, and there are no samples.
-
-    Raises:
-        InputError: the output directory cannot be made, or holds a training run.
-    """
+    """A copy of the training settings that continues no run and makes no samples."""
     output = Path(config.output).expanduser()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_written(error, output) from None
-    if ckpt.checkpoints(output):
+    write(output, lambda path: path.mkdir(parents=True, exist_ok=True))
+    if list_checkpoints(output):
         raise InputError("holds a training run", file=output, mend="choose another --output")
-    config.run.output_dir, config.run.resume, config.run.gen_every = str(output), False, 0
-    sections = {name: getattr(config, name) for name in ("model", "data", "loss", "adapter", "optimizer", "run")}
+    sections = {field.name: replace(getattr(config, field.name)) for field in fields(TrainConfig)}
+    sections["run"] = replace(sections["run"], output_dir=str(output), resume=False, gen_every=0)
     return TrainConfig(**sections)
 
 
-def _run(config: ProfileConfig, trainer: Trainer) -> tuple[Summary, list[Row], str]:
-    device, output = trainer.device, trainer.run_dir
-    if device.type not in SQUARES:
-        raise InputError(f"--device {device.type} tells no operator's time", mend="use cpu or cuda")
-    log.info(
-        "%s, %s, %s on %s: %d steps to warm up, then %d, several times over; to %s",
-        config.model.model,
-        config.adapter.method,
-        trainer.precision + ", compiled" * trainer.compiled,
-        device,
-        config.warmup,
-        config.steps,
-        output,
-    )
-    batches, first, loader = stream(trainer, config.warmup, config.steps)
-    clock = OperatorClock() if device.type == "cpu" and not trainer.compiled else None
-    plain, clocked = repeat(trainer, batches, clock)
-    events, profiled = trace(trainer, batches, output / "trace.json.gz")
-    default = next((name, t.itemsize) for name, t in TYPES.items() if t == trainer.update.dtype)
-    steps = clock.steps if clock is not None else from_profiler(events, device.type, default)
-    # What measuring cost beside the operators must not make them longer than the step.
-    operators = sum(seen.seconds for step in steps for seen in step.values()) / len(steps)
-    scale = min(1.0, plain / operators) if operators else 1.0
-    if clock is None and device.type == "cpu":
-        scale = min(scale, plain / profiled)
-    rates = measure_rates(device, steps, default[0])
-    step_ms = 1000 * (plain + loader)
-    rows = operator_rows(steps, step_ms, scale, rates, "profiler" if clock is None else "clock")
-    products = [row for row in rows if row.kind == "product"]
-    operators_ms = sum(row.ms for row in rows)
-    summary = Summary(
-        steps=len(batches),
-        rows=statistics.fmean(batch.rows for batch in batches),
-        step_ms=step_ms,
-        first_ms=1000 * (first + loader),
-        profiled_ms=1000 * profiled,
-        clocked_ms=1000 * clocked if clock is not None else None,
-        loader_ms=1000 * loader,
-        operators_ms=operators_ms,
-        products_ms=sum(row.ms for row in products),
-        host_ms=max(0.0, 1000 * plain - operators_ms),
-        floor_ms=sum(min(row.ms, row.floor_ms) for row in rows),
-        products_floor_ms=sum(min(row.ms, row.floor_ms) for row in products),
-        scale=scale,
-        matmul_flops_per_s=rates.products,
-        copy_bytes_per_s=rates.copy,
-    )
-    if device.type == "cpu":
-        functions, in_operators = host_times(events, len(batches))
-        rows += python_rows(functions, profiled - in_operators, summary.host_ms, step_ms)
-        rows.sort(key=lambda row: -row.ms)
-    write_rows(output / "ops.jsonl", rows, about(trainer), summary)
-    if device.type != "cpu":
-        return summary, rows, "the device idle"
-    # Layers that are compiled for a CPU are functions of which the profiler sees only what they call.
-    return summary, rows, "Python, dispatch and compiled loops" if trainer.compiled else "Python and dispatch"
-
-
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(device: torch.device, work: Callable[[], Any]) -> float:
-    """Seconds of ``work``, from an idle device to an idle device."""
-    wait(device)
-    started = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - started
-
-
-def one_step(trainer: Trainer, batch: StepBatch, number: int) -> None:
-    """What the trainer does for each step. Past the end of the schedule it begins again."""
-    outcome = trainer.update(batch, number % trainer.total_steps)
-    trainer.window.add(number + 1, outcome, batch)
-
-
-def stream(trainer: Trainer, warmup: int, steps: int) -> tuple[list[StepBatch], float, float]:
-    """Run steps as they come from the loader.
-
-    Returns:
-        The batches after the warm-up; seconds per step over them; seconds per step of waiting for the loader.
-    """
-    kept: list[StepBatch] = []
-    waited = 0.0
-    batches = read_ahead(trainer.packer.blocks(0, 0))
-
-    def some(first: int, count: int) -> None:
-        nonlocal waited
-        for number in range(first, first + count):
-            asked = time.perf_counter()
-            kept.append(next(batches))
-            waited += time.perf_counter() - asked
-            one_step(trainer, kept[-1], number)
-
+def write(path: Path, work: Callable[[Path], Any]) -> None:
+    """Call what writes to ``path``; errors of the disk become the user's error."""
     try:
-        some(0, warmup)
-        kept.clear()
-        waited = 0.0
-        seconds = timed(trainer.device, lambda: some(warmup, steps))
-    finally:
-        batches.close()
-    return kept, (seconds - waited) / steps, waited / steps
-
-
-def repeat(trainer: Trainer, batches: list[StepBatch], clock: OperatorClock | None) -> tuple[float, float]:
-    """Seconds per step, as it is and under the clock: each batch the one way, then the other, so that both see the same
-    machine. Without a clock nothing waits for the device between steps."""
-
-    def straight() -> None:
-        for i, batch in enumerate(batches, 1):
-            one_step(trainer, batch, i)
-
-    if clock is None:
-        return timed(trainer.device, straight) / len(batches), 0.0
-    plain = clocked = 0.0
-    for i, batch in enumerate(batches, 1):
-        started = time.perf_counter()
-        one_step(trainer, batch, i)
-        between = time.perf_counter()
-        clock.begin()
-        with clock:
-            one_step(trainer, batch, i)
-        plain += between - started
-        clocked += time.perf_counter() - between
-    return plain / len(batches), clocked / len(batches)
-
-
-def trace(trainer: Trainer, batches: list[StepBatch], path: Path) -> tuple[list[Any], float]:
-    """Run the steps under the profiler and write its trace.
-
-    Returns:
-        The events; seconds per step.
-
-    Raises:
-        InputError: the trace cannot be written.
-    """
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (trainer.device.type == "cuda")
-
-    def steps() -> None:
-        for i, batch in enumerate(batches, 1):
-            with record_function(STEP):
-                one_step(trainer, batch, i)
-
-    # Its library says on stderr that it starts and stops, in the middle of the table.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
-        seconds = timed(trainer.device, steps)
-    path.unlink(missing_ok=True)
-    try:
-        profiler.export_chrome_trace(str(path))
+        work(path)
     except (OSError, RuntimeError) as error:
-        raise not_written(error, path) from None
-    return list(profiler.events() or []), seconds / len(batches)
+        what = f"the profile could not be written ({getattr(error, 'strerror', None) or error})"
+        raise InputError(what, file=path, mend="choose another --output") from None
 
 
-def host_times(events: list[Any], steps: int) -> tuple[dict[str, tuple[float, float]], float]:
-    """Per step, from the profiler: calls and seconds of our autograd functions, outside of what they call; seconds in
-    operators."""
-    own, functions, operators = own_functions(), dict[str, tuple[int, float]](), 0.0
-    for event in events:
-        if event.name in own:
-            calls, micros = functions.get(event.name, (0, 0.0))
-            functions[event.name] = calls + 1, micros + event.self_cpu_time_total
-        elif is_operator(event.name):
-            operators += event.self_cpu_time_total
-    per_step = {name: (calls / steps, micros * 1e-6 / steps) for name, (calls, micros) in functions.items()}
-    return per_step, operators * 1e-6 / steps
+def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run the steps and write the trace; no other function here knows the trainer's attributes. The operators, the
+    costliest first, and the step as a whole: without the profiler ``step_ms`` = ``operators_ms`` + ``host_ms`` +
+    ``loader_ms``; ``first_ms`` is a step of packs that come for the first time."""
+    device, config, run = trainer.device, trainer.config, trainer.prepared
+    if device.type not in SQUARES:
+        raise InputError(f"--device {device.type} cannot be profiled", mend="use cpu or cuda")
+    logging.getLogger("csm_fast").info("%d warm-up steps, then %d, four times; to %s", warmup, steps, trainer.run_dir)
+    batches: list[StepBatch] = []
+    waits: list[float] = []
+    loader = read_ahead(trainer.packer.blocks(0, 0))
 
+    def load(count: int) -> Iterator[StepBatch]:
+        for _ in range(count):
+            started = time.perf_counter()
+            batches.append(next(loader))
+            waits.append(1000 * (time.perf_counter() - started))
+            yield batches[-1]
 
-# --------------------------------------------------------------------------------------------------------------- rates
+    def milliseconds(some: Iterable[StepBatch]) -> float:
+        """Of one step, from an idle device to an idle device."""
+        started = time.perf_counter()
+        for number, batch in enumerate(some, 1):
+            with record_function(STEP):
+                outcome = trainer.update(batch, number % run.total_steps)  # past its end the schedule begins again
+                trainer.window.add(number, outcome, batch)
+        float(trainer.window.loss)  # waits for the device
+        return 1000 * (time.perf_counter() - started) / steps
 
-
-def measure_rates(device: torch.device, steps: list[Step], default: str) -> Rates:
-    """What the machine multiplies and copies, for the types of the products among ``steps``."""
-    found = {product_type(key[2]) for step in steps for key, seen in step.items() if seen.flops}
-    types = sorted(found & TYPES.keys()) or [default]
-    return Rates({name: matmul_rate(device, TYPES[name]) for name in types}, copy_rate(device))
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few large square products, PyTorch's or the library's own."""
-    sizes = SQUARES.get(device.type, SQUARES["cpu"])
-    ways: list[Way] = [torch.mm]
-    if ops.choose("linear", device, dtype).impl == "cpu":
-        ways.append(lambda a, b: ops.linear(a, b.t()))
-        # The larger sizes would take PyTorch minutes where the processor has no products of this type.
-        rates = [_square_rate(device, dtype, sizes[0], way) for way in ways]
-        ways = [way for way, rate in zip(ways, rates, strict=True) if rate > max(rates) / 2]
-    return max(_square_rate(device, dtype, n, way) for n in sizes for way in ways)
-
-
-def _square_rate(device: torch.device, dtype: torch.dtype, n: int, way: Way) -> float:
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _fastest(device, lambda: way(a, b))
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy between two large buffers."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _fastest(device, lambda: target.copy_(source))
-
-
-def _fastest(device: torch.device, work: Callable[[], Any]) -> float:
-    """Seconds: the least of at least three runs after one to warm up."""
-    timed(device, work)
-    runs: list[float] = []
-    while len(runs) < 3 or sum(runs) < ENOUGH_SECONDS:
-        runs.append(timed(device, work))
-    return min(runs)
-
-
-# --------------------------------------------------------------------------------------------------------------- about
-
-
-def about(trainer: Trainer) -> dict[str, Any]:
-    """What was profiled, and on what."""
-    config, device = trainer.config, trainer.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "csm_fast": __version__,
-        "date": datetime.date.today().isoformat(),
-        "model": config.model.model,
-        "data": Path(config.data.data).name,
-        "method": config.adapter.method,
-        "precision": trainer.precision,
-        "weights": config.optimizer.weights,
-        "optimizer": config.optimizer.optimizer,
-        "activation_checkpointing": config.model.activation_checkpointing,
-        "compiled": trainer.compiled,
-        "batch_size": config.data.batch_size,
-        "batch_rows": config.data.batch_rows,
-        "gradient_accumulation": config.data.gradient_accumulation,
-        "pack_rows": config.data.pack_rows,
-        "amortization_fraction": config.loss.amortization_fraction,
-        "seed": config.data.seed,
+    try:
+        milliseconds(load(warmup))
+        del batches[:], waits[:]
+        first_ms = milliseconds(load(steps))
+    finally:
+        loader.close()
+    plain_ms, loader_ms = milliseconds(batches), sum(waits) / steps
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's library reports its start and stop on stderr
+    with profile(record_shapes=True) as profiler:
+        profiled_ms = milliseconds(batches)
+    write(trainer.run_dir / "trace.json.gz", lambda path: profiler.export_chrome_trace(str(path)))
+    compile_layers(trainer.model, "off")  # PyTorch refuses to compile under the counter
+    with FlopCounterMode(display=False) as counter:
+        milliseconds(batches)
+    flops = {str(k).replace(".", "::", 1): n / steps for k, n in counter.get_flop_counts().get("Global", {}).items()}
+    sizes = {n for parameter in trainer.model.parameters() for n in parameter.shape}
+    rows = operator_rows(profiler.events() or [], device.type, flops, sizes, steps)
+    # On a CPU the profiler slows operators and Python alike; it leaves a GPU's own times as they are.
+    whole = profiled_ms if device.type == "cpu" else sum(row["ms"] for row in rows)
+    types = {row["dtypes"].split()[0] for row in rows if row["flops"]} & {"fp32", "bf16", "fp16"}
+    rates, copies = machine_rates(device, types or {run.precision})
+    for row in rows:
+        row["ms"] *= min(1.0, plain_ms / whole)
+        row["share"] = row["ms"] / (plain_ms + loader_ms)
+        rate = rates.get(row["dtypes"].split(" ")[0], max(rates.values()))
+        row["floor_ms"] = 1000 * max(row["flops"] / rate, row["bytes"] / copies)
+    step: dict[str, Any] = {"row": "step", "steps": steps, "rows": sum(batch.rows for batch in batches) / steps}
+    for kind, some in ("operators_", rows), ("products_", [row for row in rows if row["kind"] == "product"]):
+        step[f"{kind}ms"] = sum(row["ms"] for row in some)
+        step[f"{kind}floor_ms"] = sum(min(row["ms"], row["floor_ms"]) for row in some)  # none above its operator's time
+    step |= {"floor_ms": step.pop("operators_floor_ms"), "host_ms": max(0.0, plain_ms - step["operators_ms"])}
+    step |= {"step_ms": plain_ms + loader_ms, "first_ms": first_ms, "profiled_ms": profiled_ms, "loader_ms": loader_ms}
+    step |= {"matmul_flops_per_s": rates, "copy_bytes_per_s": copies, "threads": torch.get_num_threads()}
+    host = "GPU idle" if device.type == "cuda" else "Python and dispatch" + ", compiled loops" * run.compiled
+    step |= {"device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device), "host": host}
+    step |= {"python": platform.python_version(), "torch": torch.__version__, "csm_fast": __version__}
+    step |= {
+        "date": time.strftime("%Y-%m-%d"),
+        "precision": run.precision,
+        "compiled": run.compiled,
     }
+    settings = [config.model, config.data, config.loss, config.adapter, config.optimizer]
+    return rows, {k: v for x in settings for k, v in vars(x).items()} | {"data": Path(config.data.data).name} | step
+
+
+def operator_rows(
+    events: Iterable[Any], device_type: str, flops: dict[str, float], sizes: set[int], steps: int
+) -> list[dict[str, Any]]:
+    """The operators per step, the costliest first; those of ours include all that they call. Times are the GPU's for a
+    ``device_type`` of "cuda". ``flops`` are per step by operator. Calls whose shapes differ only in other dimensions
+    than the model's, which are ``sizes``, make one row."""
+    kind, weights, rows = "cpu" if device_type == "cpu" else "device", Counter[str](), []
+    groups: dict[tuple[str, str, str], list[tuple[float, int, int, list[list[int]]]]] = defaultdict(list)
+    inner: set[int] = set()  # what an operator of ours calls; the profiler lists it after that operator
+    for e in events:
+        if e.cpu_parent is not None and (id(e.cpu_parent) in inner or e.cpu_parent.name.startswith(OURS)):
+            inner.add(id(e))
+            continue
+        names = arguments(e.name)
+        ms = getattr(e, f"{kind}_time_total" if e.name.startswith(OURS) else f"self_{kind}_time_total") / 1000
+        if e.device_type != torch.autograd.DeviceType.CPU or ms <= 0 or (kind == "cpu" and names is None):
+            continue
+        given = getattr(e, "structured_input_shapes", None) or e.input_shapes or []  # torch 2.11 has the second alone
+        # Numbers and tensors of one element have no shape here. A list of tensors counts as one flat tensor.
+        inputs = [
+            ([sum(map(math.prod, shape))] if isinstance(shape[0], list) else shape, *ITEMS.get(item, ("fp32", 4)))
+            for shape, item, name in zip_longest(given, getattr(e, "input_dtypes", None) or [], names or [])
+            if shape and name != "scratch"
+        ]
+        shapes, dtypes = [shape for shape, _, _ in inputs], " ".join(dict.fromkeys(dtype for _, dtype, _ in inputs))
+        a, b = ([*shapes, [], []][e.name.endswith("addmm") :])[:2]
+        weight = math.prod(a) * (b[-1] if b else 1)  # half the FLOPs of a product, a call's share of other FLOPs
+        key = e.name, dtypes, str([[n if n in sizes else "" for n in shape] for shape in shapes])
+        moved = [math.prod(shape) * size for shape, _, size in inputs]
+        # An estimate: every input is read once, and a result as large as the largest input is written.
+        moved.append(0 if e.name.endswith(("copy_", "fill_", "zero_")) else max(moved, default=0))
+        groups[key].append((ms, 0 if any(part in e.name for part in PARTIAL) else sum(moved), weight, shapes))
+        weights[e.name] += weight
+    for (name, dtypes, _), calls in groups.items():
+        times, bytes_moved, parts, shapes_of = zip(*calls, strict=True)
+        inputs_of = [zip(*shapes, strict=True) for shapes in zip(*shapes_of, strict=True)]
+        ranges = [[n[0] if len(set(n)) == 1 else [min(n), max(n)] for n in sizes_of] for sizes_of in inputs_of]
+        computed = sum(parts) * (2 / steps if name in PRODUCTS else flops.get(name, 0.0) / (weights[name] or 1))
+        row: dict[str, Any] = {"row": "operator", "name": name, "kind": "product" if computed else "memory"}
+        row |= {"shapes": ranges, "dtypes": dtypes, "calls": len(calls) / steps, "ms": sum(times) / steps}
+        rows.append(row | {"flops": computed, "bytes": sum(bytes_moved) / steps})
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+@functools.cache
+def arguments(name: str) -> list[str] | None:
+    """Names of an operator's arguments; None for a view, for what only calls other operators, and for no operator."""
+    space, _, short = name.partition("::")
+    packet = getattr(getattr(torch.ops, space), short, None) if short else None
+    function = getattr(packet, packet.overloads()[0]) if packet else None
+    if function is None or function.is_view or function.has_kernel_for_dispatch_key(COMPOSITE):
+        return None
+    return [argument.name for argument in function._schema.arguments]
+
+
+def machine_rates(device: torch.device, types: Iterable[str]) -> tuple[dict[str, float], float]:
+    """FLOP/s by type, of the fastest large square product; bytes per second, read and written, of a large copy."""
+
+    def fastest(work: Callable[..., Any], *args: torch.Tensor) -> float:
+        timer = Timer("work(*args)", globals={"work": work, "args": args}, num_threads=torch.get_num_threads())
+        return min(timer.blocked_autorange().times)  # it waits for the GPU
+
+    rates = {}
+    for name in sorted(types):
+        multiply = ops.linear if ops.choose("linear", device, compute_dtype(name)).impl == "cpu" else torch.mm
+        squares = [torch.randn(n, n, device=device).to(compute_dtype(name)) for n in SQUARES[device.type]]
+        rates[name] = max(2 * len(x) ** 3 / fastest(multiply, x, x.clone()) for x in squares)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    return rates, 2 * COPY_BYTES / fastest(torch.empty_like(source).copy_, source)
+
+
+def table(rows: list[dict[str, Any]], width: int) -> list[str]:
+    """The ten costliest operators, inputs cut to lines of ``width`` characters."""
+    cells = [("operator", "inputs", "calls", "ms", "share", "reached", "floor ms")]
+    for row in rows[:10]:
+        amount, unit = (row["flops"], "GFLOP/s") if row["kind"] == "product" else (row["bytes"], "GB/s")
+        name = f"{row['name'].split('::')[-1]} {row['dtypes'].split(' ')[0]}"
+        inputs = " ".join(str(shape).replace(" ", "") for shape in row["shapes"])
+        reached = f"{amount / row['ms'] / 1e6:,.1f} {unit}" if amount else ""
+        numbers = f"{row['calls']:.4g}", f"{row['ms']:.2f}", f"{row['share']:.1%}"
+        cells.append((name, inputs, *numbers, reached, f"{row['floor_ms']:.2f}" if amount else ""))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[1] = max(6, min(widths[1], width - sum(widths) + widths[1] - 12))
+    aligned = [f"{{:{side}{w}.{w}}}" for side, w in zip("<<>>>>>", widths, strict=True)]
+    return ["  ".join(aligned).format(*line).rstrip() for line in cells]
+
+
+def step_lines(step: dict[str, Any]) -> list[str]:
+    """The step as a whole, its parts, its floors."""
+    share = {name: f"{value / step['step_ms']:.1%}" for name, value in step.items() if name.endswith("_ms")}
+    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in step["matmul_flops_per_s"].items())
+    return [
+        f"Step     {step['step_ms']:.1f} ms of {step['rows']:,.0f} rows, mean of {step['steps']} steps; "
+        f"{step['profiled_ms']:.1f} ms under the profiler, {step['first_ms']:.1f} ms for new packs",
+        f"Of it    matrix products {share['products_ms']} (floor {share['products_floor_ms']}), {step['host']} "
+        f"{share['host_ms']}, waiting for the loader {share['loader_ms']}",
+        f"Floors   {step['floor_ms']:.1f} ms ({share['floor_ms']}), at this machine's products ({rates}) and "
+        f"copies ({step['copy_bytes_per_s'] / 1e9:,.1f} GB/s)",
+    ]

@@ -16,9 +16,10 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_text
 
 T = TypeVar("T")
 
@@ -40,15 +41,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
-    """(section or None, field, type) for every field of a dataclass, one level of sections deep."""
+    """(section or None, field, type) of every setting in a dataclass and in the dataclasses among its fields.
+
+    A section has the name of the innermost of these. A setting of the outer dataclass takes the place of an inner one
+    of the same name.
+    """
     hints = typing.get_type_hints(cls)
+    nested = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])]
+    own = {f.name: f for f in dataclasses.fields(cls) if f.name not in nested}
+    inner = {name: list(leaves(hints[name])) for name in nested}
+    placed = own.keys() & {f.name for found in inner.values() for _, f, _ in found}
     for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            section_hints = typing.get_type_hints(hints[f.name])
-            for inner in dataclasses.fields(typing.cast(Any, hints[f.name])):
-                yield f.name, inner, section_hints[inner.name]
-        else:
+        if f.name in own and f.name not in placed:
             yield None, f, hints[f.name]
+        for section, setting, hint in inner.get(f.name, ()):
+            name = setting.name
+            yield section or f.name, own.get(name, setting), hints[name] if name in own else hint
 
 
 def names(field: dataclasses.Field) -> list[str]:
@@ -58,15 +66,14 @@ def names(field: dataclasses.Field) -> list[str]:
 
 def build(cls: type[T], values: dict[str, Any]) -> T:
     """An instance from flat values by field name; dataclass checks run."""
-    sections: dict[str, dict[str, Any]] = {}
-    top: dict[str, Any] = {}
-    for section, field, _ in leaves(cls):
-        if field.name in values:
-            (sections.setdefault(section, {}) if section else top)[field.name] = values[field.name]
     hints = typing.get_type_hints(cls)
-    for section, kwargs in sections.items():
-        top[section] = hints[section](**kwargs)
-    return cls(**top)
+    own = {f.name for f in dataclasses.fields(cast(Any, cls)) if not dataclasses.is_dataclass(hints[f.name])}
+    kwargs = {name: value for name, value in values.items() if name in own}
+    inner = {name: value for name, value in values.items() if name not in own}
+    for f in dataclasses.fields(cast(Any, cls)):
+        if f.name not in own:
+            kwargs[f.name] = build(hints[f.name], inner)
+    return cls(**kwargs)
 
 
 def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
@@ -123,42 +130,42 @@ def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
 # ------------------------------------------------------------------------------------------------------------- YAML
 
 
-def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML or JSON mapping; duplicate keys and anything but a mapping are refused."""
+def parse_yaml(text: str, file: str | os.PathLike[str]) -> Any:
+    """A YAML (or JSON) document of plain values. ``file`` is named in errors.
+
+    Raises:
+        InputError: what is not YAML, a key that is there twice, or one that is not a scalar.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key that is not a name", problem_mark=key.start_mark)
+                if key.value in seen:
+                    row = key.start_mark.line + 1
+                    raise InputError(f"the key {key.value} is there twice", file=file, row=row, mend="keep one")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
 
-    def mapping(loader, node):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is not a name", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise InputError(
-                    f"the key {key.value} stands twice", file=path, row=key.start_mark.line + 1, mend="keep one"
-                )
-            seen.add(key.value)
-        return dict(loader.construct_pairs(node, deep=True))
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        with open(Path(path).expanduser(), encoding="utf-8") as f:
-            values = yaml.load(f, Loader)  # noqa: S506 - a SafeLoader
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=path, mend="check the path") from None
-    except UnicodeDecodeError:
-        raise InputError("is not UTF-8 text", file=path, mend="give a YAML file") from None
+        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         row = mark.line + 1 if mark else None
         problem = getattr(error, "problem", None) or getattr(error, "reason", "damaged")
-        raise InputError(f"is not YAML ({problem})", file=path, row=row, mend="correct it there") from None
+        raise InputError(f"is not YAML ({problem})", file=file, row=row, mend="correct it there") from None
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
-        raise InputError(f"is not usable YAML ({error})", file=path, mend="correct it") from None
+        raise InputError(f"is not usable YAML ({error})", file=file, mend="correct it") from None
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML or JSON mapping from a file; an ``InputError`` for anything else."""
+    values = parse_yaml(read_text(Path(path).expanduser()), path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -210,7 +217,8 @@ def dump_yaml(config: Any) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One flag per field. Values stay text; ``parse`` coerces them as it does YAML's."""
+    """One flag per field. Values stay text; ``coerce`` turns them into values as it does YAML's. ``cls.OTHER_FLAGS``
+    lists (spellings, arguments of ``add_argument``) of other flags, which the help does not show."""
     for section, field, hint in leaves(cls):
         default = field.default if field.default is not dataclasses.MISSING else None
         group: Any = parser
@@ -248,6 +256,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
                 group.add_argument(*("--no-" + s[2:] for s in hidden), help=argparse.SUPPRESS, **negative)
         if hidden:
             group.add_argument(*hidden, help=argparse.SUPPRESS, **kwargs)
+    for spellings, settings in getattr(cls, "OTHER_FLAGS", ()):
+        parser.add_argument(*spellings, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **settings)
 
 
 def _spellings(field: dataclasses.Field) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from csm_fast.config.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
 from csm_fast.system.errors import InputError
@@ -279,9 +279,23 @@ class RunSection:
         check_threads(self.threads)
 
 
+# Flags of other tools, beside those that are aliases of a field.
+OTHER_TOOLS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    # sesame-finetune. Tokens are always read from disk as they are needed, so the second has nothing to do.
+    (("--use_amp", "--use-amp"), {"dest": "precision", "action": "store_const", "const": "bf16"}),
+    (("--partial_data_loading", "--partial-data-loading"), {"action": "store_true"}),
+    # csm-mlx's spelling of --freeze.
+    (("--freeze-backbone",), {"dest": "freeze", "action": "append_const", "const": "backbone"}),
+    (("--freeze-decoder",), {"dest": "freeze", "action": "append_const", "const": "decoder"}),
+)
+
+
 @dataclass
 class TrainConfig:
     """Everything a training run depends on. Written, resolved, into the run directory as ``config.yaml``."""
+
+    # The output folder as the other commands call it.
+    OTHER_FLAGS: ClassVar[tuple] = (*OTHER_TOOLS, (("--output", "--out"), {"dest": "output_dir", "metavar": "X"}))
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)

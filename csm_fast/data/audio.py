@@ -6,12 +6,14 @@ import hashlib
 import io
 import os
 import struct
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from csm_fast.config.shape import FRAME_SECONDS, SAMPLE_RATE
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import write_file, writing_to
 
 RESAMPLER = "soxr-HQ"  # named in manifests: another resampler gives other codes
 _RATES = (4_000, 768_000)  # below, no speech; above, a damaged header
@@ -100,16 +102,8 @@ def write_wav(path: str | os.PathLike[str], wave: Any, sample_rate: int) -> None
     buffer = io.BytesIO()  # the file itself is written by Python, so that a full disk is an OSError and not silence
     pcm = np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype(np.int16)
     soundfile.write(buffer, pcm, sample_rate, format="WAV", subtype="PCM_16")
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(buffer.getbuffer())
-        os.replace(temporary, path)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        mend = "choose a folder that exists and has room"
-        raise InputError(f"cannot be written ({error.strerror})", file=path, mend=mend) from None
+    with writing_to(path):
+        write_file(Path(path), buffer.getvalue())
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from csm_fast.data.token_store import TokenStore
 from csm_fast.system.arrays import map_arrays, write_arrays
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import file_sha256, fsync_directory, write_bytes, writing_to
+from csm_fast.system.files import file_sha256, fsync_path, write_file, writing_to
 
 OPEN_FILES = 16  # a mapped file costs a file descriptor, and there may be thousands of parts
 FLUSH_SECONDS, FLUSH_FRAMES = 5.0, 500_000  # what a kill can cost, and what is held in memory (32 MB)
@@ -113,7 +113,7 @@ class CodeCache:
                 sha256, _ = write_arrays(temporary, part)
                 path = self.folder / f"part-{self._next_part:06d}-{sha256[:16]}.safetensors"
                 os.replace(temporary, path)
-                fsync_directory(self.folder)
+                fsync_path(self.folder)
             self._next_part += 1
             self._where |= {key: (len(self._paths), turn) for turn, key in enumerate(self._new)}
             self._paths.append(path)
@@ -188,4 +188,4 @@ class _FileHashes:
         """Rewrite the file with the paths in `keep` only."""
         entries = {path: entry for path, entry in self._known.items() if path in keep}
         with writing_to(self._path.parent):
-            write_bytes(self._path, "".join(json.dumps([p, *e]) + "\n" for p, e in entries.items()).encode())
+            write_file(self._path, "".join(json.dumps([p, *e]) + "\n" for p, e in entries.items()))

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import write_file, writing_to
 
 PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")  # recordings, transcripts
 _AT_LEAST = 200  # recordings; fewer would be another package under the same name
@@ -51,15 +52,10 @@ def fetch_debian_speech(target_dir: str | os.PathLike[str], sounds: bool = False
                 raise InputError(f"the demo's speech is a Debian package, and there is no {tool} here", mend=_MEND)
         with tempfile.TemporaryDirectory(prefix="csm_fast_demo_") as scratch:
             unpacked = _download(Path(scratch))
-            try:
+            with writing_to(target, "cannot write the recordings (50 MB)"):
                 rows = _copy(unpacked, target, sounds)
-                # Written last and renamed: an interrupted run leaves no metadata.json and starts over.
-                temporary = target / f"metadata.json.{os.getpid()}.tmp"
-                temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                os.replace(temporary, metadata)
-            except OSError as error:
-                what = f"cannot be written ({error.strerror})"
-                raise InputError(what, file=target, mend="choose a folder that can, with 50 MB free") from None
+                # Last: an interrupted run leaves no metadata.json and starts over.
+                write_file(metadata, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     _report(metadata, rows)
     return metadata
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from csm_fast.config.parse import parse_yaml
 from csm_fast.data.metadata_files import (
     AUDIO,
     NUMBER,
@@ -31,9 +32,8 @@ from csm_fast.data.metadata_files import (
     JsonObject,
     check_key,
     parse_json,
-    parse_yaml,
+    read_filled_text,
     read_rows,
-    read_text,
     show,
 )
 from csm_fast.data.text import NO_SPEAKER
@@ -151,11 +151,11 @@ def load_speaker_map(path: str | os.PathLike[str]) -> dict[str, int]:
     file = os.path.expanduser(os.fspath(path))
     mend = "write one 'name: integer' per line"
     if os.path.splitext(file)[1].lower() == ".json":
-        content = parse_json(read_text(file), file)
+        content = parse_json(read_filled_text(file), file)
         if isinstance(content, JsonObject) and content.repeated is not None:
             raise InputError(f"the name {show(content.repeated)} is there twice", file=file, mend="keep one")
     else:
-        content = parse_yaml(read_text(file), file)
+        content = parse_yaml(read_filled_text(file), file)
     if not isinstance(content, dict) or not content:
         raise InputError("a speaker map is an object {name: integer}", file=file, mend=mend)
     speakers = {}

@@ -9,9 +9,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_text
 
 TEXT, AUDIO, SPEAKER = ("text",), ("path", "audio_path", "audio"), ("speaker", "speaker_id")
 KEYS = (*TEXT, *AUDIO, "start", "end", *SPEAKER)
@@ -65,20 +67,9 @@ def read_rows(file: str) -> Iterator[tuple[int, Any]]:
     return _READERS[extension](file)
 
 
-def read_text(file: str) -> str:
-    """A whole UTF-8 file, with or without a byte-order mark. Raises InputError if unreadable, empty or not UTF-8."""
-    try:
-        with open(file, "rb") as stream:
-            content = stream.read()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", file=file, mend="check the path") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        what = "is UTF-16" if utf16 else f"line {line} is not UTF-8"
-        raise InputError(what, file=file, mend="save it as UTF-8") from None
+def read_filled_text(file: str) -> str:
+    """``read_text`` of a file that must not be empty."""
+    text = read_text(Path(file))
     if not text.strip():
         raise InputError("is empty", file=file, mend="add one row per recording: text, path")
     return text
@@ -97,30 +88,6 @@ def parse_json(text: str, file: str, line: int | None = None) -> Any:
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets thousands deep
         where = f" at line {line}" if line else ""
         raise InputError(f"invalid JSON{where}: {error}", file=file, mend="correct it") from None
-
-
-def parse_yaml(text: str, file: str) -> Any:
-    """A YAML document of plain values, keys repeated nowhere. Raises InputError."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-                seen.add(str(key.value))
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise InputError(f"invalid YAML{where}: {problem}", file=file, mend="correct it there") from None
-    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets thousands deep
-        raise InputError(f"invalid YAML: {error}", file=file, mend="correct it") from None
 
 
 def check_key(key: Any, kind: str) -> None:
@@ -149,7 +116,7 @@ def _json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 
 def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
-    content = parse_json(read_text(file), file)
+    content = parse_json(read_filled_text(file), file)
     if not isinstance(content, list):
         what = f"holds {'an object' if isinstance(content, dict) else show(content)}, not a list of rows"
         raise InputError(what, file=file, mend="write [{text, path}, ...] or [[{text, audio_path, speaker}, ...], ...]")
@@ -158,14 +125,14 @@ def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
 
 def _json_line_rows(file: str) -> Iterator[tuple[int, Any]]:
     # Not splitlines(): a line separator such as U+2028 may stand inside a JSON string.
-    for number, line in enumerate(read_text(file).split("\n"), 1):
+    for number, line in enumerate(read_filled_text(file).split("\n"), 1):
         if line.strip():
             yield number, parse_json(line, file, number)
 
 
 def _separated_rows(file: str, delimiter: str) -> Iterator[tuple[int, Any]]:
     reader = csv.reader(
-        io.StringIO(read_text(file), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+        io.StringIO(read_filled_text(file), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
     )
     names: list[str] = []
     row = 0

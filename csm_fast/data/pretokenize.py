@@ -28,7 +28,7 @@ from csm_fast.data.token_store import TokenStore, TurnTokens, recover_store
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.system.console import ClipProgress
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.system.files import write_file, writing_to
 from csm_fast.system.lock import Lock
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ class _Run:
             "warnings": warnings,
         }
         with writing_to(self.output):
-            write_bytes(self.output / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+            write_file(self.output / "report.json", json.dumps(report, indent=1) + "\n")
         listed = report["skipped"]["listed"]
         shown = {**report, "skipped": {**report["skipped"], "listed": listed[:LISTED]}}
         elapsed = time.monotonic() - self.started

@@ -16,7 +16,7 @@ from csm_fast.data.store_format import FORMAT, FORMAT_VERSION, MANIFEST
 from csm_fast.data.token_store import TurnTokens, recover_store
 from csm_fast.system.arrays import write_arrays
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import fsync_directory, replace_directory, write_bytes, writing_to
+from csm_fast.system.files import fsync_path, replace_directory, write_file, writing_to
 
 SHARD_FRAMES = 4_000_000  # 256 MB of codes at K = 32; also what the writer holds in memory at most
 
@@ -106,8 +106,8 @@ class TokenStoreWriter:
             manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **self._identity}
             manifest |= {"counts": {**self._counts, "hours": hours}, "shards": self._shards}
             with writing_to(self.path):
-                write_bytes(self._new / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-                fsync_directory(self._new)
+                write_file(self._new / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                fsync_path(self._new)
         except BaseException:
             self.abort()
             raise

@@ -15,6 +15,8 @@ A conversation never straddles two shards. The manifest is written last; a direc
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -192,6 +194,10 @@ class TokenStore:
         if (code := codes.max(initial=0)) >= self.codebook_size:
             raise corrupt(shard.path, f"conversation {index} has code {code} of {self.codebook_size}")
         raise corrupt(shard.path, f"conversation {index} has a text id outside the vocabulary")
+
+    def content_hash(self) -> str:
+        """Identity of the tokens: SHA-256 in hex of the manifest's list of shards and their hashes."""
+        return hashlib.sha256(json.dumps(self.manifest["shards"], sort_keys=True).encode()).hexdigest()
 
     def turn_lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(text ids int32 [T], frames int32 [T], speaker int32 [T], conversation int64 [T]) of all T turns, copied."""

@@ -1,4 +1,4 @@
-"""The validation loss, and the probe that a saved adapter carries.
+"""The validation loss, and the probe that is saved with an adapter.
 
 Imports ``model``, ``packing`` and what is below them.
 """

@@ -1,6 +1,6 @@
-"""A probe: a few hundred rows of real data beside a saved adapter, and the loss that the model gave on them.
+"""A probe: a few hundred rows of real data beside a saved adapter, and the model's loss on them.
 
-Whoever loads or merges the adapter can tell whether it still does what it did.
+With it, anyone who loads or merges the adapter can check that the loss is still the same.
 """
 
 from __future__ import annotations
@@ -19,42 +19,44 @@ from csm_fast.model.compile import uncompiled
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.pack import Pack, Segments
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.files import read_json, write_file, writing_to
 from csm_fast.system.tensors import read_entries, write_tensors
 
 PROBE, PROBE_LOSS = "probe.safetensors", "probe.json"
-PROBE_ROWS, PROBE_FRAMES = 384, 32  # at most; one longer conversation is taken whole
+PROBE_ROWS, PROBE_FRAMES = 384, 32  # most of each; a first conversation that is longer is taken whole
 _TENSORS = ("tokens", "is_audio", "target_rows", "target_weights", "decoder_index", "decoder_weights")
 
-# Largest relative drift of a probe's loss that is rounding, by the type that products are computed in; and what is
-# allowed however little the adapter changes the loss.
+# Relative drift of a probe's loss that rounding can cause, by the dtype of products: the largest, and the one that is
+# allowed even if the adapter hardly changes the loss.
 ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LEAST = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2.5e-3, torch.float16: 2.5e-3}
 
 
 class Probe:
-    """A small pack, the loss that an adapted model gave on it, and the type its products were computed in."""
+    """A small pack, an adapted model's loss on it, and the dtype of its products.
+
+    ``silenced``: for a 4-bit base, the loss without the adapters but with what was trained besides.
+    """
 
     def __init__(self, pack: Pack, loss: float, dtype: torch.dtype, silenced: float | None = None):
-        self.pack, self.loss, self.dtype = pack, loss, dtype
-        self.silenced = silenced  # loss of a 4-bit base with what was trained besides, and without the adapters
+        self.pack, self.loss, self.dtype, self.silenced = pack, loss, dtype, silenced
 
     @property
     def name(self) -> str:
-        """Of the type."""
+        """The dtype's name."""
         return str(self.dtype).removeprefix("torch.")
 
     def allowed(self, base: float) -> float:
-        """Largest relative drift that is rounding, where the base alone has this loss. At most half of what the adapter
-        changes, so that one that does nothing, or harm, is told from one that is there."""
+        """Largest relative drift that counts as rounding, if the loss without the adapter is ``base``. At most half of
+        what the adapter changes, so that an adapter that loads but has no effect is detected."""
         return max(LEAST[self.dtype], min(ALLOWED[self.dtype], self.drift(base) / 2))
 
     def drift(self, loss: float) -> float:
-        """Of a loss from the stored one, relative to it."""
+        """Relative distance of a loss from the stored one."""
         return abs(loss - self.loss) / max(abs(self.loss), 1e-12)
 
     def loss_of(self, model: Any, device: torch.device | str = "cpu") -> float:
-        """(CE0 + CEd) / 2 of a model on the probe: in eval mode, in the probe's type."""
+        """(CE0 + CEd) / 2 of a model on the probe, in eval mode and the probe's dtype."""
         return _loss(model, self.pack.to(device), self.dtype)
 
 
@@ -65,7 +67,7 @@ def _loss(model: Any, pack: Pack, dtype: torch.dtype) -> float:
     autocast = torch.autocast(pack.tokens.device.type, dtype) if narrow else nullcontext()
     model.eval()
     try:
-        # As whoever loads the adapter runs it; and compiling these few forwards would take longer than they do.
+        # Eagerly, as after loading the adapter; and compiling takes longer than these few forwards.
         with uncompiled(model), autocast:
             return float(packed_loss(model, pack, 0.5, 0.5)[0])
     finally:
@@ -73,8 +75,8 @@ def _loss(model: Any, pack: Pack, dtype: torch.dtype) -> float:
 
 
 def probe_pack(pack: Pack) -> Pack:
-    """The first documents of a pack with something to learn, up to ``PROBE_ROWS`` rows, equally weighted; the depth
-    decoder sees up to ``PROBE_FRAMES`` of their frames, evenly spread."""
+    """The first documents of a pack with supervised frames, up to ``PROBE_ROWS`` rows, with equal weights; the depth
+    decoder gets up to ``PROBE_FRAMES`` of their frames, evenly spread."""
     targets, device = pack.target_rows.cpu(), pack.tokens.device
     lengths: list[int] = []
     rows: list[Tensor] = []
@@ -118,12 +120,12 @@ def _pack(tensors: dict[str, Tensor], lengths: list[int]) -> Pack:
 
 
 def save_probe(model: Any, pack: Pack, directory: str | os.PathLike[str]) -> float:
-    """Write a probe beside an adapter: a part of ``pack`` and the loss that ``model`` gives on it, which is returned.
+    """Write a probe beside an adapter: a part of ``pack`` and the loss of ``model`` on it, which is returned.
 
     Args:
         model: with adapters (``adapters.attach``).
         pack: of real data, on the model's device, with at least one supervised frame.
-        directory: of ``save_adapter``.
+        directory: the one given to ``save_adapter``.
     """
     path, small = Path(directory), probe_pack(pack)
     dtype = model.adapter.compute_dtype
@@ -143,12 +145,12 @@ def save_probe(model: Any, pack: Pack, directory: str | os.PathLike[str]) -> flo
     }
     with writing_to(path):
         write_tensors(path / PROBE, tensors, None)
-        write_bytes(path / PROBE_LOSS, (json.dumps(values) + "\n").encode())
+        write_file(path / PROBE_LOSS, json.dumps(values) + "\n")
     return loss
 
 
 def read_probe(directory: str | os.PathLike[str]) -> Probe | None:
-    """The probe beside an adapter; None where there is none.
+    """The probe beside an adapter; None if there is none.
 
     Raises:
         InputError: it is damaged.

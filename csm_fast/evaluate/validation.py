@@ -1,8 +1,9 @@
-"""Deterministic validation: the whole set, a fixed draw of frames, token-weighted."""
+"""Deterministic validation: the whole set, a fixed draw of frames, every frame with the same weight."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,29 +11,33 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
+from csm_fast.data.token_store import TokenStore
 from csm_fast.model.loss import coefficients, predictor_states
 from csm_fast.model.stacks import run_decoder, vocabulary
 from csm_fast.packing.draws import Purpose
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.loader import Packer
+from csm_fast.packing.pack import Pack
 
-CONVERSATIONS = 64  # planned together: a fixed number, so that the draw does not depend on the pack size
+CONVERSATIONS = 64  # packed together: a fixed number, so that the draw does not depend on the pack size
 FRAME_CHUNK = 512  # frames in the depth decoder at once
 LOGIT_ROWS = 4096  # rows of codebook-0 logits at once (32 MiB in float32)
 
 
 class Validator:
-    """Scores a model on a token store, always on the same frames.
+    """Computes a model's validation loss on a token store, always on the same frames.
 
     Args:
         store: the validation split.
-        data: pack size and masked speakers of the run.
-        loss: the preset that combines CE0 and CEd into ``val_loss``; frames are not weighted here.
-        fraction: share of the supervised frames that the depth decoder is scored on.
-        limit: most rows of a document: the model's context.
+        data: the run's pack size and masked speakers.
+        loss: the preset that combines CE0 and CEd into ``val_loss``; its weights of frames are not used.
+        fraction: share of the supervised frames that the depth decoder predicts.
+        limit: most rows of a document, the model's context.
     """
 
-    def __init__(self, store: Any, data: DataSection, loss: LossSection, fraction: float, limit: int = MAX_POSITIONS):
+    def __init__(
+        self, store: TokenStore, data: DataSection, loss: LossSection, fraction: float, limit: int = MAX_POSITIONS
+    ):
         section = DataSection(
             data=data.data,
             batch_size=CONVERSATIONS,
@@ -45,13 +50,15 @@ class Validator:
         self.packer = Packer(store, section, LossSection(amortization_fraction=fraction), limit=limit)
         self.conversations = store.num_conversations
 
-    def __call__(self, model: Any, device: torch.device, autocast: Any = nullcontext) -> dict[str, Any]:
+    def __call__(
+        self, model: Any, device: torch.device, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ) -> dict[str, Any]:
         """Losses and end-of-speech figures, as Python numbers.
 
         Returns:
-            val_loss, c0_loss, decoder_loss; per_codebook [K]; eos_p_end: mean probability, at a true end, of the
-            whole EOS frame (all K codes zero); eos_p_end_c0: of its codebook 0 alone; false_eos_rate: share of
-            speech frames where codebook 0's most likely code is 0 although the true one is not; frames.
+            val_loss, c0_loss, decoder_loss; per_codebook [K]; eos_p_end: mean probability of the whole EOS frame (all
+            K codes zero) where speech ends; eos_p_end_c0: the same for its codebook 0 only; false_eos_rate: share of
+            speech frames whose most likely codebook-0 code is 0 although the true one is not; frames: their number.
         """
         num_codebooks, _ = vocabulary(model)
         was_training = model.training
@@ -85,7 +92,7 @@ class Validator:
         }
 
     @staticmethod
-    def _score(model: Any, pack: Any, sums: Tensor, totals: dict[str, float]) -> None:
+    def _score(model: Any, pack: Pack, sums: Tensor, totals: dict[str, float]) -> None:
         _, vocab = vocabulary(model)
         hidden = predictor_states(model, pack)
         if not len(hidden):

@@ -1,6 +1,7 @@
 """Speech from a model and a text.
 
-Imports ``weights``, ``model``, ``data`` and what is below them."""
+Imports ``weights``, ``model``, ``data`` and what is below them.
+"""
 
 from __future__ import annotations
 

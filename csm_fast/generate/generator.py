@@ -1,4 +1,4 @@
-"""Speech from text: cached, step-by-step sampling, enough to judge a run."""
+"""Speech from text, sampled frame by frame with caches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from csm_fast import ops
+from csm_fast.data.codec.base import Codec
+from csm_fast.data.text import TextTokenizer
 from csm_fast.model.rope import apply_rope
 from csm_fast.model.run_options import run_options_of
 from csm_fast.model.stacks import call_stack, stack_limit, vocabulary
@@ -36,14 +38,14 @@ class KVCache:
             k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])
         self.keys[layer], self.values[layer] = k, v
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        # Later calls bring one position, which may see everything cached.
+        # Later calls bring one position, which attends to everything in the cache.
         out = F.scaled_dot_product_attention(q, k, v, is_causal=prompt, enable_gqa=q.shape[1] != k.shape[1])
         return out.squeeze(0).transpose(0, 1)
 
 
 @dataclass
 class Utterance:
-    """Context, or the turn to speak (without codes).
+    """What was spoken before, with its codes, or what is to be spoken, without.
 
     Attributes:
         text_ids: ids of the templated text.
@@ -55,7 +57,7 @@ class Utterance:
 
 
 def prompt_rows(turns: Sequence[Utterance], num_codebooks: int) -> tuple[Tensor, Tensor]:
-    """Rows of a prompt: for each turn its text, its frames and the EOS row; the last turn has only text.
+    """Rows of a prompt: for each utterance its text, its frames and the EOS row; for the last one only its text.
 
     Returns:
         tokens [T, K + 1] int64 and is_audio [T] bool.
@@ -75,7 +77,7 @@ def prompt_rows(turns: Sequence[Utterance], num_codebooks: int) -> tuple[Tensor,
 
 
 class Stepper:
-    """One sequence, frame by frame: the arithmetic of generation without any choice of its own."""
+    """One sequence, frame by frame: the arithmetic of generation, without the choice of codes."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -84,7 +86,7 @@ class Stepper:
         self.cache, self.position = KVCache(), 0
 
     def feed(self, tokens: Tensor, is_audio: Tensor) -> Tensor:
-        """Append rows [n, K + 1] (the prompt, then one frame at a time) -> the last row's state [D]."""
+        """Append rows [n, K + 1] (the prompt, then one frame at a time); returns the last row's state [D]."""
         device = self.model.text_embeddings.weight.device
         tokens, is_audio = tokens.to(device), is_audio.to(device)
         x = ops.frame_embed(tokens, is_audio, self.model.text_embeddings.weight, self.model.audio_embeddings.weight)
@@ -113,7 +115,7 @@ class Stepper:
 
 @dataclass
 class Speech:
-    """Generated frames [n, K] int64 on the CPU (without the EOS row), and whether the model ended them itself."""
+    """Generated frames [n, K] int64 on the CPU, without the EOS row, and whether the model itself ended them."""
 
     codes: np.ndarray
     ended: bool
@@ -128,7 +130,7 @@ class Generator:
         codec: from ``load_codec``; not needed for ``generate_codes``.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, codec: Any = None):
+    def __init__(self, model: Any, tokenizer: TextTokenizer | None = None, codec: Codec | None = None):
         self.model, self.tokenizer, self.codec = model, tokenizer, codec
 
     def generate_codes(
@@ -143,11 +145,11 @@ class Generator:
         """Speak the last of ``turns`` after the others.
 
         Args:
-            turns: context turns with codes, then one without.
+            turns: the context with codes, then one utterance without.
             max_frames: most frames (80 ms each).
             temperature: 0 is greedy.
-            top_k: sample among the k most likely codes; 0 is all of them.
-            seed: of this call's own random numbers; nothing else is disturbed.
+            top_k: sample among the k most likely codes; 0 means all codes.
+            seed: of this call's own random numbers; torch's global generators are not used.
 
         Raises:
             InputError: the prompt leaves no room for ``max_frames``.
@@ -169,7 +171,7 @@ class Generator:
 
         frames: list[Tensor] = []
         ended = False
-        # Adapters are wider than the weights beside them.
+        # Adapters have a wider dtype than the frozen weights, so products need autocast.
         device = self.model.text_embeddings.weight.device.type
         try:
             with torch.inference_mode(), adapter.autocast(device) if adapter else nullcontext():
@@ -191,17 +193,19 @@ class Generator:
         self, text: str, speaker: int, context: Sequence[Utterance] = (), **options: Any
     ) -> tuple[np.ndarray, Speech]:
         """(waveform float32 [samples] at the codec's rate, frames) of ``text`` in the voice of ``speaker``."""
+        if self.tokenizer is None or self.codec is None:
+            raise ValueError("to speak a text, a Generator needs a tokenizer and a codec")
         turn = Utterance(self.tokenizer.encode(text, speaker))
         speech = self.generate_codes([*context, turn], **options)
         if not len(speech.codes):
             return np.zeros(0, dtype=np.float32), speech
-        # Sesame's vocabulary has three codes the codec does not know; a model in training may still say them.
+        # Sesame's vocabulary has three codes that the codec does not have; a model in training may still choose them.
         codes = np.minimum(speech.codes, self.codec.codebook_size - 1)
         return self.codec.decode(codes), speech
 
 
 def sample_code(logits: Tensor, temperature: float, top_k: int, random: torch.Generator) -> Tensor:
-    """One code from logits [V], in float32 on the CPU's generator; greedy at temperature 0."""
+    """One code from logits [V], sampled in float32 with random numbers of the CPU; greedy at temperature 0."""
     if temperature <= 0:
         return logits.argmax()
     logits = logits.float() / temperature

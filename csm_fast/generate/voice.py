@@ -16,7 +16,7 @@ from csm_fast.system.errors import InputError
 
 @dataclass(frozen=True)
 class Voice:
-    """What text goes through before a model, and codes after it."""
+    """The tokenizer of a model's text, and the codec of its codes."""
 
     codec: Codec
     tokenizer: TextTokenizer

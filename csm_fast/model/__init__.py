@@ -1,7 +1,7 @@
 """CSM: the module tree, what its stacks compute, the loss, adapters and 4-bit weights.
 
-Imports ``packing``, ``config``, ``system`` and ``csm_fast.ops``. PEFT's adapter files name this package as the home of
-``CSM``: it must stay importable under this name.
+Imports ``data``, ``packing``, ``config``, ``system`` and ``csm_fast.ops``. PEFT's adapter files name this package as
+the library of ``CSM``, so ``from csm_fast.model import CSM`` must work.
 """
 
 from __future__ import annotations

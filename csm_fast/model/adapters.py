@@ -1,7 +1,7 @@
 """LoRA, DoRA and QLoRA: adapters beside frozen weights. PEFT makes the layers, bitsandbytes the 4-bit weights.
 
-``attach`` turns a model into one whose adapters are trained. Names of the base's parameters gain ``base_layer`` (PEFT's
-way), so a model with adapters is saved by ``adapter_files.save_adapter``, not by ``save_model``.
+``attach`` puts adapters on a model. PEFT then adds ``base_layer`` to the names of the base's parameters, so
+``adapter_files.save_adapter`` saves a model with adapters, not ``save_model``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
+from csm_fast.config.targets import HEADS, STACKS, TABLES, match_target
 from csm_fast.config.train import AdapterSection
-from csm_fast.model.nf4 import STACKS, quantize_stacks
+from csm_fast.model.nf4 import quantize_stacks
 from csm_fast.model.run_options import Attached, run_options_of
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
 from csm_fast.system.optional import load_peft
 
-ATTN = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
-SYNONYMS = {"o_proj": "output_proj", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-HEADS = ("codebook0_head.weight", "audio_head")
-TABLES = ("text_embeddings.weight", "audio_embeddings.weight")
 ADAPTER = "default"  # PEFT's name of the one adapter
 
 _HASH_PIECE = 1 << 24  # values hashed at once: 64 MiB in float32
@@ -46,24 +43,25 @@ def attach(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Attached:
-    """Put adapters on a model, in place, and freeze everything else that ``section`` does not train.
+    """Put adapters on a model, in place, and freeze everything that ``section`` does not train.
 
     Frozen weights are stored in ``compute_dtype``, RMS norms' scales in float32; for qlora the linear layers of both
-    stacks in NF4. Adapters, heads and tables that are trained are float32. (For a float64 model and ``compute_dtype``,
-    all of them are float64.) Train it under autocast to ``compute_dtype`` unless that is float32 or float64.
+    stacks in NF4. Adapters, heads and tables that are trained are float32. (If ``compute_dtype`` is float64, all of
+    them are float64.) Train under autocast to ``compute_dtype`` unless that is float32 or float64.
 
-    Adapters start as zero: B is zero, A uniform within 1/sqrt(in), DoRA's magnitudes the norms of the stored rows.
+    Adapters start without effect: B is zero, A is uniform within 1/sqrt(in), DoRA's magnitudes are the norms of the
+    stored rows.
 
     Args:
         model: ``CSM`` or any module with Sesame's tree, unquantised and without adapters.
-        section: its ``method`` is lora, dora or qlora. ``train_embeddings="rows"`` is completed by
-            ``embedding_rows.EmbeddingRows``, which knows the rows; here the tables stay frozen.
-        compute_dtype: bfloat16, float16, float32; float64 for checks.
-        base: what the weights are called: a hub id, or a path (made absolute), for messages and for loading them again.
-        base_hash: their ``weights_hash``, where it is known; computed otherwise.
-        seed: of A's values, which depend on nothing else than it and the shapes.
-        device: where the model goes next, if that is not where it is: 4-bit weights are made there. The rest of the
-            model is left where it lies.
+        section: its ``method`` is lora, dora or qlora. With ``train_embeddings="rows"`` the tables stay frozen here;
+            ``embedding_rows.EmbeddingRows``, which knows the rows, completes it.
+        compute_dtype: bfloat16, float16 or float32; float64 for checks.
+        base: name of the weights, a hub id or a path (made absolute), for messages and for loading them again.
+        base_hash: their ``weights_hash``, if it is known; computed otherwise.
+        seed: of A's values, which depend on the seed and the shapes only.
+        device: where 4-bit weights are made, if the model goes to another device next. The rest of the model stays
+            where it is.
 
     Raises:
         InputError: a target that matches nothing or cannot have an adapter; PEFT or bitsandbytes are not installed.
@@ -116,24 +114,24 @@ def _inject(peft: Any, model: Any, section: AdapterSection, targets: tuple[str, 
     # PEFT would take a model's ``config`` for transformers'.
     ours = model.__dict__.pop("config", None)
     try:
-        with torch.random.fork_rng(devices=[]):  # its draws are replaced
+        with torch.random.fork_rng(devices=[]):  # _settle replaces the values that PEFT draws
             peft.inject_adapter_in_model(config, model, ADAPTER)
     finally:
         if ours is not None:
             model.config = ours
-    del model.peft_config  # it says less than Attached
+    del model.peft_config  # Attached says the same and more
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == set(targets), f"PEFT chose other layers: {sorted(adapted ^ set(targets))[:3]}"
 
 
 @functools.cache
 def _dora_layer() -> type:
-    """The class of DoRA's magnitudes; made on first use, as PEFT is imported no sooner."""
+    """The class of DoRA's magnitudes; made on first use, because PEFT is imported only then."""
     dora = importlib.import_module("peft.tuners.lora.dora")
 
     class Dora(dora.DoraLinearLayer):  # type: ignore[name-defined]
-        """PEFT's magnitudes of a linear layer, with a forward that torch.compile can follow, that multiplies B A as
-        matrices and not by passing the identity through both, and that keeps their norm in float32."""
+        """PEFT's magnitudes of a linear layer, with another forward: torch.compile can trace it, it multiplies B A as
+        matrices (PEFT passes an identity matrix through both), and it computes the norm in float32."""
 
         def __init__(self, magnitude: Tensor):
             super().__init__(fan_in_fan_out=False)
@@ -150,9 +148,10 @@ def _dora_layer() -> type:
             base_result: Tensor | None = None,
             adapter_name: str = ADAPTER,
         ) -> Tensor:
-            """What DoRA adds to the base layer's output for the input ``x`` [..., in]; [..., out].
+            """What DoRA adds to the base layer's output for the input ``x`` [..., in]: [..., out].
 
-            ``base_result``: the base layer's output, where it has seen the same ``x``; with dropout it has not.
+            ``base_result``: the base layer's output for the same ``x``. With dropout that input was another one, and
+            PEFT passes None.
             """
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 norm = torch.linalg.norm(base_layer.weight + scaling * (lora_B.weight @ lora_A.weight), dim=1)
@@ -165,15 +164,15 @@ def _dora_layer() -> type:
 
 @functools.cache
 def _lora_layer() -> type:
-    """The class of LoRA layers; made on first use, as PEFT is imported no sooner."""
+    """The class of LoRA layers; made on first use, because PEFT is imported only then."""
     lora = importlib.import_module("peft.tuners.lora.layer")
 
     class Lora(lora.Linear):  # type: ignore[name-defined]
-        """PEFT's layer, with a forward of its own where one adapter is added to the base.
+        """PEFT's layer, with another forward for one adapter on its base.
 
-        The scale enters between A and B, on [rows, rank]. PEFT scales [rows, out], and so the gradient: one more tensor
-        of that size beside the base's. Where nothing is compiled, B's product adds to the base's result: one result
-        instead of four.
+        It scales between A and B, on [rows, rank]. PEFT scales [rows, out], and in the backward pass the gradient: one
+        more tensor of that size. Uncompiled, one operation adds B's product to the base's result, so that one tensor of
+        that size is written instead of four.
         """
 
         fuses_on_cpu = True  # see ``layer_cpu``
@@ -188,7 +187,7 @@ def _lora_layer() -> type:
             (name,) = names
             result = self.base_layer(x)
             low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
-            # Compiled, the sum goes into what comes next; it would be read and written twice more here.
+            # Compiled, the sum is fused with the next operation; addmm would read and write the result once more each.
             if torch.compiler.is_compiling() or not (autocast or low.dtype == result.dtype):
                 return result + self.lora_B[name](low).to(result.dtype)
             b = self.lora_B[name].weight
@@ -198,7 +197,7 @@ def _lora_layer() -> type:
 
 
 def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int) -> None:
-    """Dtypes and first values of the adapters; PEFT leaves them in the base's dtype, rounded."""
+    """Set the dtypes and initial values of the adapters; PEFT makes them in the base's dtype, rounded."""
     generator = torch.Generator().manual_seed(seed)
     for name in targets:
         layer = model.get_submodule(name)
@@ -211,7 +210,7 @@ def _settle(model: Any, targets: tuple[str, ...], dtype: torch.dtype, seed: int)
             norm = torch.linalg.norm(layer.base_layer.weight.detach().to(dtype), dim=1)
             layer.lora_magnitude_vector[ADAPTER] = _dora_layer()(norm)
         if name.partition(".")[0] not in STACKS:
-            # The loss reads codebook0_head as one matrix, where an input's dropout has no place.
+            # The loss uses codebook0_head as one matrix, to whose input no dropout can be applied.
             layer.lora_dropout[ADAPTER] = nn.Identity()
         for parameter_name, parameter in layer.named_parameters():
             parameter.requires_grad_("lora_" in parameter_name)
@@ -221,8 +220,8 @@ def resolve_targets(model: Any, words: list[str]) -> tuple[str, ...]:
     """Names of the linear layers that ``--target-modules`` means, sorted.
 
     Args:
-        words: ``attn``, ``projection``, ``codebook0_head``, or suffixes or full names of linear layers; the layer
-            names of transformers and csm-mlx (o_proj, gate_proj, self_attn, ...) are taken too.
+        words: ``attn``, ``projection``, ``codebook0_head``, or suffixes or full names of linear layers, also with the
+            names that transformers and csm-mlx give to layers (o_proj, gate_proj, self_attn, ...).
 
     Raises:
         InputError: a word that matches nothing, or the bare parameter audio_head.
@@ -235,12 +234,7 @@ def resolve_targets(model: Any, words: list[str]) -> tuple[str, ...]:
                 "--target-modules audio_head: it is a parameter, not a layer, so it has no adapter",
                 mend="train it whole with --train-heads",
             )
-        if word == "attn":
-            some = [n for n in names if n.startswith(tuple(f"{s}." for s in STACKS)) and n.rpartition(".")[2] in ATTN]
-        else:
-            front, _, leaf = word.replace("self_attn.", "attn.").rpartition(".")
-            suffix = f"{front}.{SYNONYMS.get(leaf, leaf)}".lstrip(".")
-            some = [n for n in names if n == suffix or n.endswith("." + suffix)]
+        some = match_target(word, names)
         if not some:
             leaves = sorted({n.rpartition(".")[2] for n in names})
             more = ", or --train-embeddings" if "embedding" in word else ""
@@ -263,7 +257,7 @@ def _trained_whole(section: AdapterSection, targets: tuple[str, ...]) -> tuple[s
 
 @contextmanager
 def silenced(model: Any) -> Iterator[None]:
-    """Within it, LoRA adapters add nothing. (DoRA's magnitudes would stay, so it has no such state.)"""
+    """Within it, LoRA adapters add nothing. Not for DoRA, whose magnitudes would stay."""
     layers = [model.get_submodule(name) for name in model.adapter.targets]
     scales = [layer.scaling[ADAPTER] for layer in layers]
     try:
@@ -279,16 +273,13 @@ def silenced(model: Any) -> Iterator[None]:
 
 
 def hash_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """What values are rounded to for ``weights_hash``: bf16, or fp16 where the base was kept in that."""
+    """The dtype that ``weights_hash`` rounds values to: bf16, or fp16 if the base was kept in fp16."""
     return torch.float16 if compute_dtype == torch.float16 else torch.bfloat16
 
 
 def weights_hash(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
-    """SHA-256 (64 hexadecimal digits) of a model's parameters: names, shapes, and values rounded to ``dtype``.
-
-    So the float32 and the bf16 file of one model have one hash. Pieces of a fixed size are hashed by several threads;
-    no more than a few of them exist at once.
-    """
+    """SHA-256 (64 hexadecimal digits) of a model's parameters: names, shapes, and values rounded to ``dtype``, so that
+    the float32 and the bf16 file of one model have one hash. Threads hash pieces of a fixed size, a few at a time."""
     parameters = sorted(
         ((n.replace("_orig_mod.", ""), p.detach()) for n, p in model.named_parameters()), key=lambda x: x[0]
     )

@@ -1,14 +1,14 @@
-"""``torch.compile`` for the layers of both stacks: what lies between the large operators becomes a few kernels.
+"""``torch.compile`` for the layers of both stacks: the operations between the large operators become a few kernels.
 
-One layer is one graph, and all layers of a stack share it (the backbone's last has one more, for the rows that
+One layer is one graph, and all layers of a stack share it (the backbone's last layer has one more, for the rows that
 predict), so compiling takes seconds and not minutes. Rows, segments and frames are symbolic: a pack of another size
-recompiles nothing. Parameters, their names and ``state_dict`` stay as they are; so does whatever runs with a cache
-(generation), which stays eager.
+recompiles nothing. Parameters, their names and ``state_dict`` do not change. Generation, whose attention has a cache,
+runs eagerly.
 
-Worth it on CUDA. On a CPU, where matrix products are most of the time and the rest is written with few passes, nothing
-is gained (``docs/design-notes.md``), so it is off there unless asked for. Inductor keeps compiled kernels on disk
-(``TORCHINDUCTOR_CACHE_DIR``; ``csm-fast-train`` puts it into the user's cache directory), so a second run starts two to
-four times sooner.
+``auto`` turns it on for CUDA only. On a CPU it gains nothing: matrix products take most of the time, and the rest is
+written with few passes over memory (``docs/design-notes.md``). Inductor keeps compiled kernels on disk
+(``TORCHINDUCTOR_CACHE_DIR``, which ``csm-fast-train`` sets to a folder of the user's cache), so a second run starts two
+to four times sooner.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from csm_fast.model.run_options import run_options_of
 from csm_fast.model.stacks import PackedAttend
 from csm_fast.packing.pack import Segments
 
-# Variants of one stack's layer: with and without gradients, inputs that need none, a single row, one more of each for
-# an adapter. Past this many, something that should be symbolic is not, and it is better to stop and say so.
+# Most graphs of one stack's layer: with and without gradients, for inputs without gradients, for a single row, and each
+# of these for adapters. With more, something is a constant that should be symbolic, and compiling stops with an error.
 RECOMPILE_LIMIT = 16
 
 
@@ -39,7 +39,7 @@ def compile_layers(model: Any, choice: str = "on", backend: str = "inductor") ->
 
     Args:
         model: ``CSM`` or any module with Sesame's tree.
-        choice: "on", "off", or "auto": on where the parameters are on CUDA and Triton is installed.
+        choice: "on", "off", or "auto": on if the parameters are on CUDA and Triton is installed.
         backend: of ``torch.compile``.
 
     Returns:
@@ -68,8 +68,8 @@ def uncompiled(model: Any) -> Iterator[None]:
 
 
 def _limits() -> dict[str, Any]:
-    """``RECOMPILE_LIMIT`` for each stack, as options of ``torch.compile``. PyTorch before 2.13 has none: it counts the
-    variants of both stacks together, for the whole process, up to 8."""
+    """``RECOMPILE_LIMIT`` as options of ``torch.compile``, for each stack. PyTorch before 2.13 has one limit for the
+    process, 8 by default, which is raised for both stacks together."""
     limits = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
     if limits.keys() <= inspect.signature(torch.compile).parameters.keys():
         return limits
@@ -79,11 +79,11 @@ def _limits() -> dict[str, Any]:
 
 
 def _inductor_options() -> dict[str, Any]:
-    """Inductor, as little dependent on a pack's size as can be had.
+    """Options that keep Inductor from compiling again for packs of another size.
 
-    A norm's backward sums over columns and over rows. On CUDA, Inductor fuses the two sums where a pack is large enough
-    (at csm-1b's width from 2,560 and again from 4,096 rows on) and compiles every layer anew on either side of those
-    bounds. Unfused, a norm's input and gradient are read twice, half a percent of a step of csm-1b by count.
+    A norm's backward sums over columns and over rows. On CUDA, Inductor fuses both sums for large packs (at csm-1b's
+    width from 2,560 and again from 4,096 rows on) and compiles every layer again beyond each of these bounds. Without
+    fusion, a norm's input and gradient are read twice: half a percent of a step of csm-1b, by count of bytes.
     """
     config: Any = importlib.import_module("torch._inductor.config")
     return {"triton.mix_order_reduction": False} if hasattr(config.triton, "mix_order_reduction") else {}

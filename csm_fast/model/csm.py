@@ -17,7 +17,7 @@ from csm_fast.packing.pack import Pack
 
 
 def _option(attribute: str) -> Any:
-    """A property of ``CSM`` that reads and sets an option under its name in ``ATTRIBUTES``."""
+    """A property of ``CSM`` that reads and sets the option of ``ATTRIBUTES``."""
     name = ATTRIBUTES[attribute]
     return property(lambda self: getattr(self.run, name), lambda self, value: setattr(self.run, name, value))
 
@@ -28,8 +28,9 @@ class CSM(nn.Module):
     Parameters are uninitialised storage until ``init_weights`` or a checkpoint fills them.
 
     Attributes:
-        run: the options that are no parameters; ``activation_checkpointing`` and the others below read and set them.
-        embedding_rows: float32 masters of the tables' rows, where only some rows are trained.
+        run: settings that are no parameters. ``activation_checkpointing``, ``adapter``, ``decoder_loss_weight`` and
+            ``amortization_fraction`` read and set its fields.
+        embedding_rows: float32 masters of the tables' rows, if only some rows are trained.
     """
 
     embedding_rows: EmbeddingRows | None
@@ -63,7 +64,15 @@ class CSM(nn.Module):
     def forward(
         self, tokens: Tensor | Pack, tokens_mask: Tensor | None = None, *, a: float = 0.5, b: float = 0.5
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """``packed_loss`` of a pack, or the drop-in training forward ``csm_fast.forward`` of a padded batch."""
+        """The training forward.
+
+        Args:
+            tokens: a pack, for ``packed_loss`` with the coefficients ``a`` and ``b``; or [B, S, K + 1] integers, with
+                ``tokens_mask`` of the same shape, for the drop-in forward ``csm_fast.forward``.
+
+        Returns:
+            (loss, cross-entropies [K]) of a pack; the loss of a padded batch.
+        """
         if isinstance(tokens, Pack):
             return packed_loss(self, tokens, a, b)
         if tokens_mask is None:
@@ -72,11 +81,12 @@ class CSM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, on_device: bool = False) -> CSM:
-        """Fill every parameter for training from scratch, as a pure function of ``seed`` and the shapes.
+        """Fill every parameter for training from scratch. The values depend on ``seed`` and the shapes only.
 
-        Llama's recipe: normal(0, 0.02) for matrices and embeddings, with the projections that write into the
-        residual stream scaled by 1/sqrt(2 layers) (GPT-2), and ones for norms. Drawn on the CPU in float32, so that
-        every device starts from the same numbers; ``on_device`` where the parameters are, other numbers in less time.
+        Llama's recipe: normal(0, 0.02) for matrices and embeddings, with the projections that write into the residual
+        stream scaled by 1/sqrt(2 layers) (GPT-2), and ones for norms. They are drawn on the CPU in float32, so that
+        every device starts from the same numbers. ``on_device`` draws other numbers, in less time, where the parameters
+        are.
         """
         source = self.audio_head.device if on_device else torch.device("cpu")
         generator = torch.Generator(source).manual_seed(seed)
@@ -95,5 +105,6 @@ class CSM(nn.Module):
 
 
 def parameter_shapes(config: CSMConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a CSM's parameters by name."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in CSM(config).named_parameters()}

@@ -1,4 +1,4 @@
-"""Training only the rows of the embedding tables that the data holds: float32 masters of those rows."""
+"""Float32 masters of some rows of the embedding tables, so that only the rows that the data uses are trained."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
+from csm_fast.data.token_store import TokenStore
 from csm_fast.model.stacks import vocabulary
 
 TABLES = ("text_embeddings", "audio_embeddings")
 
 
 class EmbeddingRows(nn.Module):
-    """Float32 masters of some rows of both tables; they become ``model.embedding_rows``.
+    """Float32 masters of some rows of both tables. The constructor sets ``model.embedding_rows``.
 
-    The tables stay in the dtype of the frozen weights. They get gradients, but the optimizer is to train this module's
-    parameters instead of them:
+    The tables keep the dtype of the frozen weights. The backward pass writes gradients into them, but the optimizer
+    trains this module's parameters instead:
 
         rows = EmbeddingRows(model, *rows_in([store], model))
-        ...                    # losses and backward passes: gradients arrive in the tables
-        rows.pull()            # ... and move to the masters
+        ...                    # losses and backward passes
+        rows.pull()            # moves the tables' gradients to the masters
         optimizer.step()
-        rows.push()            # the tables hold the masters' values, rounded
+        rows.push()            # writes the masters into the tables, rounded
 
     Args:
         model: with tables [Vt, D] and [K V, D]; their ``requires_grad`` is set.
@@ -42,7 +43,7 @@ class EmbeddingRows(nn.Module):
 
     def __init__(self, model: Any, text: Tensor, audio: Tensor):
         super().__init__()
-        # A module's attribute would make the tables parameters of this one.
+        # Not by nn.Module's own assignment, which would register the tables as parameters of this module.
         object.__setattr__(self, "tables", [getattr(model, name).weight for name in TABLES])
         for name, table, index in zip(TABLES, self.tables, (text, audio), strict=True):
             index = index.to(device=table.device, dtype=torch.int64)
@@ -59,12 +60,12 @@ class EmbeddingRows(nn.Module):
         ]
 
     def owns(self, parameter: Tensor) -> bool:
-        """Whether ``parameter`` is one of the tables, which the optimizer is to leave alone."""
+        """Whether ``parameter`` is one of the tables, which the optimizer must not train."""
         return any(parameter is table for table in self.tables)
 
     @torch.no_grad()
     def pull(self) -> None:
-        """Take the tables' gradients of these rows, in the masters' dtype, and drop the tables'."""
+        """Copy these rows of the tables' gradients to the masters, in the masters' dtype, and drop the tables' own."""
         for table, masters, index in self.pairs():
             if table.grad is not None:
                 masters.grad = table.grad[index].to(masters.dtype)
@@ -78,17 +79,17 @@ class EmbeddingRows(nn.Module):
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved: ``<table>.weight.rows`` [R, D] and ``<table>.weight.index`` [R]."""
+        """The tensors of an adapter file: ``<table>.weight.rows`` [R, D] and ``<table>.weight.index`` [R]."""
         saved = {}
         for name, (_, masters, index) in zip(TABLES, self.pairs(), strict=True):
             saved[f"{name}.weight.rows"], saved[f"{name}.weight.index"] = masters.detach(), index
         return saved
 
 
-def rows_in(stores: Iterable[Any], model: Any) -> tuple[Tensor, Tensor]:
-    """(text rows, audio rows) of the tables that token stores use, int64, sorted; end-of-speech rows are among them.
+def rows_in(stores: Iterable[TokenStore], model: Any) -> tuple[Tensor, Tensor]:
+    """(text rows, audio rows) of the tables that token stores use, int64, sorted, with those of the end of speech.
 
-    Reads all tokens once, in blocks; marks lie in two arrays of the tables' lengths.
+    Reads all tokens once, in blocks.
     """
     num_codebooks, vocab = vocabulary(model)
     text = np.zeros(model.text_embeddings.weight.shape[0], dtype=bool)

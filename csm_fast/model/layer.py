@@ -24,8 +24,8 @@ LayerFunction = Callable[..., Tensor]  # ``run_layer``, or a compiled form of it
 
 
 def uninitialised(kind: type[nn.Module], *shape: int, **settings: Any) -> Any:
-    """A module with storage for its parameters and no values: PyTorch's take a quarter of a minute for csm-1b, and are
-    overwritten. On the device that is the default, "meta" too."""
+    """A module on the default device ("meta" too) whose parameters are storage without values: PyTorch's initial values
+    take a quarter of a minute for csm-1b, and are overwritten."""
     return nn.utils.skip_init(kind, *shape, device=torch.get_default_device(), **settings)
 
 
@@ -91,7 +91,7 @@ class Layer(nn.Module):
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm of ``x`` over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
+    """RMS norm of ``x`` [..., D] over its last dimension in the wide dtype, rounded to ``x``'s dtype, then scaled."""
     return ops.rms_norm(x, norm.scale, norm.eps)
 
 
@@ -107,9 +107,17 @@ def run_layer(
 ) -> Tensor:
     """One pre-norm Llama layer.
 
-    ``x``: [..., D]; ``attend(index, q, k, v, cos, sin)`` rotates and attends [..., heads, head_dim];
-    ``recompute_mlp``: the MLP keeps its input only, and runs again in the backward pass; ``rows``: [A], of x [T, D],
-    the rows that are wanted: the others serve as keys and values only.
+    Args:
+        layer: a ``Layer``, or any module with its tree.
+        index: the layer's, for an attention with a cache.
+        x: [..., D].
+        cos, sin: of the positions, [..., 1, head_dim / 2].
+        attend: ``attend(index, q, k, v, cos, sin)`` rotates and attends; all tensors are [..., heads, head_dim].
+        recompute_mlp: the MLP keeps its input only, and runs again in the backward pass.
+        rows: [A], rows of x [T, D] whose output is wanted. The others are used as keys and values only.
+
+    Returns:
+        [..., D], or [A, D] for ``rows``.
     """
     if layer_cpu.supports(layer, x, attend):
         return layer_cpu.run(layer, x, cos, sin, attend, recompute_mlp, rows)
@@ -136,8 +144,8 @@ def run_checkpointed(
     rows: Tensor | None = None,
     run: LayerFunction | None = None,
 ) -> Tensor:
-    """``run_layer``, or its compiled form ``run``, with what ``recompute`` names computed again in the backward pass:
-    nothing for "off", the MLP for "selective", the layer for "full"."""
+    """``run_layer``, or its compiled form ``run``. The backward pass computes again what ``recompute`` says: nothing
+    for "off", the MLP for "selective", the layer for "full"."""
     run = run or run_layer
     if recompute == "full":
         return checkpoint(run, layer, index, x, cos, sin, attend, False, rows, use_reentrant=False)
@@ -145,8 +153,8 @@ def run_checkpointed(
 
 
 def call_layer(layer: Any, *inputs: Any) -> Tensor:
-    """``run_checkpointed``, by calling the module where it is a ``Layer``; of another module's layer, ``forward`` means
-    something else."""
+    """Call a ``Layer`` as a module; compute ``run_checkpointed`` of any other layer, whose ``forward`` means something
+    else."""
     return layer(*inputs) if isinstance(layer, Layer) else run_checkpointed(layer, *inputs)
 
 

@@ -1,8 +1,8 @@
-"""The layers of both stacks on a CPU: one autograd node each, where a layer is plain.
+"""A plain layer on a CPU as one autograd node.
 
-Plain means linear layers without bias or hooks, with weights of one type; frozen 4-bit weights and LoRA adapters are
-plain too. Everything else (DoRA, an adapter's dropout), and whatever is compiled or forced onto the Triton kernels,
-runs as ``model.run_layer`` is written.
+A layer is plain if its linear layers have no bias and no hooks, and weights of one dtype; frozen 4-bit weights and LoRA
+adapters are plain, too. Every other layer (with DoRA, or with dropout of an adapter) runs as ``layer.run_layer`` is
+written, and so does a layer that is compiled or must use the Triton kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from csm_fast.system.optional import load_peft
 
 
 def supports(layer: Any, x: Tensor, attend: Any) -> bool:
-    """Whether ``run`` may take the place of ``model.run_layer``."""
+    """Whether ``run`` computes what ``layer.run_layer`` does."""
     if ops.choose("llama_layer", x.device, x.dtype).impl != "cpu" or not hasattr(attend, "order"):
         return False
     linears = [_parts(linear) for linear in _linears(layer)]
@@ -32,8 +32,8 @@ def supports(layer: Any, x: Tensor, attend: Any) -> bool:
 
 
 def project(linear: Any, x: Tensor) -> Tensor:
-    """``linear(x)``, by the library that multiplies a layer's matrices where it does; under autocast both are cast
-    here."""
+    """``linear(x)``, with the product of ``ops.llama_layer`` if it supports the dtype. Autocast does not see that
+    product, so both operands are cast here."""
     dtype = _compute_dtype(x)
     if ops.choose("linear", x.device, dtype).impl != "cpu" or not _is_plain(linear):
         return linear(x)
@@ -49,18 +49,18 @@ def _linears(layer: Any) -> tuple[Any, ...]:
     return attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, mlp.w1, mlp.w2, mlp.w3
 
 
-def _is_plain(linear: Any) -> bool:
-    """Its weight may be used without calling it: nothing is added to the product, and nothing listens."""
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether this is an ``nn.Linear`` without bias or hooks, so that its weight can be used without calling it."""
     plain = type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
-    return plain and linear.bias is None and not _listens(linear)
+    return plain and linear.bias is None and not _has_hooks(linear)
 
 
 class _Parts(NamedTuple):
-    """A linear layer's weight or 4-bit layer, and its adapter's matrices and factor."""
+    """What a linear layer computes with: the layer with the weight, and A, B and the factor of an adapter."""
 
     base: Any
-    a: Any = None
-    b: Any = None
+    a: Tensor | None = None
+    b: Tensor | None = None
     scaling: float = 1.0
 
     @property
@@ -71,10 +71,10 @@ class _Parts(NamedTuple):
 
 
 def _parts(linear: Any) -> _Parts | None:
-    """Of a layer that is all of what it computes; else None."""
+    """The layer's parts if nothing else affects its output, else None."""
     if _is_plain(linear) or _is_plain_in_4_bits(linear):
         return _Parts(linear)
-    if not _is_lora(linear) or _listens(linear):
+    if not _is_lora(linear) or _has_hooks(linear):
         return None
     base = linear.base_layer
     if not (_is_plain(base) or _is_plain_in_4_bits(base)):
@@ -87,14 +87,14 @@ def _parts(linear: Any) -> _Parts | None:
         return None
     a, b, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
     drops = dropout.training and getattr(dropout, "p", 0.0) > 0
-    if drops or _listens(dropout) or not (_is_plain(a) and _is_plain(b)):
+    if drops or _has_hooks(dropout) or not (_is_plain(a) and _is_plain(b)):
         return None
     return _Parts(base, a.weight, b.weight, linear.scaling[name])
 
 
 def _is_lora(linear: Any) -> bool:
-    """Whether a layer adds LoRA to its base and nothing else: ours, whose class says so, or one of PEFT's own. A class
-    derived from these may compute something else."""
+    """Whether a layer adds LoRA to its base and nothing else. Our class says so in ``fuses_on_cpu``; of PEFT's, two do.
+    A class derived from these may compute something else, so it does not count."""
     kind = type(linear)
     return vars(kind).get("fuses_on_cpu", False) or (hasattr(linear, "lora_A") and kind in _peft_linears())
 
@@ -107,12 +107,12 @@ def _peft_linears() -> tuple[type, ...]:
 
 
 def _is_plain_in_4_bits(linear: Any) -> bool:
-    adapted = hasattr(linear, "base_layer")  # PEFT's layers show their base's weight as theirs
-    return not adapted and is_quantized(linear) and linear.bias is None and not _listens(linear)
+    adapted = hasattr(linear, "base_layer")  # a PEFT layer returns its base's weight as its own
+    return not adapted and is_quantized(linear) and linear.bias is None and not _has_hooks(linear)
 
 
-def _listens(module: Any) -> bool:
-    """Whether hooks are on a module."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -127,7 +127,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def run(
     layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, recompute_mlp: bool, rows: Tensor | None
 ) -> Tensor:
-    """``model.run_layer`` that ``supports`` it; under autocast its weights are cast here."""
+    """``layer.run_layer`` of a layer that ``supports`` accepts. Autocast does not see its products, so the weights are
+    cast here."""
     dtype = _compute_dtype(x)
     linears: list[Any] = [_parts(linear) for linear in _linears(layer)]
     dense = tuple(functools.partial(dense_weight, p.base) if is_quantized(p.base) else None for p in linears)
@@ -141,8 +142,8 @@ def run(
 
 
 def _adapter(parts: _Parts, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """A, and B with its factor, which is multiplied before it is rounded."""
-    if parts.a is None:
+    """A, and B times the factor, multiplied before rounding to ``dtype``."""
+    if parts.a is None or parts.b is None:
         return None, None
     b = parts.b if parts.scaling == 1 else parts.b * parts.scaling
     return parts.a.to(dtype), b.to(dtype)

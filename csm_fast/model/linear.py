@@ -1,4 +1,4 @@
-"""The weight of a linear layer: dense, in 4 bits, with an adapter."""
+"""The weight of a linear layer, which may have 4 bits or an adapter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def dense_weight(layer: Any) -> Tensor:
-    """The weight [out, in] of a linear layer: itself, or what its 4 bits stand for, in the dtype of its products."""
+    """The weight [out, in] of a linear layer; a 4-bit one is dequantised into the dtype of the layer's products."""
     if not is_quantized(layer):
         return layer.weight
     return load_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def adapted_weight(layer: Any) -> Tensor:
-    """The weight [out, in] of a linear layer with or without a PEFT adapter, differentiably: W, or W + s B A; with
-    DoRA its rows scaled to their magnitudes (the norm is a constant, as in the paper's section 4.3).
+    """The weight [out, in] of a linear layer with or without a PEFT adapter: W, or W + s B A; with DoRA, its rows are
+    scaled to their magnitudes (the norm is a constant, as in section 4.3 of the paper).
 
-    In the wider of both dtypes, also under autocast. Dropout is no part of it.
+    Differentiable. In the wider of both dtypes, also under autocast; without the adapter's dropout.
     """
     if not hasattr(layer, "lora_A"):
         return layer.weight

@@ -1,7 +1,7 @@
-"""The amortized loss on a pack, and the drop-in forward for padded batches.
+"""The amortized loss of a pack, and the drop-in forward for padded batches.
 
-With CE0 the mean cross-entropy of codebook 0 over the supervised frames, and CEd the mean over the selected frames
-and the other K - 1 codebooks, every preset is ``a CE0 + b CEd``:
+CE0 is the mean cross-entropy of codebook 0 over the supervised frames, CEd the mean over the selected frames and the
+other K - 1 codebooks. Every preset is ``a CE0 + b CEd``:
 
     blog             (1 - w) CE0 + w CEd                 the default; w = decoder_loss_weight = 0.5
     sesame-finetune  2 [(1 - w) CE0 + w CEd]
@@ -21,19 +21,12 @@ from csm_fast import ops
 from csm_fast.config.train import LossSection
 from csm_fast.model.linear import adapted_weight
 from csm_fast.model.run_options import run_options_of
-from csm_fast.model.stacks import (
-    Transformer,
-    projects_table,
-    run_backbone,
-    run_decoder,
-    stack_limit,
-    vocabulary,
-)
+from csm_fast.model.stacks import Transformer, projects_table, run_backbone, run_decoder, stack_limit, vocabulary
 from csm_fast.packing.pack import Pack, pack_padded
 
 
 def coefficients(loss: LossSection, num_codebooks: int) -> tuple[float, float]:
-    """(a, b) of ``a CE0 + b CEd`` for a preset."""
+    """(a, b) of ``a CE0 + b CEd`` for the preset ``loss.loss``."""
     w = 0.5 if loss.decoder_loss_weight is None else loss.decoder_loss_weight
     f = 1.0 if loss.first_codebook_weight_multiplier is None else loss.first_codebook_weight_multiplier
     return {
@@ -45,7 +38,7 @@ def coefficients(loss: LossSection, num_codebooks: int) -> tuple[float, float]:
 
 
 def predictor_states(model: Any, pack: Pack) -> Tensor:
-    """Backbone states [A, D] that predict the pack's supervised frames."""
+    """The backbone states [A, D] that predict the pack's supervised frames."""
     x = ops.frame_embed(pack.tokens, pack.is_audio, model.text_embeddings.weight, model.audio_embeddings.weight)
     return _predictors(model, pack, x)
 
@@ -57,14 +50,12 @@ def _predictors(model: Any, pack: Pack, x: Tensor) -> Tensor:
 
 
 def _embed(model: Any, pack: Pack, vocab: int) -> tuple[Tensor, Tensor | None]:
-    """The backbone's input [T, D] and, where the depth decoder reads codes one by one, theirs [M, K - 1, D]."""
+    """The backbone's input [T, D], and the embeddings of the depth decoder's codes [M, K - 1, D] unless it projects the
+    table."""
     tables = model.text_embeddings.weight, model.audio_embeddings.weight
-    into = getattr(model, "row_gradients", (None, None))
     frames = pack.target_rows.index_select(0, pack.decoder_index)
     by_table = projects_table(len(frames), vocab)
-    x, embedded = ops.frame_embed_with_codes(
-        pack.tokens, pack.is_audio, frames[:0] if by_table else frames, *tables, into=into
-    )
+    x, embedded = ops.frame_embed_with_codes(pack.tokens, pack.is_audio, frames[:0] if by_table else frames, *tables)
     return x, None if by_table else embedded
 
 
@@ -79,7 +70,8 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
 
     Returns:
         The scalar loss (float32, or float64 for float64 models), and the detached cross-entropies per codebook [K],
-        which likewise add up over packs. A pack without supervised frames gives zeros, connected to the graph.
+        which also add up over packs. For a pack without supervised frames both are zero, and the loss is connected to
+        the graph.
     """
     num_codebooks, vocab = vocabulary(model)
     x, embedded = _embed(model, pack, vocab)
@@ -103,10 +95,10 @@ def packed_loss(model: Any, pack: Pack, a: float, b: float) -> tuple[Tensor, Ten
 
 
 def amortized_loss(a: float, b: float) -> Callable[[Any, Pack], tuple[Tensor, Tensor]]:
-    """``packed_loss`` with these coefficients, as the training step calls it.
+    """``packed_loss`` with these coefficients, as a function of (model, pack) for the training step.
 
-    A ``CSM``, also one inside a wrapper such as DDP, is called as a module, so that hooks take part. The ``forward`` of
-    another module with Sesame's tree means something else.
+    It calls a ``CSM``, also inside a wrapper such as DDP, as a module, so that hooks run. The ``forward`` of any other
+    module with Sesame's tree means something else, so ``packed_loss`` is computed directly.
     """
 
     def loss(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -117,7 +109,7 @@ def amortized_loss(a: float, b: float) -> Callable[[Any, Pack], tuple[Tensor, Te
 
 
 def _linear_weight(head: Any) -> Tensor:
-    """The head as one matrix [V, D], its adapter included; an adapter's dropout does not apply here."""
+    """The head as one matrix [V, D], with its adapter, without its adapter's dropout."""
     return adapted_weight(head)
 
 
@@ -126,13 +118,13 @@ def forward(self: Any, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
 
     ``model.forward = types.MethodType(csm_fast.forward, model)``
 
-    The same loss and gradients as the blog's forward, to rounding, on the same ``torch.manual_seed``; padding costs
-    nothing, because the batch is packed first. Reads ``self.decoder_loss_weight`` (0.5) and
-    ``self.amortization_fraction`` (1/16) where set, and honours autocast.
+    The loss and gradients are those of the blog's forward for the same ``torch.manual_seed``, to rounding. Padding
+    costs nothing, because the batch is packed first. Reads ``self.decoder_loss_weight`` (default 0.5) and
+    ``self.amortization_fraction`` (default 1/16), and works under autocast.
 
     Args:
         tokens: [B, S, K + 1] integers: K codes and a text token per row.
-        tokens_mask: same shape, bool: which of them count.
+        tokens_mask: [B, S, K + 1] bool: which of them are used.
 
     Returns:
         The scalar loss ``(1 - w) CE0 + w CEd``, float32 (float64 for float64 models).

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from csm_kernels.constants import NF4_BLOCK, NF4_SCALES_BLOCK
 from torch import Tensor, nn
 
+from csm_fast.config.targets import STACKS
 from csm_fast.system.optional import load_bitsandbytes
-
-STACKS = ("backbone", "decoder")
 
 
 @torch.library.custom_op("csm_fast::nf4_product", mutates_args=())
@@ -28,8 +27,8 @@ def _nf4_product(
     dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
-    """``x`` [..., in] times the transpose of a weight [out, in] in NF4, which is unpacked in ``dtype`` for this product
-    alone; with ``transposed``, ``x`` [..., out] times the weight."""
+    """``x`` [..., in] times the transpose of an NF4 weight [out, in], dequantised in ``dtype`` for this product only;
+    with ``transposed``, ``x`` [..., out] times the weight."""
     functional = load_bitsandbytes().functional
     inner = functional.QuantState(
         absmax=scales_scales, code=scales_code, blocksize=NF4_SCALES_BLOCK, dtype=torch.float32
@@ -59,20 +58,20 @@ _nf4_product.register_autograd(_backward, setup_context=_setup_context)
 
 @functools.cache
 def _nf4_linear() -> type:
-    """The class of quantised layers; made on first use, as bitsandbytes is imported no sooner."""
+    """The class of quantised layers; made on first use, because bitsandbytes is imported only then."""
     bnb = load_bitsandbytes()
 
     class NF4Linear(bnb.nn.Linear4bit):  # type: ignore[name-defined]
-        """bitsandbytes' 4-bit layer, with a forward of its own for three reasons.
+        """bitsandbytes' 4-bit layer, with another forward, for three reasons.
 
         On CPUs with AVX512-BF16, bitsandbytes repacks the weight in place at the first forward in eval mode without
-        gradients. The packed product has no derivative, so every gradient after one validation pass would lack the
-        part that flows through it, in silence. Nothing is ever packed here.
+        gradients. The product with the packed weight has no derivative, so after one validation pass every gradient
+        would silently lack the part that flows through it. This forward never packs.
 
-        bitsandbytes returns the input's dtype; under autocast this layer returns autocast's, as ``nn.Linear``.
+        bitsandbytes returns the input's dtype. Under autocast this layer returns autocast's, as ``nn.Linear`` does.
 
-        And bitsandbytes' product is an autograd function in Python. PyTorch 2.11 compiles one within a checkpoint, but
-        keeps what the checkpoint would compute again: compiled layers have an operator of ours.
+        bitsandbytes' product is an autograd function in Python. PyTorch 2.11 compiles one within a checkpoint, but
+        keeps what the checkpoint should compute again. So compiled layers use an operator of ours.
         """
 
         def forward(self, x: Tensor) -> Tensor:
@@ -82,19 +81,19 @@ def _nf4_linear() -> type:
             if torch.compiler.is_compiling() and state.nested:
                 tensors = state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset
                 return _nf4_product(x.to(dtype), self.weight, *tensors, list(state.shape), state.dtype, False)
-            # Turned, as bitsandbytes' own layer calls it: before 0.50 it multiplies by whatever comes, as that lies.
+            # Transposed, as bitsandbytes' own layer calls it: before 0.50, matmul_4bit relies on that layout.
             return bnb.matmul_4bit(x.to(dtype), self.weight.t(), quant_state=state)
 
     return NF4Linear
 
 
 def quantize_linear(linear: nn.Linear, dtype: torch.dtype, device: torch.device | None = None) -> nn.Linear:
-    """The NF4 copy of a layer without bias (blocks of 64, their scales in 8 bits by blocks of 256).
+    """An NF4 copy of a layer without bias (blocks of 64 weights, whose scales have 8 bits in blocks of 256).
 
     Args:
         linear: weight [out, in], of any float dtype, on any device.
         dtype: float32, bfloat16 or float16: the weight is rounded to it first, and products are computed in it.
-        device: where the copy lies, and is made: a CPU takes a minute for csm-1b. Default: the layer's.
+        device: where the copy is made, and stays; a CPU takes a minute for csm-1b. Default: the layer's.
     """
     if linear.bias is not None:
         raise ValueError("layers of CSM have no bias")
@@ -110,7 +109,7 @@ def quantize_linear(linear: nn.Linear, dtype: torch.dtype, device: torch.device 
 
 
 def quantize_stacks(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> None:
-    """Replace every linear layer of both stacks by its NF4 form, in place, one at a time (see ``quantize_linear``)."""
+    """Replace every linear layer of both stacks by its NF4 copy, one at a time (see ``quantize_linear``)."""
     for stack in (getattr(model, name) for name in STACKS):
         layers = [(name, module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
         while layers:

@@ -1,4 +1,4 @@
-"""Packed causal attention and rotary embedding: where a pack's segments lie, and how rows are rotated."""
+"""Llama-3's rotary embedding: its parameters, tables of angles, and the rotation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from csm_fast import ops
-
-# ------------------------------------------------------------------------------------------------------- rotation
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def rope_table(spec: RopeSpec, length: int, dtype: torch.dtype, device: torch.de
     The arithmetic follows Llama 3.1's reference step by step in ``dtype``: at position 2,000 a different rounding of
     the frequencies is an angle 1e-4 apart.
     """
-    # A table first asked for under inference_mode must still serve training afterwards.
+    # A table made under inference_mode could not be used in training afterwards.
     with torch.inference_mode(False), torch.no_grad():
         return _rope_table(spec, length, dtype, device)
 

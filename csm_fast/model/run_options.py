@@ -1,4 +1,4 @@
-"""How a model runs: settings that are no parameters, in one place instead of attributes on its modules."""
+"""Settings of a model that are no parameters: checkpointing, compiled layers, adapters, weights of the drop-in loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Attached:
 
     Attributes:
         section: what was asked for, with its alpha.
-        shape: of the base; its modules do not show it any more.
+        shape: of the base, which cannot be read from modules with adapters.
         base, base_hash: name and ``weights_hash`` of the weights that the adapters belong to.
         compute_dtype: of the frozen weights and of matrix products.
         targets: names of the modules with adapters, sorted.
@@ -41,10 +41,10 @@ class Attached:
 
 @dataclass
 class RunOptions:
-    """The options of one model, ``CSM.run``.
+    """``CSM.run``.
 
     Attributes:
-        checkpointing: what runs again in the backward pass: "off", "selective" or "full" (see ``run_stack``).
+        checkpointing: what runs again in the backward pass: "off", "selective" or "full" (see ``stacks.run_stack``).
         adapter: the adapters on the model.
         backbone_layer, decoder_layer: compiled forms of ``run_layer``, one for each stack; None runs it eagerly.
         decoder_loss_weight, amortization_fraction: of the drop-in forward, ``csm_fast.forward``.
@@ -59,7 +59,7 @@ class RunOptions:
 
     @property
     def recompute(self) -> str:
-        """``checkpointing`` as a word: of booleans, which it may be too, True means "full"."""
+        """``checkpointing`` as a word. It may be a boolean; True means "full"."""
         if isinstance(self.checkpointing, str):
             return self.checkpointing
         return "full" if self.checkpointing else "off"
@@ -77,7 +77,7 @@ ATTRIBUTES = {
 def run_options_of(model: Any) -> RunOptions:
     """The options of a ``CSM``, or of another module with Sesame's tree.
 
-    Another module gets its options on first use; ``ATTRIBUTES`` that are set on it count, whenever they are set.
+    Another module gets options on first use. Each call copies ``ATTRIBUTES`` that are set on it into them.
     """
     options = getattr(model, "run", None)
     if not isinstance(options, RunOptions):

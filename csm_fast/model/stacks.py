@@ -1,4 +1,4 @@
-"""What a layer and the two stacks compute, on ``CSM`` and on any module with Sesame's tree."""
+"""What the two stacks compute, on ``CSM`` and on any module with Sesame's tree."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Transformer(nn.Module):
 
 
 def call_stack(stack: Any, *inputs: Any) -> Tensor:
-    """``run_stack``, by calling the module where it is a ``Transformer``; of another module's stack, ``forward`` means
-    something else."""
+    """Call a ``Transformer`` as a module; compute ``run_stack`` of any other stack, whose ``forward`` means something
+    else."""
     return stack(*inputs) if isinstance(stack, Transformer) else run_stack(stack, *inputs)
 
 
@@ -67,10 +67,10 @@ def run_stack(
         length: size of the rotary table; above every position.
         attend: the attention, called with the layer's index, q, k and v before rotation, and the cosines and sines
             of the positions, [..., 1, head_dim / 2].
-        recompute: what runs again in the backward pass so that its activations need not be kept: "off" nothing,
-            "selective" the MLP of each layer, 17 of some 23 D per row and half of the time of a layer, "full" all.
-        rows: [A], of x [T, D], all different: those whose states are wanted, [A, D]. The last layer takes the others
-            as keys and values only, so their part of its output projection and MLP is not computed.
+        recompute: what runs again in the backward pass, so that its activations need not be kept: nothing for "off";
+            for "selective" the MLP of each layer, 17 of about 23 D per row and half of a layer's time; all for "full".
+        rows: [A], all different: the rows of x [T, D] whose states are wanted. The last layer uses the others as keys
+            and values only, and skips their part of its output projection and MLP.
         run: a compiled form of ``run_layer``. Its ``attend`` may depend on nothing but its arguments and tensors that
             it holds, so attention with a cache runs eagerly.
 
@@ -96,15 +96,17 @@ class PackedAttend:
         return packed_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, self.segments)
 
     def order(self, x: Tensor, heads: int, kv_heads: int) -> ops.Order:
-        """The segments of ``x``'s rows for ``ops.llama_layer``."""
+        """Where the segments of ``x``'s rows lie, for ``ops.llama_layer``."""
         return ops.plan_segments(self.segments.cu_seqlens).order(heads, kv_heads)
 
 
 def run_backbone(model: Any, x: Tensor, positions: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
-    """Packed backbone. ``x`` [T, D], ``positions`` [T] restarting per segment -> normed hidden states [T, D], or those
-    of ``rows`` [A]."""
+    """The backbone's normed hidden states [T, D] of a pack, or [A, D] of ``rows`` [A].
+
+    ``x``: [T, D]; ``positions``: [T], restarting at 0 in each segment.
+    """
     limit, longest = stack_limit(model.backbone), segments.max_seqlen
-    length = -(-max(limit, longest) // limit) * limit  # few tables, also where a pack's padding is long
+    length = -(-max(limit, longest) // limit) * limit  # multiples of the limit: few tables, even for long padding
     attend, options = PackedAttend(segments), run_options_of(model)
     return call_stack(model.backbone, x, positions, length, attend, options.recompute, rows, options.backbone_layer)
 
@@ -119,15 +121,15 @@ class DepthAttend:
         return ops.depth_attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), self.impl)
 
     def order(self, x: Tensor, heads: int, kv_heads: int) -> ops.Order:
-        """The segments of ``x``'s rows for ``ops.llama_layer``."""
+        """Where the segments of ``x``'s rows lie, for ``ops.llama_layer``."""
         return ops.uniform_order(x.shape[0], x.shape[1], heads, kv_heads)
 
 
 def projects_table(frames: int, vocab: int) -> bool:
-    """Whether the depth decoder reads ``projection(table)`` and not the projection of what it looked up.
+    """Whether the depth decoder projects the table before the look-up, and not the embeddings after it.
 
-    With more look-ups than table rows, (K - 1) frames against (K - 1) V, it is the same product for less work, and the
-    [frames, K, D] tensor of embeddings never exists.
+    With more look-ups than rows of the table, (K - 1) frames against (K - 1) V, this is less work with the same result,
+    and the embeddings [frames, K, D] are never stored.
     """
     return frames > vocab
 
@@ -142,7 +144,7 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded:
         hidden: [M, D] backbone states that predict the frames.
         codes: [M, K] the frames; the last codebook is not an input.
         vocab: audio vocabulary size V.
-        embedded: [M, K - 1, D] the audio table's rows of ``codes``, where they were looked up already.
+        embedded: [M, K - 1, D] the audio table's rows of ``codes``, if they were looked up already.
 
     Returns:
         [M, K - 1, Dd]: normed states that predict codebooks 1..K-1.
@@ -167,7 +169,7 @@ def run_decoder(model: Any, hidden: Tensor, codes: Tensor, vocab: int, embedded:
 
 
 def stack_limit(stack: Any) -> int:
-    """Positions the stack was trained for."""
+    """Positions that the stack was trained for."""
     return int(getattr(stack, "max_seq_len", 2048))
 
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from csm_kernels.constants import FOLDED_SCORES, GROUP_SCORES, QUERY_ROWS
 
 from csm_fast.config.shape import TransformerConfig
+from csm_fast.config.targets import LAYER_LINEARS
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES, GRADIENTS, WORKSPACE, Ledger
-from csm_fast.planner.tensors import LAYER_LINEARS, Weight
+from csm_fast.planner.tensors import Weight
 
 GROUP_PADDING = 1.1  # packed_attention pads segments of similar length to one: up to a quarter, about a tenth
 # The linear layers whose copies a layer keeps for its backward pass, per activation checkpointing.

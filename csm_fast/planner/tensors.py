@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from csm_kernels.constants import MOMENT_BLOCK, NF4_BLOCK, NF4_SCALES_BLOCK, SMALLEST_8BIT
 
 from csm_fast.config.shape import CSMConfig, TransformerConfig
+from csm_fast.config.targets import match_target
 from csm_fast.config.train import AdapterSection, OptimizerSection
 
 # bitsandbytes' NF4 with double quantisation: 4 bits a weight; per block an absmax in 8 bits, and per block of those one
 # in float32; 16 float32 codes and an offset per tensor, the codes of the absmax (256 float32) too.
 NF4_CODES_BYTES = 4 * (16 + 256 + 1)
-# The linear layers of a layer, and other tools' names for them, as in ``adapters``. That imports PyTorch, which takes
-# longer than a plan.
-LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
-SYNONYMS = {"o_proj": "output_proj", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # Rows of the text table that a corpus uses, where only such rows are trained: an assumption on the safe side for speech
 # of one language. Of the audio table it is every row.
 TEXT_ROWS = 16_384
@@ -100,17 +97,7 @@ def optimizer_state(elements: int, section: OptimizerSection) -> int:
     return moments + (2 * elements if section.weights == "bf16-kahan" else 0)
 
 
-def is_adapted(section: AdapterSection, name: str) -> bool:
-    """Whether the linear layer ``name`` gets an adapter; the words are those of ``adapters.resolve_targets``."""
-    for word in section.target_modules:
-        front, _, leaf = word.replace("self_attn.", "attn.").rpartition(".")
-        suffix = f"{front}.{SYNONYMS.get(leaf, leaf)}".lstrip(".")
-        if (word == "attn" and ".layers." in name) or name == suffix or name.endswith("." + suffix):
-            return True
-    return False
-
-
-def weights(
+def list_weights(
     shape: CSMConfig, adapter: AdapterSection, optimizer: OptimizerSection, freeze: list[str], compute: int
 ) -> Iterator[Weight]:
     """Every parameter of the model, in the order of its tree.
@@ -134,7 +121,13 @@ def weights(
             trained = adapter.train_heads
         trained = trained and part not in freeze
         rank = 0
-        if not full and kind in ("linear", "head") and count == 1 and is_adapted(adapter, name) and not trained:
+        if (
+            not full
+            and kind in ("linear", "head")
+            and count == 1
+            and any(match_target(word, [name]) for word in adapter.target_modules)
+            and not trained
+        ):
             rank = adapter.lora_rank
         width = 4 if (trained and not full) or (kind == "norm" and not full) else frozen
         quantised = adapter.method == "qlora" and ".layers." in name and kind == "linear"

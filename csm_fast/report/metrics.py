@@ -1,4 +1,4 @@
-"""What a run measures about itself: the window between two log lines, and the metrics file."""
+"""The metrics of a run: ``metrics.jsonl``, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+
+from csm_fast.system.files import disk_error, write_file
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (
@@ -50,7 +52,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class MetricsFile:
+    """``metrics.jsonl`` of a run. Other trackers take the same ``log(step, values)``.
+
+    Raises:
+        InputError: ``log``, where the disk refuses the row.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append a row: the columns ``METRICS`` first, null where ``values`` has none, then what it has besides."""
+        row = {**dict.fromkeys(METRICS), "step": step, **values}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(metrics_line(row))
+        except OSError as error:
+            raise disk_error(error, self.path.parent, "metrics.jsonl could not be written") from None
+
+    def keep_until(self, step: int) -> None:
+        """Drop the rows after ``step``: a run that continues from there writes them again.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        write_file(self.path, "".join(map(metrics_line, rows)))
+
+
 def validation_line(step: int, v: dict[str, Any]) -> str:
+    """A validation as the log shows it."""
     return (
         f"step {step}: val_loss {v['val_loss']:.4f}  c0 {v['val_c0_loss']:.3f}  decoder {v['val_decoder_loss']:.3f}  "
         f"P(EOS at the end) {v['eos_p_end']:.3f}  false EOS {100 * v['false_eos_rate']:.2f} %"

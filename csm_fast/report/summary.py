@@ -4,45 +4,65 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from csm_fast.report.metrics import read_metrics
-from csm_fast.system.files import disk_error, write_text
+from csm_fast.system.files import disk_error, write_file
 
 log = logging.getLogger("csm_fast")
 
 
-def summarize(trainer: Any) -> dict[str, Any]:
-    """Write the plot and the summary of a run from its metrics file, say where everything is, and return it."""
-    run_dir: Path = trainer.run_dir
+@dataclass(frozen=True)
+class Ending:
+    """Where a run stands when it ends: steps done and in all, the best validation loss and its step."""
+
+    steps: int
+    total_steps: int
+    best_val_loss: float | None
+    best_step: int | None
+
+
+def summarize(
+    run_dir: Path, ending: Ending, entropy: list[float], uniform: float, stopped_by: str | None = None
+) -> dict[str, Any]:
+    """Write the plot and the summary of a run from its metrics file, say where everything is, and return it.
+
+    Args:
+        entropy: unigram entropy of each codebook, in nats.
+        uniform: the loss of guessing evenly, in nats.
+        stopped_by: the signal that ended a run before its last step.
+
+    Raises:
+        InputError: the disk refuses the files.
+    """
     rows = read_metrics(run_dir / "metrics.jsonl")
     validations = validated_rows(rows)
     first, last = (validations[0], validations[-1]) if validations else (None, None)
-    entropy = trainer.entropy
     summary: dict[str, Any] = {
-        "steps": trainer.state["step"],
-        "total_steps": trainer.total_steps,
-        "complete": trainer.state["step"] >= trainer.total_steps,
+        "steps": ending.steps,
+        "total_steps": ending.total_steps,
+        "complete": ending.steps >= ending.total_steps,
         "val_loss_first": first and first["val_loss"],
         "val_loss_last": last and last["val_loss"],
-        "val_loss_best": trainer.state["best_val_loss"],
-        "best_step": trainer.state["best_step"],
+        "val_loss_best": ending.best_val_loss,
+        "best_step": ending.best_step,
         "c0_val_loss_last": last and last["val_c0_loss"],
         "c0_unigram_entropy": entropy[0],
         "unigram_entropy": entropy,
         "eos_p_end": last and last["eos_p_end"],
         "false_eos_rate": last and last["false_eos_rate"],
-        "uniform_loss": trainer.uniform,
+        "uniform_loss": uniform,
         "best": str(run_dir / "best"),
         "last": str(run_dir / "last"),
         "metrics": str(run_dir / "metrics.jsonl"),
         "plot": str(run_dir / "loss.png"),
     }
     try:
-        write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_file(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         if len(rows) > 1:
-            plot(rows, entropy, trainer.uniform, run_dir / "loss.png")
+            plot(rows, entropy, uniform, run_dir / "loss.png")
     except OSError as error:
         raise disk_error(error, run_dir, "the summary could not be written") from None
     for line in lines(summary, last, entropy):
@@ -50,7 +70,7 @@ def summarize(trainer: Any) -> dict[str, Any]:
     if not summary["complete"]:
         log.info(
             "Stopped by %s at step %d of %d. The same command continues from %s.",
-            trainer.stopping,
+            stopped_by,
             summary["steps"],
             summary["total_steps"],
             run_dir / "last",

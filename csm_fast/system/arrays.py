@@ -1,20 +1,22 @@
-"""Files that are either whole or absent: safetensors written in one pass, mapped without a copy, replaced atomically.
+"""NumPy arrays in safetensors files: written in one pass, mapped without a copy. ``tensors`` writes with it, too.
 
-The safetensors layout (8 bytes of length, a JSON header, one block of data) is written here and not through the
-library, because a shard is streamed from thousands of small arrays while its hash is taken, and because a full disk
-must arrive as the OSError it is. The library reads what is written here, and the other way round (tested).
+The safetensors layout (8 bytes of length, a JSON header, one block of data) is written here and not by the library.
+A shard consists of thousands of small arrays and is hashed while it is written, and a full disk must surface as an
+OSError. The library reads what is written here, and this reads what the library writes (tested).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import mmap
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,43 +24,72 @@ from csm_fast.system.errors import InputError
 
 DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "U16": "<u2", "U8": "|u1"}
 _NAMES = {np.dtype(value): name for name, value in DTYPES.items()}
-_MAX_HEADER = 1 << 24  # bytes; ours are below 2 kB, so a longer one is damage and not worth allocating for
+_MAX_HEADER = 1 << 24  # bytes; ours are below 2 kB, so a longer one is damage
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Sequence[np.ndarray]]) -> tuple[str, int]:
-    """Write `path` as safetensors and fsync it; returns (sha256 in hex, size in bytes).
+class HeaderEntry(NamedTuple):
+    """One array of a safetensors file, as the header describes it."""
 
-    Each value is a list of one or more arrays of one dtype, laid one after another along the first axis. The bytes
-    depend on the arrays alone. A failed write leaves no file behind.
+    name: str
+    dtype: str  # safetensors' name of it
+    shape: list[int]
+    nbytes: int
+
+
+def write_safetensors(
+    path: Path,
+    entries: Iterable[HeaderEntry],
+    blocks: Iterable[Any],
+    *,
+    metadata: dict[str, str] | None = None,
+    digest: Any = None,
+) -> int:
+    """Write a safetensors file in one pass and fsync it; returns its size in bytes. A failed write leaves no file.
+
+    Args:
+        blocks: the bytes of all entries in their order, in any number of buffers.
+        digest: a hash that is updated with every byte of the file.
     """
-    # Widest items first: every array then starts at a multiple of its item size, so mapped views are aligned.
-    order = sorted(arrays, key=lambda name: (-arrays[name][0].dtype.itemsize, name))
-    header, end = {}, 0
-    for name in order:
-        first = arrays[name][0]
-        rows = sum(len(part) for part in arrays[name])
-        begin, end = end, end + rows * math.prod(first.shape[1:]) * first.dtype.itemsize
-        header[name] = {"dtype": _NAMES[first.dtype], "shape": [rows, *first.shape[1:]], "data_offsets": [begin, end]}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-
-    digest = hashlib.sha256()
+    head = len(text).to_bytes(8, "little") + text
     try:
         with open(path, "wb") as file:
-            for block in (len(text).to_bytes(8, "little"), text):
+            for block in itertools.chain([head], blocks):
                 file.write(block)
-                digest.update(block)
-            for name in order:
-                for part in arrays[name]:
-                    data = np.ascontiguousarray(part).data
-                    file.write(data)
-                    digest.update(data)
+                if digest is not None:
+                    digest.update(block)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)  # frees the space of a full disk at once
         raise
-    return digest.hexdigest(), 8 + len(text) + end
+    return len(head) + end
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Sequence[np.ndarray]]) -> tuple[str, int]:
+    """Write ``path`` as safetensors and fsync it; returns (SHA-256 in hexadecimal, size in bytes).
+
+    Each value is a list of one or more arrays of one dtype, laid one after another along the first axis. The bytes
+    depend on the arrays alone. A failed write leaves no file.
+    """
+    # Widest items first: every array then starts at a multiple of its item size, so mapped views are aligned.
+    order = sorted(arrays, key=lambda name: (-arrays[name][0].dtype.itemsize, name))
+
+    def describe(name: str) -> HeaderEntry:
+        first, rows = arrays[name][0], sum(len(part) for part in arrays[name])
+        nbytes = rows * math.prod(first.shape[1:]) * first.dtype.itemsize
+        return HeaderEntry(name, _NAMES[first.dtype], [rows, *first.shape[1:]], nbytes)
+
+    digest = hashlib.sha256()
+    blocks = (np.ascontiguousarray(part).data for name in order for part in arrays[name])
+    size = write_safetensors(path, map(describe, order), blocks, digest=digest)
+    return digest.hexdigest(), size
 
 
 class Arrays(dict[str, np.ndarray]):
@@ -70,16 +101,19 @@ class Arrays(dict[str, np.ndarray]):
         self.offsets: dict[str, int] = {}  # in the file, in bytes
 
     def keep_open(self, file: int) -> None:
-        """Let ``read_into`` read from this descriptor; it is closed when the arrays are collected."""
+        """Let ``read_into`` read from this descriptor. It is closed when the arrays are garbage-collected."""
         self._file = file
         weakref.finalize(self, os.close, file)
 
     def read_into(self, rows: np.ndarray, name: str, first: int) -> None:
         """Fill ``rows`` (contiguous, of the array's dtype) with those of an array from ``first`` on.
 
-        They are read and not mapped where the system can: a few rows at a random place of a large file would cost a
-        page fault, which maps the pages around it into this process for good and, in a file that is not in memory,
-        has the system read megabytes around it. Raises InputError for a file that was cut off meanwhile.
+        Reads them with a system call where there is one, because a few rows at a random place of a mapped file cost a
+        page fault. That maps the pages around it into this process for good, and if the file is not in memory the
+        system reads megabytes around it.
+
+        Raises:
+            InputError: the file was cut off meanwhile.
         """
         if self._file < 0:
             rows[:] = self[name][first : first + len(rows)]
@@ -88,9 +122,13 @@ class Arrays(dict[str, np.ndarray]):
 
 
 def map_arrays(path: Path, keep_open: bool = False) -> Arrays:
-    """Map a safetensors file. ``keep_open``: also for ``Arrays.read_into``, at the cost of another open file.
+    """Map a safetensors file.
 
-    Raises InputError where the header does not hold.
+    Args:
+        keep_open: keep the file open for ``Arrays.read_into``.
+
+    Raises:
+        InputError: the header or the file's size is wrong.
     """
 
     def damaged(what: str) -> InputError:

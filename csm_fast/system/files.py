@@ -1,4 +1,4 @@
-"""Atomic text, bytes and folders; the table of disk errors; JSON and hashes of files."""
+"""Files and folders that are whole or absent, one table of disk errors, and text, JSON and hashes of files."""
 
 from __future__ import annotations
 
@@ -16,65 +16,85 @@ from typing import Any
 
 from csm_fast.system.errors import InputError
 
-_WRITE_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "free some space and run it again, what is done is kept"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space and run it again, what is done is kept"),
-    errno.EFBIG: ("a file-size limit was reached", "raise it (ulimit -f) and run it again, what is done is kept"),
-    errno.EACCES: ("no permission to write here", "change its permissions or choose another output directory"),
-    errno.EPERM: ("no permission to write here", "change its permissions or choose another output directory"),
-    errno.EROFS: ("the file system is read-only", "choose another output directory"),
-    errno.ENOTDIR: ("a part of this path is a file", "choose another output directory"),
-    errno.EEXIST: ("a file of this name is in the way", "choose another output directory"),
+_FREE_SPACE = "free some space and run the same command again; what is done is kept"
+_CHOOSE = "choose another output directory"
+_DISK_ERRORS = {
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE_SPACE),
+    errno.EFBIG: ("a file-size limit was reached", "raise it (ulimit -f) and run the same command again"),
+    errno.EACCES: ("no permission to write here", f"change its permissions, or {_CHOOSE}"),
+    errno.EPERM: ("no permission to write here", f"change its permissions, or {_CHOOSE}"),
+    errno.EROFS: ("the file system is read-only", _CHOOSE),
+    errno.ENOENT: ("a folder of this path does not exist", _CHOOSE),
+    errno.ENOTDIR: ("a part of this path is a file", _CHOOSE),
+    errno.EEXIST: ("a file of this name is in the way", _CHOOSE),
+    errno.EISDIR: ("a folder of this name is in the way", _CHOOSE),
 }
 
 
+def disk_error(error: BaseException, where: str | os.PathLike[str], what: str = "cannot write") -> InputError:
+    """The one line for a write that the operating system refused.
+
+    Args:
+        where: the file or folder that the user knows.
+        what: what could not be done.
+    """
+    reason, mend = _DISK_ERRORS.get(getattr(error, "errno", None) or 0, (str(error), f"check the disk, or {_CHOOSE}"))
+    return InputError(f"{what}: {reason}", file=where, mend=mend)
+
+
 @contextmanager
-def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the operating system's refusal to write (full disk, no permission) into an InputError naming `directory`."""
+def writing_to(where: str | os.PathLike[str], what: str = "cannot write") -> Iterator[None]:
+    """Raise the operating system's refusal to write (full disk, no permission) as a ``disk_error``."""
     try:
         yield
     except OSError as error:
-        unknown = (error.strerror or str(error), "check the disk, or choose another output directory")
-        what, mend = _WRITE_ERRORS.get(error.errno or 0, unknown)
-        raise InputError(f"cannot write: {what}", file=directory, mend=mend) from error
+        raise disk_error(error, where, what) from error
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the names inside `path` durable; a rename is not until its directory is synced."""
-    if os.name != "posix":  # Windows cannot open directories, and orders these writes itself
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or the names inside a folder, durable. A rename is durable once its folder is synced."""
+    if os.name != "posix" and path.is_dir():  # Windows cannot open folders, and orders these writes itself
         return
-    fd = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
+@contextmanager
+def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside ``path``. The file written there replaces ``path`` in one step when the block ends,
+    or is removed when the block raises.
+
+    Args:
+        shared: several processes may do so at once. The temporary names then differ, and a process that is killed
+            leaves its file behind, where otherwise the next one overwrites it.
+    """
+    temporary = path.with_name(f".{path.name}{f'.{os.getpid()}' if shared else ''}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Write a small file, whole or not at all; text as UTF-8."""
+    with replace_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file in constant memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def replace_directory(new: Path, path: Path) -> None:
-    """Put the directory `new` at `path`, whatever was there; a kill at any moment leaves the old or the new one.
+    """Put the directory ``new`` at ``path``, whatever was there; a kill at any moment leaves the old or the new one.
 
-    rename() does not replace a directory that holds files, so the two are exchanged in one system call. File systems
-    without that call get two renames; between them the old directory stands at old_directory(path), where readers
+    rename() does not replace a directory that holds files, so one system call exchanges the two. On file systems
+    without that call it takes two renames. Between them the old directory is at ``old_directory(path)``, where readers
     look too.
     """
     old = old_directory(path)
@@ -86,17 +106,17 @@ def replace_directory(new: Path, path: Path) -> None:
     else:
         os.rename(path, old)
         os.rename(new, path)
-    fsync_directory(path.parent)
+    fsync_path(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def old_directory(path: Path) -> Path:
-    """Where replace_directory() keeps the old directory for the moment between its two renames."""
+    """Where ``replace_directory`` keeps the old directory between its two renames."""
     return path.with_name(f".{path.name}.old")
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names atomically (Linux renameat2, macOS renamex_np); False where the system cannot."""
+    """Exchange two names atomically (Linux renameat2, macOS renamex_np); False where the system cannot."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":
@@ -107,40 +127,37 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def disk_error(error: BaseException, where: Path, what: str) -> InputError:
-    """The one line for a disk that is full, read-only or gone."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"the disk is full: {what}", file=where, mend="free space and run the same command again")
-    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return InputError(f"not writable: {what}", file=where, mend="choose another --output-dir")
-    if code in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.EISDIR):
-        return InputError(f"{what} ({error})", file=where, mend="choose another --output-dir")
-    return InputError(f"{what} ({error})", file=where, mend="check the disk and run the same command again")
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
+def read_text(file: Path) -> str:
+    """A whole UTF-8 file, with or without a byte-order mark; an ``InputError`` if it cannot be read or is not UTF-8."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", file=file, mend="check the path") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what = "is UTF-16" if utf16 else f"line {line} is not UTF-8"
+        raise InputError(what, file=file, mend="save it as UTF-8") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; an ``InputError`` if it cannot be read or is not an object."""
+    mend = "copy or download it again"
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON ({error})", file=file, mend="copy or download it again") from None
+        raise InputError(f"cannot be read as JSON ({error})", file=file, mend=mend) from None
     if not isinstance(values, dict):
-        raise InputError("is not a JSON object", file=file, mend="copy or download it again")
+        raise InputError("is not a JSON object", file=file, mend=mend)
     return values
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,10 +1,8 @@
-"""Torch tensors in safetensors files: their entries, and writing them."""
+"""PyTorch tensors in safetensors files: read one by one, written one by one."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csm_fast.system.arrays import HeaderEntry, write_safetensors
 from csm_fast.system.errors import InputError
 
 # safetensors' names.
@@ -38,12 +37,18 @@ class Entry:
 
 
 def read_entries(file: Path) -> list[Entry]:
+    """The tensors of a safetensors file, not yet read.
+
+    Raises:
+        InputError: no such file, or a damaged one; ``read`` raises it, too.
+    """
     from safetensors import SafetensorError, safe_open
 
     damaged = "is not a whole safetensors file"
 
     def read(name: str) -> Tensor:
-        # Opened anew for each tensor: the pages of a mapping stay resident, and count as ours, until it is closed.
+        # Opened again for each tensor: the pages of a mapping stay resident, and count as this process's memory,
+        # until it is closed.
         try:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name)
@@ -61,19 +66,20 @@ def read_entries(file: Path) -> list[Entry]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """safetensors, tensor by tensor: the library converts and gathers all of them first, a second model in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
+    """Write a safetensors file tensor by tensor. The library would convert and gather all of them first, which takes
+    the memory of a second model.
+
+    Args:
+        dtype: of the file; None keeps each tensor's own.
+    """
+
+    def describe(name: str) -> HeaderEntry:
+        tensor = tensors[name]
         kind = dtype or tensor.dtype
-        begin, end = end, end + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": _DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            values = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-            file.write(values.view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+        return HeaderEntry(name, _DTYPES[kind], list(tensor.shape), tensor.numel() * kind.itemsize)
+
+    def convert(tensor: Tensor) -> Any:
+        values = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        return values.view(-1).view(torch.uint8).numpy().data
+
+    write_safetensors(path, map(describe, tensors), map(convert, tensors.values()), metadata={"format": "pt"})

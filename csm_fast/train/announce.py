@@ -1,4 +1,4 @@
-"""How a run begins, and how it ends when memory does: in words."""
+"""The banner of a run, and the message when memory runs out."""
 
 from __future__ import annotations
 
@@ -12,63 +12,66 @@ from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.config.train import TrainConfig
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.model.stacks import vocabulary
-from csm_fast.planner import fit as memory
+from csm_fast.planner.fit import suggest_changes
 from csm_fast.system.console import counted
 from csm_fast.system.errors import OutOfMemory
 from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.setup import Prepared
 
 log = logging.getLogger("csm_fast")
 
 
-def announce(trainer: Any) -> None:
-    """What is trained, on what, for how long, and where to."""
-    config = trainer.config
-    _, vocab = vocabulary(trainer.model)
-    trained = sum(p.numel() for p in trainer.update.parameters)
+def print_banner(run: Prepared, trained: int, killed: dict[str, Any] | None) -> None:
+    """Log what is trained, on what data, for how long, and where the results go.
+
+    Args:
+        trained: how many parameters the optimizer updates.
+        killed: ``RunMarker.left``: where an earlier run was that ended without a message.
+    """
+    config = run.config
+    _, vocab = vocabulary(run.model)
     # By shape: a quantised weight holds two values per element, and adapters add their own.
-    every = sum(math.prod(shape) for shape in parameter_shapes(trainer.model.config).values())
-    start = f"continuing {trainer.resumed.name}" if trainer.resumed else f"from {config.model.model}"
-    if config.model.from_scratch and not trainer.resumed:
+    every = sum(math.prod(shape) for shape in parameter_shapes(run.model.config).values())
+    start = f"continuing {run.resumed.name}" if run.resumed else f"from {config.model.model}"
+    if config.model.from_scratch and not run.resumed:
         start = f"{config.model.model} from random weights"
     per_step = (
         f"{config.data.batch_rows:,} rows"
         if config.data.batch_rows
         else counted(config.data.batch_size * config.data.gradient_accumulation, "conversation")
     )
-    how = trainer.precision + ", compiled" * trainer.compiled
+    how = run.precision + ", compiled" * run.compiled
     log.info("Model     %s: %s of %s parameters trained, %s", start, f"{trained:,}", f"{every:,}", how)
     if method := _method(config):
         log.info("Method    %s", method)
     log.info(
         "Data      %s: %s, %.2f h; %s",
         config.data.data,
-        counted(trainer.store.num_conversations, "conversation"),
-        trainer.store.num_frames * FRAME_SECONDS / 3600,
-        trainer.store.codec["name"],
+        counted(run.store.num_conversations, "conversation"),
+        run.store.num_frames * FRAME_SECONDS / 3600,
+        run.store.codec["name"],
     )
-    every = trainer.packer.steps_in_epoch(0)
-    log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, trainer.total_steps, trainer.device)
-    if trainer.state["step"] >= trainer.total_steps:
-        log.info(
-            "Done      it is at step %d already; a larger --max-steps or --n-epochs goes on", trainer.state["step"]
-        )
-    if trainer.compiled:
+    every = run.packer.steps_in_epoch(0)
+    log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, run.total_steps, run.device)
+    if run.state["step"] >= run.total_steps:
+        log.info("Done      it is at step %d already; a larger --max-steps or --n-epochs goes on", run.state["step"])
+    if run.compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache directory")
         log.info("Compile   layers when they first run, up to a minute; kept in %s for the next run", kept)
-    log.info("Output    %s", trainer.run_dir)
-    if trainer.marker.left:
+    log.info("Output    %s", run.run_dir)
+    if killed:
         log.warning(
             "warning: the run before this one ended without a word after step %d, with %.1f GiB in use. If it was "
             "killed for memory: %s",
-            trainer.marker.left["step"],
-            trainer.marker.left["memory_gib"],
-            memory.advice(config),
+            killed["step"],
+            killed["memory_gib"],
+            suggest_changes(config),
         )
     log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
-    unheard = sorted(set(config.data.mask_speaker_ids) - set(trainer.packer.turn_speakers.tolist()))
+    unheard = sorted(set(config.data.mask_speaker_ids) - set(run.packer.turn_speakers.tolist()))
     if unheard:
         log.warning("warning: --mask-speaker-ids %s: no turn is of that speaker", " ".join(map(str, unheard)))
-    if trainer.validator is None:
+    if run.validator is None:
         log.info("There is no validation split: best follows the last checkpoint.")
 
 
@@ -90,9 +93,9 @@ def _method(config: TrainConfig) -> str:
     return "; ".join(parts)
 
 
-def out_of_memory(error: BaseException, config: TrainConfig) -> OutOfMemory:
+def explain_out_of_memory(error: BaseException, config: TrainConfig) -> OutOfMemory:
     """The line for it: what ran out, what is left, and the smallest change that helps."""
     reason = next(iter(str(error).strip().splitlines()), "")[:160]
-    found = ckpt.checkpoints(Path(config.run.output_dir).expanduser())
+    found = ckpt.list_checkpoints(Path(config.run.output_dir).expanduser())
     left = f"{found[-1].name} is intact and the same command continues from it" if found else "nothing was saved yet"
-    return OutOfMemory(f"not enough memory ({reason}); {left}", mend=memory.advice(config))
+    return OutOfMemory(f"not enough memory ({reason}); {left}", mend=suggest_changes(config))

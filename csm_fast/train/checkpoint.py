@@ -24,7 +24,7 @@ from torch import nn
 
 from csm_fast.packing.pack import Pack
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import _fsync, disk_error, replace_directory
+from csm_fast.system.files import disk_error, fsync_path, replace_directory
 from csm_fast.system.tensors import write_tensors
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.weights.save import save_model, write_record
@@ -73,26 +73,26 @@ def save_checkpoint(
         (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
         files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
         for name in files:
-            _fsync(temporary / name)
+            fsync_path(temporary / name)
         payload = {"format": FORMAT, **state, "files": files}
         (temporary / STATE).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        _fsync(temporary / STATE)
-        _fsync(temporary)
+        fsync_path(temporary / STATE)
+        fsync_path(temporary)
         if final.exists():
-            remove(final)  # damaged, or the run would have continued from it
+            remove_checkpoint(final)  # damaged, or the run would have continued from it
         os.replace(temporary, final)
-        _fsync(run_dir)
-        link(run_dir, "last", final.name)
+        fsync_path(run_dir)
+        link_or_copy(run_dir, "last", final.name)
     except (OSError, InputError) as error:
         # The model's writer has told its OSError in its own words, which name the temporary directory.
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise disk_error(cause, run_dir, "the checkpoint could not be saved; the earlier ones are intact") from error
+        raise disk_error(cause, run_dir, "the checkpoint could not be saved, the earlier ones are intact") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
-def size(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of a checkpoint: weights, of adapters only theirs, and the optimizer's state, also before it is there."""
     whole = getattr(model, "adapter", None) is None
     total = sum(p.numel() * p.element_size() for p in model.parameters() if whole or p.requires_grad)
@@ -134,7 +134,7 @@ def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
         save_probe(model, probe, directory)
 
 
-def link(run_dir: Path, name: str, target: str) -> None:
+def link_or_copy(run_dir: Path, name: str, target: str) -> None:
     """Point ``run_dir/name`` at a checkpoint in one step; where links are not to be had, a copy takes its place."""
     temporary = run_dir / f".{name}.link"
     if temporary.is_dir() and not temporary.is_symlink():
@@ -217,7 +217,7 @@ def _state_form(
     return {"step": ((), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
 
 
-def complete(checkpoint: Path) -> dict[str, Any] | None:
+def read_if_complete(checkpoint: Path) -> dict[str, Any] | None:
     """The trainer state of a complete checkpoint; None for anything else."""
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -239,19 +239,19 @@ def complete(checkpoint: Path) -> dict[str, Any] | None:
     return state
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not run_dir.is_dir():
         return []
     named = [p for p in run_dir.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted((p for p in named if complete(p)), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in named if read_if_complete(p)), key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def damaged(run_dir: Path) -> list[tuple[Path, str]]:
+def list_damaged(run_dir: Path) -> list[tuple[Path, str]]:
     """Checkpoints that are not whole, oldest first, and what is wrong. Saving leaves none: somebody or a drive did."""
     found = []
     for path in run_dir.glob("step-*"):
-        if _STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and not complete(path):
+        if _STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and not read_if_complete(path):
             found.append((path, _damage(path)))
     return sorted(found, key=lambda item: int(item[0].name.removeprefix("step-")))
 
@@ -260,9 +260,9 @@ def check_damage(run_dir: Path, whole: list[Path]) -> None:
     """Refuse to begin anew where only damaged checkpoints are left; name those that are passed over.
 
     Raises:
-        InputError: ``whole``, the run's ``checkpoints``, is empty, and damaged ones are there.
+        InputError: ``whole``, the run's ``list_checkpoints``, is empty, and damaged ones are there.
     """
-    broken = damaged(run_dir)
+    broken = list_damaged(run_dir)
     if broken and not whole:
         path, what = broken[-1]
         raise InputError(
@@ -288,14 +288,14 @@ def _damage(checkpoint: Path) -> str:
     return f"{STATE} cannot be read" if (checkpoint / STATE).exists() else f"{STATE} is missing"
 
 
-def prune(run_dir: Path, keep: int, best: str | None) -> None:
+def remove_older(run_dir: Path, keep: int, best: str | None) -> None:
     """Remove all but the newest ``keep`` checkpoints and the best one."""
-    for path in checkpoints(run_dir)[:-keep]:
+    for path in list_checkpoints(run_dir)[:-keep]:
         if path.name != best:
-            remove(path)
+            remove_checkpoint(path)
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint. It loses its name first, so a kill halfway leaves no half checkpoint."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -303,7 +303,7 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def clean(run_dir: Path) -> None:
+def remove_partial(run_dir: Path) -> None:
     """Remove what interrupted saves and deletions left behind."""
     for pattern in (".step-*.tmp", ".step-*.old"):
         for path in run_dir.glob(pattern):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from csm_fast.config.shape import FRAME_SECONDS
+from csm_fast.config.train import RunSection
+from csm_fast.data.audio import write_wav
+from csm_fast.data.token_store import TokenStore
 from csm_fast.generate.generator import Generator
 from csm_fast.generate.voice import load_voice
+from csm_fast.model.csm import CSM
 from csm_fast.model.stacks import stack_limit
 from csm_fast.system.errors import InputError
 
@@ -17,8 +20,8 @@ from csm_fast.system.errors import InputError
 class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
-    def __init__(self, model: Any, config: Any, directory: Path, store: Any):
-        self.config, self.directory = config.run, directory
+    def __init__(self, model: CSM, run: RunSection, directory: Path, store: TokenStore):
+        self.config, self.directory = run, directory
         sentences = self.config.gen_sentences
         if sentences.endswith(".txt"):
             try:
@@ -36,12 +39,12 @@ class Sampler:
             tokenizer=self.config.tokenizer,
             made="no samples can be generated: the data was made",
         )
-        self.generator = Generator(model, voice.tokenizer, voice.codec)
+        self.codec, self.generator = voice.codec, Generator(model, voice.tokenizer, voice.codec)
         # Now, not after the first gen_every steps.
         self.max_frames = max(1, int(self.config.gen_seconds / FRAME_SECONDS))
         limit = stack_limit(model.backbone)
         for text in self.sentences:
-            rows = len(self.generator.tokenizer.encode(text, self.config.gen_speaker))
+            rows = len(voice.tokenizer.encode(text, self.config.gen_speaker))
             if rows + self.max_frames > limit:
                 raise InputError(
                     f"--gen-sentences: {rows:,} rows of text and {self.max_frames} frames exceed the model's {limit:,}",
@@ -50,8 +53,6 @@ class Sampler:
 
     def __call__(self, step: int, say: Callable[[str], None]) -> float:
         """Write ``samples/step-N-i.wav``; returns the seconds it took."""
-        from csm_fast.data.audio import write_wav
-
         started = time.monotonic()
         for i, text in enumerate(self.sentences):
             wave, speech = self.generator.speak(text, self.config.gen_speaker, max_frames=self.max_frames, seed=i)
@@ -60,7 +61,7 @@ class Sampler:
                 continue
             path = self.directory / f"step-{step:06d}-{i}.wav"
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_wav(path, wave, self.generator.codec.sample_rate)
+            write_wav(path, wave, self.codec.sample_rate)
             end = "ended by EOS" if speech.ended else "cut at the limit"
             say(f"step {step}: sample {path} ({len(speech.codes) * FRAME_SECONDS:.1f} s, {end})")
         return time.monotonic() - started

@@ -1,12 +1,11 @@
-"""Where a run starts: the model, the data, and whether they belong together."""
+"""From a config to a run that can start: device, data, the place to continue from, memory, the model."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,196 @@ import numpy as np
 import torch
 
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
-from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
-from csm_fast.data.token_store import TokenStore, check_compatible, open_split
+from csm_fast.config.train import TrainConfig
+from csm_fast.data.token_store import TokenStore, open_split
+from csm_fast.evaluate.validation import Validator
+from csm_fast.model import adapters
+from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM
+from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
 from csm_fast.model.loss import coefficients
-from csm_fast.model.stacks import vocabulary
-from csm_fast.planner import fit as memory
+from csm_fast.model.stacks import stack_limit, vocabulary
+from csm_fast.packing.loader import Packer
+from csm_fast.planner import fit
+from csm_fast.system.device import compute_dtype, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import old_directory
+from csm_fast.system.files import disk_error, old_directory
+from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.checks import check_adapter, check_data, check_position, check_precision, position_identity
+from csm_fast.train.optim.build import cast_weights
+from csm_fast.train.optim.schedule import peak_learning_rate
+from csm_fast.weights import adapter_files
 from csm_fast.weights.load import load_model
-from csm_fast.weights.save import read_record
-from csm_fast.weights.shape import scratch_shape
+from csm_fast.weights.shape import scratch_shape, shape_beforehand
+
+Stores = TokenStore | tuple[TokenStore, TokenStore | None]  # the training data, or with the validation data
 
 
-def check_precision(precision: str, section: OptimizerSection) -> None:
-    """Refuse what fp16 cannot do.
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start. ``prepare`` makes it; the trainer reads it.
+
+    Attributes:
+        config: resolved: the learning rate and the activation checkpointing are chosen.
+        run_dir: the output folder; it exists.
+        precision: "bf16", "fp16" or "fp32".
+        store, val_store: the data; no validation data is None.
+        packer, validator: of these stores.
+        total_steps: optimizer steps of the whole run.
+        model: on its device, with its adapters, cast and frozen as the run trains it.
+        compiled: its layers are compiled.
+        record: the codec and the tokenizer, which checkpoints carry.
+        resumed: the checkpoint to continue from; None for a run that begins.
+        state: the position of the run: step, epoch, index, best validation, identity of the data.
+        weights: (a, b) of the loss ``a CE0 + b CEd``.
+    """
+
+    config: TrainConfig
+    run_dir: Path
+    device: torch.device
+    precision: str
+    store: TokenStore
+    val_store: TokenStore | None
+    packer: Packer
+    validator: Validator | None
+    total_steps: int
+    model: CSM
+    compiled: bool
+    record: dict[str, Any]
+    resumed: Path | None
+    state: dict[str, Any]
+    weights: tuple[float, float]
+
+
+def prepare(config: TrainConfig, model: CSM | None = None, store: Stores | None = None) -> Prepared:
+    """Resolve a config and build what its run needs. ``config`` is not changed.
+
+    What can be refused without the weights is refused before they are loaded.
+
+    Args:
+        model: start from this model, which becomes the run's, instead of ``config.model.model``. A run of full
+            fine-tuning that is continued loads its own.
+        store: train on this data, with or without validation data, instead of what ``config.data.data`` names.
 
     Raises:
-        InputError: fp16 with bf16 weights, or with updates before all gradients are there to tell an overflow.
+        InputError: anything that the user can mend.
     """
-    if precision != "fp16":
-        return
-    if section.weights != "fp32":
+    config = copy.deepcopy(config)
+    check_adapter(config.adapter)
+    config.optimizer.learning_rate = peak_learning_rate(config.optimizer, config.adapter.method)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.model.precision, device)
+    check_precision(precision, config.optimizer)
+    train_store, val_store = _open_stores(config, store)
+    run_dir = Path(config.run.output_dir).expanduser()
+    resumed, state = _find_run(config, run_dir, train_store)
+    shape = model.config if model is not None else shape_beforehand(config, resumed)
+    layout = None
+    if shape is not None:
+        chosen = choose_checkpointing(config, shape, train_store, device, precision)
+        config.model.activation_checkpointing = chosen  # type: ignore[assignment]
+        layout = _lay_out_packs(config, train_store, val_store, device, shape.backbone.max_seq_len)
+    is_named = model is None
+    model = _load_model(config, model, resumed, compute_dtype(precision))
+    stores = [some for some in (train_store, val_store) if some is not None]
+    record = check_data(model, stores, config, resumed, is_named=is_named)
+    compiled = _prepare_model(config, model, train_store, resumed, device, compute_dtype(precision))
+    packer, validator, total_steps = layout or _lay_out_packs(
+        config, train_store, val_store, device, stack_limit(model.backbone)
+    )
+    return Prepared(
+        config=config,
+        run_dir=run_dir,
+        device=device,
+        precision=precision,
+        store=train_store,
+        val_store=val_store,
+        packer=packer,
+        validator=validator,
+        total_steps=total_steps,
+        model=model,
+        compiled=compiled,
+        record=record,
+        resumed=resumed,
+        state={**state, "data": position_identity(config, train_store)},
+        weights=coefficients(config.loss, vocabulary(model)[0]),
+    )
+
+
+def _open_stores(config: TrainConfig, given: Stores | None) -> tuple[TokenStore, TokenStore | None]:
+    if given is not None:
+        return given if isinstance(given, tuple) else (given, None)
+    path = Path(config.data.data).expanduser() / "val"
+    train = open_split(config.data.data, "train")
+    has_val = path.exists() or old_directory(path).exists()
+    return train, open_split(config.data.data, "val") if has_val else None
+
+
+def _find_run(config: TrainConfig, run_dir: Path, store: TokenStore) -> tuple[Path | None, dict[str, Any]]:
+    """Make the output folder; the checkpoint in it to continue from, and the position of the run."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, run_dir, "the run directory could not be made") from None
+    found = ckpt.list_checkpoints(run_dir)
+    if found and not config.run.resume:
         raise InputError(
-            f"--precision fp16 computes in fp16, --weights {section.weights} are bf16", mend="leave one of them out"
+            f"holds a run already ({found[-1].name})",
+            file=run_dir,
+            mend="choose another --output-dir, or leave out --no-resume to continue it",
         )
-    if section.optimizer_in_backward:
-        raise InputError(
-            "--optimizer-in-backward cannot take back an update when a later gradient overflows in fp16",
-            mend="use --precision bf16 or fp32, or leave it out",
-        )
+    ckpt.check_damage(run_dir, found)
+    if not found:
+        return None, {"step": 0, "epoch": 0, "index": 0, "best_val_loss": None, "best_step": None}
+    resumed = found[-1]
+    state = {k: v for k, v in (ckpt.read_if_complete(resumed) or {}).items() if k not in ("format", "files")}
+    check_position(state.get("data", {}), position_identity(config, store), resumed)
+    return resumed, state
+
+
+def choose_checkpointing(
+    config: TrainConfig, shape: CSMConfig, store: TokenStore, device: torch.device, precision: str
+) -> str:
+    """The activation checkpointing with which a run fits into the device's memory: the config's, or under
+    ``--memory auto`` the least that will do.
+
+    Raises:
+        InputError: it does not fit; the line says by how much, and the smallest change that mends it.
+    """
+    if config.run.memory == "off":
+        return config.model.activation_checkpointing
+    data, sizes = config.data, np.sort(np.minimum(store.conversation_rows, config.data.pack_rows))
+    step = data.batch_rows or int(sizes[-data.batch_size * data.gradient_accumulation :].sum())
+    load: dict[str, Any] = {
+        "rows": min(data.pack_rows, step),
+        "packs": math.ceil(step / data.pack_rows),
+        # The row that ends each turn is supervised, too.
+        "audio_share": (store.num_frames + store.num_turns) / max(1, int(store.conversation_rows.sum())),
+        "precision": precision,
+    }
+    if config.run.memory == "auto":
+        return fit.choose_checkpointing(config, shape, device, **load)
+    fit.check_memory(config, shape, device, **load)
+    return config.model.activation_checkpointing
+
+
+def _lay_out_packs(
+    config: TrainConfig, store: TokenStore, val_store: TokenStore | None, device: torch.device, limit: int
+) -> tuple[Packer, Validator | None, int]:
+    """The packs of a model that sees ``limit`` positions, the validator, and how many steps the run has."""
+    run = config.run
+    packer = Packer(store, config.data, config.loss, pad=device.type, limit=limit)
+    total = 0
+    for epoch in range(run.n_epochs):
+        total += packer.steps_in_epoch(epoch)
+        if run.max_steps is not None and total >= run.max_steps:
+            total = run.max_steps
+            break
+    if val_store is None:
+        return packer, None, total
+    return packer, Validator(val_store, config.data, config.loss, run.val_fraction_frames, limit), total
 
 
 def base_dtypes(config: TrainConfig, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
@@ -61,7 +220,14 @@ def base_dtypes(config: TrainConfig, dtype: torch.dtype) -> Callable[[str], torc
     return held
 
 
-def starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> CSM:
+def _load_model(config: TrainConfig, given: CSM | None, resumed: Path | None, dtype: torch.dtype) -> CSM:
+    """The model that the run starts from. Adapters are continued on the base that they were begun on."""
+    if resumed and config.adapter.method == "full":
+        return load_model(str(resumed), dtype=base_dtypes(config, dtype))
+    return given if given is not None else load_starting_model(config, dtype)
+
+
+def load_starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> CSM:
     """The model that ``config.model`` asks for; ``dtype`` is the run's compute dtype."""
     name, held = config.model.model, base_dtypes(config, dtype)
     if not config.model.from_scratch:
@@ -73,27 +239,24 @@ def starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32) -> C
     return CSM(scratch_shape(name)).init_weights(config.data.seed)
 
 
-def plan_memory(config: TrainConfig, shape: CSMConfig, store: TokenStore, device: torch.device, precision: str) -> None:
-    """Refuse a run that cannot fit into the device's memory, or choose the checkpointing with which it does.
-
-    Raises:
-        InputError: it does not fit; the line says by how much, and the smallest change that mends it.
-    """
-    if config.run.memory == "off":
-        return
-    data, sizes = config.data, np.sort(np.minimum(store.conversation_rows, config.data.pack_rows))
-    step = data.batch_rows or int(sizes[-data.batch_size * data.gradient_accumulation :].sum())
-    load: dict[str, Any] = {
-        "rows": min(data.pack_rows, step),
-        "packs": math.ceil(step / data.pack_rows),
-        # The row that ends each turn is supervised, too.
-        "audio_share": (store.num_frames + store.num_turns) / max(1, int(store.conversation_rows.sum())),
-        "precision": precision,
-    }
-    if config.run.memory == "auto":
-        config.model.activation_checkpointing = memory.choose_checkpointing(config, shape, device, **load)  # type: ignore[assignment]
+def _prepare_model(
+    config: TrainConfig,
+    model: CSM,
+    store: TokenStore,
+    resumed: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Attach adapters or cast the weights, freeze, move to the device, compile. Whether layers are compiled."""
+    if config.adapter.method != "full":
+        attach_adapters(model, config, dtype, store, resumed, device)
     else:
-        memory.check(config, shape, device, **load)
+        cast_weights(model, config.optimizer)
+    for part in config.model.freeze:
+        getattr(model, part).requires_grad_(False)
+    model.activation_checkpointing = config.model.activation_checkpointing
+    model.to(device).train()
+    return compile_layers(model, config.model.compile)
 
 
 def attach_adapters(
@@ -106,10 +269,6 @@ def attach_adapters(
 ) -> None:
     """Put the adapters of ``config.adapter`` on a base, and what an earlier checkpoint of them holds into them.
     ``device``: where the run will be, for ``adapters.attach``."""
-    from csm_fast.model import adapters
-    from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
-    from csm_fast.weights import adapter_files
-
     if config.optimizer.weights != "fp32":
         raise InputError(
             f"--weights {config.optimizer.weights} belongs to --method full; adapters are trained in float32",
@@ -121,116 +280,3 @@ def attach_adapters(
         EmbeddingRows(model, *rows_in([store], model))
     if resumed:
         adapter_files.load_into(model, resumed)
-
-
-def open_optional_split(data: str, split: str) -> TokenStore | None:
-    path = Path(data).expanduser() / split
-    return open_split(data, split) if path.exists() or old_directory(path).exists() else None
-
-
-def check_adapter(section: AdapterSection) -> None:
-    """Refuse settings of adapters where none are trained.
-
-    Raises:
-        InputError: one that is not the default, with ``method`` full.
-    """
-    if section.method != "full":
-        return
-    for name, default in dataclasses.asdict(AdapterSection()).items():
-        if getattr(section, name) != default:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{flag} belongs to adapters, and --method full trains none",
-                mend=f"add --method lora, or leave {flag} out",
-            )
-
-
-def check_data(
-    model: CSM, stores: list[TokenStore], config: TrainConfig, resumed: Path | None, is_named: bool = True
-) -> dict[str, Any]:
-    """Refuse, by name, data made with another codec or tokenizer than the model's.
-
-    Args:
-        is_named: the model is what ``config.model.model`` names, and not one that was handed over.
-
-    Returns:
-        The record of codec and tokenizer that the model's checkpoints will carry.
-    """
-    num_codebooks, vocab = vocabulary(model)
-    known = {}
-    is_named = is_named and not config.model.from_scratch
-    if resumed or is_named:
-        known = read_record(str(resumed or config.model.model))
-    for store in stores:
-        check_compatible(
-            store,
-            codec_fingerprint=known.get("codec", {}).get("fingerprint"),
-            text_fingerprint=known.get("text_tokenizer", {}).get("fingerprint"),
-            num_codebooks=num_codebooks,
-            text_vocab_size=model.text_embeddings.num_embeddings,
-        )
-        if store.codebook_size > vocab:
-            raise InputError(
-                f"has codes up to {store.codebook_size - 1}; the model's audio vocabulary ends at {vocab - 1}",
-                file=store.path,
-                mend="use a model of the codec's size",
-            )
-        # Weights that say nothing of their codec are Sesame's or made from them, and speak Mimi.
-        offline = store.codec.get("kind") == "offline"
-        if offline and not known and is_named and vocab == 2051:
-            raise InputError(
-                f"was made with the {store.codec['name']}; {config.model.model} speaks kyutai/mimi",
-                file=store.path,
-                mend="run csm-fast pretokenize --codec transformers, or train --from-scratch",
-            )
-    for noun in ("codec", "text_tokenizer"):
-        if len({getattr(store, noun)["fingerprint"] for store in stores}) > 1:
-            raise InputError(
-                f"train and val were made with different {noun.replace('_', ' ')}s",
-                file=config.data.data,
-                mend="run csm-fast pretokenize again",
-            )
-    return {"codec": stores[0].codec, "text_tokenizer": stores[0].text_tokenizer}
-
-
-# What decides which frames step N sees. A run continued under another value would be neither run; nor would one
-# continued under another loss, or from another model.
-POSITIONAL = (
-    "batch_size",
-    "batch_rows",
-    "gradient_accumulation",
-    "pack_window",
-    "mask_speaker_ids",
-    "supervise",
-    "seed",
-)
-
-
-def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
-    """What the position (epoch, index) of a run refers to: the data and how it is dealt out."""
-    data = dataclasses.asdict(config.data)
-    shards = json.dumps(store.manifest["shards"], sort_keys=True).encode()
-    identity = {**{key: data[key] for key in POSITIONAL}, "method": config.adapter.method}
-    # Losses of two formulas cannot be compared, so there would be no best checkpoint.
-    a, b = coefficients(config.loss, store.num_codebooks)
-    identity.update(loss=f"{a:g} CE0 + {b:g} CEd", eos_weight=config.loss.eos_weight)
-    if config.adapter.method != "full":  # what the adapters were saved with would be another model
-        identity.update(lora_alpha=config.adapter.alpha, rslora=config.adapter.rslora)
-    if config.model.from_scratch and config.model.model in NAMED_SHAPES:
-        identity["model"] = config.model.model
-    if config.data.batch_rows is not None:
-        identity["pack_rows"] = config.data.pack_rows
-    return {**identity, "tokens": hashlib.sha256(shards).hexdigest()[:16]}
-
-
-def check_position(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to continue a run on other data or another order."""
-    for key, value in now.items():
-        if key in saved and saved[key] != value:
-            was, name = saved[key], "the token store" if key == "tokens" else key
-            raise InputError(
-                f"the run was made with {name} {was}, now it is {value}",
-                file=checkpoint,
-                mend="continue with the same, or start a new run with --output-dir "
-                "(and --model pointing here to build on it)",
-            )

@@ -8,10 +8,11 @@ from typing import Any
 
 
 class StopSignals:
-    """The first Ctrl-C (or SIGTERM) asks the run to stop after its step; the second stops it at once."""
+    """Within it, the first Ctrl-C (or SIGTERM) is noted in ``received``, so that the run can stop after its step; the
+    second stops it at once."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self) -> None:
+        self.received: str | None = None  # the signal's name
         self.previous: dict[int, Any] = {}
 
     def __enter__(self):
@@ -23,9 +24,9 @@ class StopSignals:
         return self
 
     def _handle(self, number, frame):
-        if self.trainer.stopping:
+        if self.received:
             raise KeyboardInterrupt
-        self.trainer.stopping = signal.Signals(number).name
+        self.received = signal.Signals(number).name
         # Not print: the signal may arrive inside one, and a buffered stream cannot be entered twice.
         os.write(2, b"\nFinishing this step, then saving. Once more stops at once.\n")
 

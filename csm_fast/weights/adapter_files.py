@@ -1,11 +1,11 @@
-"""Adapters saved and loaded: PEFT's files, and what is trained besides under Sesame's names.
+"""Saves and loads adapters: PEFT's files, and the parameters that are trained besides under Sesame's names.
 
-    save_adapter(model, directory)         what is trained of a model with adapters
-    load_into(model, directory)            back into a model that carries the same adapters, bit for bit
-    load_adapters(model, directory)        onto a plain model, as the directory says
-    to_transformers, to_csm_mlx            for other tools; their adapters are read by all of the above
+    save_adapter(model, directory)         all that is trained of a model with adapters
+    load_into(model, directory)            back into a model with the same adapters, bit for bit
+    load_adapters(model, directory)        onto a plain model, with the settings in the directory
 
-A base is known by the hash of its weights (``adapters.weights_hash``), and an adapter refuses another one.
+``export`` writes adapters for other tools; the functions above read those tools' adapters, too. A base is identified by
+the hash of its weights (``adapters.weights_hash``), and an adapter of another base is refused.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from csm_fast.model.embedding_rows import EmbeddingRows
 from csm_fast.model.run_options import Attached
 from csm_fast.model.stacks import model_config
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.system.files import write_file, writing_to
 from csm_fast.weights.adapter_formats import TRAINED, SavedAdapter, check_base, read_adapter, write_peft
 from csm_fast.weights.config_json import sesame_config
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 
 
 def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Write a model's adapters and whatever else ``attach`` had it train into ``directory``, made if need be.
+    """Write a model's adapters, and the other parameters that ``attach`` left trainable, into ``directory``.
 
-    ``adapter_model.safetensors`` and ``adapter_config.json`` are PEFT's; ``trained.safetensors`` holds heads, tables or
-    rows of tables; ``config.json`` is the base's shape. Tensors keep their dtype.
+    The directory is made if it does not exist. ``adapter_model.safetensors`` and ``adapter_config.json`` are PEFT's;
+    ``trained.safetensors`` holds heads, tables or rows of tables; ``config.json`` is the base's shape. Tensors keep
+    their dtype.
 
     Raises:
         InputError: no space, or no permission to write.
@@ -47,13 +48,13 @@ def save_adapter(model: Any, directory: str | os.PathLike[str]) -> None:
     write_peft(saved, path, _targets(model))
     config = json.dumps(sesame_config(model.adapter.shape), indent=2) + "\n"
     with writing_to(path):
-        if not saved.whole:  # an older adapter's
+        if not saved.whole:  # the file of an earlier adapter
             (path / TRAINED).unlink(missing_ok=True)
-        write_bytes(path / "config.json", config.encode())
+        write_file(path / "config.json", config)
 
 
 def _saved(model: Any) -> SavedAdapter:
-    """A model's adapters in the form of their files, sharing memory."""
+    """A model's adapters as ``SavedAdapter``. The tensors share memory with the model's."""
     attached = model.adapter
     modules = {}
     for name, slots in _slots(model).items():
@@ -76,7 +77,7 @@ def _slots(model: Any) -> dict[str, dict[str, torch.nn.Parameter]]:
 
 
 def _targets(model: Any) -> list[str]:
-    """The last names of the adapted layers where they mean just these, else the full ones; sorted."""
+    """The adapted layers by their last names, if these match no other layer, else by their full names; sorted."""
     targets = model.adapter.targets
     leaves = sorted({name.rpartition(".")[2] for name in targets})
     names = {n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -85,7 +86,7 @@ def _targets(model: Any) -> list[str]:
 
 
 def adapter_size(directory: str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes of each file of an adapter, by name; other files of the directory do not count."""
+    """Bytes of each file of an adapter, by name, without other files of the directory."""
     names = (PEFT_WEIGHTS, MLX_WEIGHTS, TRAINED, ADAPTER_CONFIG, "config.json")
     paths = (Path(directory).expanduser() / name for name in names)
     return {path.name: path.stat().st_size for path in paths if path.is_file()}
@@ -96,11 +97,11 @@ def adapter_size(directory: str | os.PathLike[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def load_into(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Put a saved adapter into a model that carries the same one, bit for bit; every tensor must find its place.
+    """Load a saved adapter into a model with the same adapter, bit for bit.
 
     Raises:
-        InputError: another base, other layers, ranks or trained parameters, damaged files. The model may be half
-            loaded only where a file is damaged inside.
+        InputError: another base, other layers, ranks or trained parameters, damaged files. The model is unchanged,
+            unless a file is damaged inside.
     """
     attached = model.adapter
     saved = read_adapter(directory, attached.shape)
@@ -110,7 +111,7 @@ def load_into(model: Any, directory: str | os.PathLike[str]) -> None:
     given = {f"{m} {part}": t for m, parts in saved.modules.items() for part, t in parts.items()}
     whole = {name: t for name, t in saved.whole.items() if not name.endswith((".rows", ".index"))}
     ours = saved.compute_dtype is not None
-    # Another tool's adapter may hold one head or table of two; the other one is then the base's.
+    # Another tool's adapter may hold one of the two heads or tables; the other one stays the base's.
     wanted |= {name: model.get_parameter(name) for name in attached.whole if ours or name in whole}
     _fill(wanted, given | whole, saved)
     _load_rows(model, saved)
@@ -157,18 +158,18 @@ def load_adapters(
     compute_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Attached:
-    """Attach the adapter in ``directory`` to a plain model and load it, ready for use or for further training.
+    """Attach the adapter in ``directory`` to a plain model and load it, for use or for further training.
 
-    The adapter may be ours, PEFT's (on Sesame's or transformers' names) or csm-mlx'. A qlora adapter quantises the
-    stacks, as it was trained.
+    The adapter may be ours, PEFT's (with Sesame's or transformers' names) or csm-mlx's. A qlora adapter quantises the
+    stacks, as in its training.
 
     Args:
         model: ``CSM`` or any module with Sesame's tree, with the weights the adapter was trained on.
-        compute_dtype: as for ``adapters.attach``; by default the one it was trained with, or the model's own.
+        compute_dtype: as for ``adapters.attach``; by default the one of its training, or the model's own.
         device: as for ``adapters.attach``.
 
     Raises:
-        InputError: another base than the adapter names, tensors that do not fit, PEFT is not installed.
+        InputError: the adapter names another base, tensors do not fit, PEFT is not installed.
     """
     shape = model_config(model)
     saved = read_adapter(directory, shape)
@@ -182,7 +183,7 @@ def load_adapters(
 
 
 def _words(model: Any, saved: SavedAdapter) -> list[str]:
-    """``target_modules`` as they were given, where they mean the layers that are saved; else these layers' names."""
+    """``target_modules`` as they were given, if they mean the saved layers, else the names of these layers."""
     try:
         if set(resolve_targets(model, saved.section.target_modules)) == saved.modules.keys():
             return saved.section.target_modules
@@ -192,16 +193,16 @@ def _words(model: Any, saved: SavedAdapter) -> list[str]:
 
 
 def linear_to_lora_layers(model: Any, config: dict[str, Any], use_dora: bool = False) -> Attached:
-    """csm-mlx' function of this name: put fresh adapters on a model.
+    """Put new adapters on a model; csm-mlx's function of this name.
 
     Args:
         model: ``CSM`` or any module with Sesame's tree.
-        config: ``rank``; ``scale``, or ``alpha`` (scale = alpha / rank); ``dropout`` (0); ``keys``: names within a
-            layer or of the model (``self_attn.q_proj``, ``projection``, ``attn``), by default ``attn``.
+        config: ``rank``; ``scale`` or ``alpha`` (scale = alpha / rank); ``dropout``, by default 0; ``keys``, by default
+            ``attn``: names within a layer or of the model (``self_attn.q_proj``, ``projection``, ``attn``).
         use_dora: DoRA instead of LoRA.
 
     Raises:
-        InputError: ``rank``, or both or neither of ``scale`` and ``alpha``; a key that matches nothing.
+        InputError: ``rank`` is missing; both or neither of ``scale`` and ``alpha`` are given; a key matches nothing.
     """
     if "rank" not in config or ("scale" in config) == ("alpha" in config):
         raise InputError("the LoRA config needs rank, and either scale or alpha", mend="scale is alpha / rank")

@@ -1,12 +1,12 @@
-"""Adapter files: PEFT's over Sesame's or transformers' module names, and csm-mlx'; read into one form, and written.
+"""Adapter files: PEFT's with Sesame's or transformers' module names, and csm-mlx's; read into one form, and written.
 
     PEFT     adapter_model.safetensors, adapter_config.json: base_model.model.<module>.lora_A.weight [r, in],
              .lora_B.weight [out, r], .lora_magnitude_vector [out] (DoRA); scale alpha / r, rslora alpha / sqrt(r)
     csm-mlx  adapters.safetensors, adapter_config.json: <module>.lora_a [in, r], .lora_b [r, out], .m [out] (DoRA);
              its own scale
 
-transformers' query and key projections order the rows of each head differently (``convert.split_rows``), so the rows
-of B and the magnitudes move; A does not.
+transformers orders the rows of each head's query and key projections differently (``names.split_rows``), so the rows of
+B and the magnitudes are permuted; A is not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import AdapterSection
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.system.errors import InputError
-from csm_fast.system.files import read_json, write_bytes, writing_to
+from csm_fast.system.files import read_json, write_file, writing_to
 from csm_fast.system.tensors import Entry, read_entries, write_tensors
 from csm_fast.system.version import __version__
 from csm_fast.weights.files import ADAPTER_CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
@@ -53,14 +53,14 @@ _shapes = functools.lru_cache(maxsize=4)(parameter_shapes)
 
 @dataclass
 class SavedAdapter:
-    """An adapter, as its files hold it, in Sesame's names and rotary convention.
+    """The content of an adapter's files, with Sesame's names and rotary convention.
 
     Attributes:
         section: method, rank, alpha, and what is trained besides; ``target_modules`` are words or names.
         modules: for each adapted layer its lora_A [r, in], lora_B [out, r] and, for DoRA, magnitude [out].
         whole: parameters trained besides, by name; or ``<name>.rows`` [R, D] and ``<name>.index`` [R] of a table.
-        base, base_hash: name and ``adapters.weights_hash`` of the base, empty and None where the files do not say.
-        compute_dtype: that the adapter was trained with; None where the files do not say (other tools').
+        base, base_hash: name and ``adapters.weights_hash`` of the base; empty and None if the files do not say.
+        compute_dtype: of the adapter's training; None if the files do not say (other tools').
         where: the directory, for messages.
     """
 
@@ -79,9 +79,9 @@ class SavedAdapter:
 
 
 def read_adapter(directory: str | os.PathLike[str], shape: CSMConfig) -> SavedAdapter:
-    """Read an adapter of a base of ``shape``; which tool's files they are is read off their names.
+    """Read an adapter of a base of ``shape``; the names of the files say which tool wrote them.
 
-    Tensors of the codec are ignored. Everything else must have its place.
+    Tensors of the codec are ignored. Every other tensor must belong to the adapter.
 
     Raises:
         InputError: no adapter there, damaged files, an adapter of another kind than LoRA or DoRA, tensors that do not
@@ -207,7 +207,7 @@ def _read_trained(file: Path) -> dict[str, Tensor]:
 
 
 def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
-    """What PEFT can do to a model beyond LoRA and DoRA on linear layers."""
+    """Refuse what PEFT can do to a model beyond LoRA and DoRA on linear layers."""
     start = config.get("init_lora_weights")
     odd = {
         f"peft_type {config.get('peft_type')}": config.get("peft_type") != "LORA",
@@ -223,7 +223,7 @@ def _refuse_unknown(config: dict[str, Any], path: Path) -> None:
 
 
 def write_peft(saved: SavedAdapter, directory: Path, targets: list[str] | None = None) -> None:
-    """Write PEFT's two files over Sesame's names, and ``trained.safetensors`` where something is trained besides.
+    """Write PEFT's two files with Sesame's names, and ``trained.safetensors`` if more than adapters was trained.
 
     ``targets``: what adapter_config.json lists; all modules' full names by default.
     """
@@ -243,7 +243,7 @@ def write_peft(saved: SavedAdapter, directory: Path, targets: list[str] | None =
         "target_modules": section.target_modules,
     }
     config = _peft_config(saved, targets or sorted(saved.modules))
-    # Any release of PEFT takes this field as it is; a key of our own would be warned about.
+    # Every release of PEFT accepts this field; it would warn about a key of our own.
     config["auto_mapping"] = {"base_model_class": "CSM", "parent_library": "csm_fast.model", "csm_fast": extra}
     _write(directory, PEFT_WEIGHTS, tensors, config)
     if saved.whole:
@@ -272,7 +272,7 @@ def _write(directory: Path, weights: str, tensors: Mapping[str, Tensor], config:
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / weights, tensors, None)
-        write_bytes(directory / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_file(directory / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def write_transformers(saved: SavedAdapter, shape: CSMConfig, directory: Path) -> None:
@@ -281,7 +281,7 @@ def write_transformers(saved: SavedAdapter, shape: CSMConfig, directory: Path) -
     Heads and tables trained whole become PEFT's ``modules_to_save``.
 
     Raises:
-        InputError: only rows of the tables were trained, which PEFT cannot hold under transformers' tied names.
+        InputError: only rows of the tables were trained, which PEFT cannot store with transformers' tied names.
     """
     if saved.section.train_embeddings == "rows":
         raise InputError(
@@ -322,10 +322,10 @@ def _read_mlx(path: Path, shape: CSMConfig) -> SavedAdapter:
     for entry in read_entries(path / MLX_WEIGHTS):
         part = next((p for p, suffix in _MLX_SUFFIX.items() if entry.name.endswith(suffix)), None)
         if part is None:
-            # csm-mlx saves the frozen base beside the adapter; its own layers carry one more name.
+            # csm-mlx saves the frozen base beside the adapter; its adapted layers have one more name.
             if sesame_name(entry.name.replace(".linear.weight", ".weight"), "csm-mlx") in known:
                 continue
-            raise InputError(f"{entry.name} is unexpected", file=path / MLX_WEIGHTS, mend="give csm-mlx' adapter")
+            raise InputError(f"{entry.name} is unexpected", file=path / MLX_WEIGHTS, mend="give csm-mlx's adapter")
         module = _module(entry.name.removesuffix(_MLX_SUFFIX[part]), "csm-mlx", shape, path / MLX_WEIGHTS)
         assert module is not None, "csm-mlx has no codec"
         tensor = entry.read()
@@ -345,15 +345,15 @@ def _read_mlx(path: Path, shape: CSMConfig) -> SavedAdapter:
 
 
 def write_csm_mlx(saved: SavedAdapter, directory: Path) -> None:
-    """Write csm-mlx' two files. It names kinds of layers, not single ones: where only some of a kind have an adapter,
-    it gives the others one that does nothing.
+    """Write csm-mlx's two files. They name kinds of layers, not single layers: if only some layers of a kind have an
+    adapter, csm-mlx gives the others one without effect.
 
     Raises:
-        InputError: heads or tables are trained besides, which csm-mlx' adapters cannot hold.
+        InputError: heads or tables were trained whole, which csm-mlx's adapters cannot hold.
     """
     if saved.whole:
         raise InputError(
-            "trains heads or tables whole, which csm-mlx' adapters do not hold",
+            "trains heads or tables whole, which csm-mlx's adapters do not hold",
             file=saved.where,
             mend="merge it with csm-fast merge",
         )
@@ -373,7 +373,7 @@ def write_csm_mlx(saved: SavedAdapter, directory: Path) -> None:
 
 
 def check_base(saved: SavedAdapter, base_hash: str, base: str) -> None:
-    """Refuse an adapter of another base; one that does not name its base is taken."""
+    """Refuse an adapter of another base, unless the adapter does not say its base."""
     if saved.base_hash is not None and saved.base_hash != base_hash:
         raise InputError(
             f"belongs to the base {saved.base or 'without a name'} (weights {saved.base_hash[:16]}), not to "

@@ -1,4 +1,4 @@
-"""A model's shape in three dialects: ``CSMConfig``, Sesame's config.json and transformers' ``CsmConfig``."""
+"""A model's shape in three forms: ``CSMConfig``, Sesame's config.json and transformers' ``CsmConfig``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from csm_fast.system.files import read_json
 
 
 def sesame_config(config: CSMConfig) -> dict[str, Any]:
-    """What our config.json holds: the keys of Sesame's ``ModelArgs``, and the whole shape under ``csm_fast``.
+    """The content of our config.json: the keys of Sesame's ``ModelArgs``, and the whole shape under ``csm_fast``.
 
-    Stacks that are not csm-1b's get a flavor named after their shape, which Sesame's code knows once its ``FLAVORS``
-    has an entry of that name.
+    Stacks that are not csm-1b's get a flavor named after their shape. Sesame's code can load them if an entry of that
+    name is added to its ``FLAVORS``.
     """
     one = CSMConfig.csm_1b()
 
@@ -38,8 +38,8 @@ def transformers_config(config: CSMConfig) -> dict[str, Any]:
     def stack(c: TransformerConfig, positions: int) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_base}
         if c.rope_scale_factor != 1:
-            # Dividing the original length and both factors by one power of two changes no frequency; transformers
-            # wants that length below the model's own.
+            # transformers requires the original length to be below the model's own. Dividing it and both factors by
+            # the same power of two changes no frequency.
             shrink = 1
             while c.rope_old_context_len // shrink * 2 > positions and c.rope_old_context_len % (2 * shrink) == 0:
                 shrink *= 2
@@ -74,10 +74,10 @@ def transformers_config(config: CSMConfig) -> dict[str, Any]:
 
 
 def config_from_json(values: dict[str, Any], file: Path) -> CSMConfig | None:
-    """The shape that a config.json describes: ours, Sesame's or transformers'; None where it is none of them.
+    """The shape that a config.json describes: ours, Sesame's or transformers'; None if it is none of them.
 
     Raises:
-        InputError: it is one of them, but damaged or of a model that is no CSM; names ``file``.
+        InputError: it is one of them, but damaged or of another model than CSM; the message names ``file``.
     """
     try:
         if "csm_fast" in values:
@@ -96,7 +96,7 @@ def config_from_json(values: dict[str, Any], file: Path) -> CSMConfig | None:
 
 
 def read_shape(directory: Path) -> CSMConfig | None:
-    """The shape that a directory's config.json describes; None where it has none, or one of no CSM.
+    """The shape that a directory's config.json describes; None if there is none, or if it does not describe a CSM.
 
     Raises:
         InputError: the file is damaged.
@@ -106,7 +106,7 @@ def read_shape(directory: Path) -> CSMConfig | None:
 
 
 def from_transformers_config(values: dict[str, Any]) -> CSMConfig:
-    """The shape in a ``CsmConfig``'s JSON, whose absent keys mean csm-1b's values."""
+    """The shape in the JSON of a ``CsmConfig``. Missing keys mean csm-1b's values."""
 
     def stack(values: dict[str, Any], one: TransformerConfig, max_seq_len: int) -> TransformerConfig:
         theirs = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
@@ -145,7 +145,7 @@ def from_transformers_config(values: dict[str, Any]) -> CSMConfig:
     try:
         return CSMConfig(
             stack(values, one.backbone, values.get("max_position_embeddings", one.backbone.max_seq_len)),
-            # transformers counts the frame's positions here; Sesame's decoder is a Llama of the usual length.
+            # transformers' max_position_embeddings counts a frame's positions; Sesame's decoder has a Llama's length.
             stack(depth, one.decoder, one.decoder.max_seq_len),
             values.get("text_vocab_size", one.text_vocab_size),
             values.get("vocab_size", one.audio_vocab_size),

@@ -1,4 +1,4 @@
-"""Adapters written as other tools read them."""
+"""Writes adapters in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def to_transformers(
 ) -> None:
     """Write an adapter as one that PEFT loads onto a transformers ``CsmForConditionalGeneration`` of the same base.
 
-    ``shape``: of the base, where the directory has no config.json (other tools' adapters).
+    ``shape``: of the base, if the directory has no config.json (other tools' adapters).
     """
     shape = _shape_for(directory, shape)
     write_transformers(read_adapter(directory, shape), shape, Path(out))
 
 
 def to_csm_mlx(directory: str | os.PathLike[str], out: str | os.PathLike[str], shape: CSMConfig | None = None) -> None:
-    """Write an adapter as csm-mlx' ``adapters.safetensors`` and ``adapter_config.json``."""
+    """Write an adapter as csm-mlx's ``adapters.safetensors`` and ``adapter_config.json``."""
     write_csm_mlx(read_adapter(directory, _shape_for(directory, shape)), Path(out))

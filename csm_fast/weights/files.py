@@ -1,4 +1,4 @@
-"""Where a model's weights lie (a directory, a file, the hub), and reading and writing safetensors tensor by tensor."""
+"""Finds a model's weights: in a directory, a file, or on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from csm_fast.system.files import read_json
 
 HUB_TIMEOUT = 10  # seconds until an unreachable hub is given up
 
-# Sesame's own file first; the hub's sesame/csm-1b holds it beside transformers' copy of the same weights.
+# Sesame's own file first: sesame/csm-1b on the hub has it beside transformers' copy of the same weights.
 _PREFERRED = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -28,14 +28,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def is_adapter(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this is a directory that holds an adapter and its configuration, and no model beside them."""
+    """Whether this is a directory with an adapter and its configuration, and without a model."""
     path = Path(name_or_path).expanduser()
     held = {name for name in (PEFT_WEIGHTS, MLX_WEIGHTS, ADAPTER_CONFIG, *_PREFERRED) if (path / name).is_file()}
     return ADAPTER_CONFIG in held and not held.isdisjoint((PEFT_WEIGHTS, MLX_WEIGHTS)) and held.isdisjoint(_PREFERRED)
 
 
 def _select(files: Iterable[str], where: str) -> str:
-    """The file to start reading from among a directory's."""
+    """The weights file, or the index of one, among a directory's files."""
     files = set(files)
     for name in _PREFERRED:
         if name in files:
@@ -66,7 +66,11 @@ def _pickled(file: str) -> InputError:
 
 
 def locate_weights(name: str) -> Path:
-    """The weights file or index that ``name`` means, downloaded if it is a hub id."""
+    """The weights file or index that ``name`` means; a hub id is downloaded.
+
+    Raises:
+        InputError: nothing there, several models, an adapter, a pickle, or a hub that does not answer.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not any(path.glob("*.safetensors*")) and (path / "best").is_dir():
@@ -86,7 +90,7 @@ def locate_weights(name: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    """Fetch what a hub model needs, or find it in the local cache when the hub does not answer."""
+    """Fetch the files of a hub model, or find them in the local cache if the hub does not answer."""
     try:
         files, revision = hub.list_files(name, HUB_TIMEOUT)
         entry = _select(files, name)
@@ -120,7 +124,7 @@ def _download(name: str) -> Path:
 
 
 def list_shards(file: Path) -> list[str]:
-    """The files that hold the tensors: those an index lists, or the file itself."""
+    """Names of the files that hold the tensors: those that an index lists, or the file itself."""
     if file.suffix != ".json":
         return [file.name]
     parts = read_json(file).get("weight_map")

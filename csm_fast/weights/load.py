@@ -1,6 +1,7 @@
-"""Checkpoints in and out: Sesame's names on disk; transformers' and csm-mlx' names understood.
+"""Loads models: full weights with Sesame's, transformers' or csm-mlx's names, and adapters with their bases.
 
-One tensor is converted at a time, so loading needs little more memory than the model itself.
+The three loaders call each other: a directory may hold an adapter, whose base may be an adapter again. Tensors are
+converted one at a time, so loading needs little more memory than the model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,15 +30,15 @@ from csm_fast.weights.names import NameMap
 def load_model(
     name_or_path: str | os.PathLike[str],
     *,
-    device: Any = "cpu",
+    device: torch.device | str = "cpu",
     dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
 ) -> CSM:
     """Load a CSM from a hub id, a directory or a ``.safetensors`` file.
 
-    A directory that holds an adapter gives the model that it names as its base, with the adapter merged in float32.
+    For a directory with an adapter, the result is the base that it names, with the adapter merged in float32.
 
-    The weights may be sharded (``*.safetensors.index.json``) and may carry Sesame's, transformers' or csm-mlx' names;
-    which of them is read off the names. From the hub only config.json and one set of weights is fetched.
+    The weights may be sharded (``*.safetensors.index.json``), with Sesame's, transformers' or csm-mlx's names. From the
+    hub only config.json and one set of weights is fetched.
 
     Args:
         name_or_path: such as ``sesame/csm-1b``, ``run/best`` or ``model.safetensors``.
@@ -48,7 +48,7 @@ def load_model(
 
     Raises:
         InputError: nothing there, unreadable or truncated files, tensors that are missing, unexpected or of another
-            shape, and a hub that does not answer. Nothing is half loaded.
+            shape, a hub that does not answer.
     """
     if is_adapter(name_or_path):
         model = load_merged(name_or_path)
@@ -63,7 +63,7 @@ def load_model(
     with torch.device("meta"):
         model = CSM(config)
     for name in names.sources:
-        # A copy in every case: the file may be replaced while the model lives.
+        # Always a copy: the file may be replaced while the model is in use.
         kind = dtype(name) if callable(dtype) else dtype or torch.float32
         tensor = names.read(name, config).to(device=device, dtype=kind, copy=True)
         module, _, leaf = name.rpartition(".")
@@ -72,7 +72,7 @@ def load_model(
 
 
 def _shape_of_weights(names: NameMap) -> CSMConfig:
-    """The named shape whose parameters the weights are."""
+    """The shape of ``NAMED_SHAPES`` that has exactly these parameters."""
     shapes = {name: tuple(entries[0].shape) for name, entries in names.sources.items()}
     for make in NAMED_SHAPES.values():
         if shapes == parameter_shapes(make()):
@@ -86,12 +86,12 @@ def _shape_of_weights(names: NameMap) -> CSMConfig:
 
 
 def load_merged(directory: str | os.PathLike[str], base: str | None = None) -> CSM:
-    """The float32 model that an adapter and its base make together.
+    """The float32 base of an adapter with the adapter merged.
 
     ``base``: hub id or path; by default the one that the adapter names.
 
     Raises:
-        InputError: the base is not there or is another one, or the adapter does not fit it.
+        InputError: the base cannot be loaded or is another one, or the adapter does not fit it.
     """
     model, saved = load_base(directory, base)
     replace_whole(model, saved)
@@ -103,7 +103,8 @@ def load_base(directory: str | os.PathLike[str], base: str | None = None) -> tup
     """The float32 base of an adapter, its hash checked, and the adapter.
 
     Args:
-        base: hub id or path; by default the one that the adapter names. Random weights of a named seed are made again.
+        base: hub id or path; by default the one that the adapter names. A base of random weights, named by its seed, is
+            generated again.
 
     Raises:
         InputError: the adapter names no base, it cannot be loaded, or it is another one.

@@ -1,4 +1,4 @@
-"""An adapter added to its base: the arithmetic."""
+"""The arithmetic of merging an adapter into its base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from csm_fast.weights.adapter_formats import SavedAdapter
 
 @torch.no_grad()
 def replace_whole(model: CSM, saved: SavedAdapter) -> None:
-    """Put the parameters, and the rows of tables, that were trained besides the adapters in the place of the base's."""
+    """Replace the base's parameters, and rows of tables, that were trained besides the adapters."""
     for name, values in saved.whole.items():
         table, _, kind = name.rpartition(".")
         if kind == "rows":
@@ -22,8 +22,8 @@ def replace_whole(model: CSM, saved: SavedAdapter) -> None:
 
 @torch.no_grad()
 def add_adapters(model: CSM, saved: SavedAdapter) -> None:
-    """Add an adapter's layers to their base in place, in the base's dtype: W + s B A, with DoRA its rows scaled to
-    their magnitudes."""
+    """Add an adapter to its base in place, in the base's dtype: W + s B A; with DoRA, the rows are then scaled to their
+    magnitudes."""
     for name, parts in saved.modules.items():
         weight = model.get_parameter(f"{name}.weight")
         a, b = (parts[part].to(weight) for part in ("lora_A", "lora_B"))

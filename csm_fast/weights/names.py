@@ -1,4 +1,4 @@
-"""Names of tensors: Sesame's, transformers', csm-mlx's. Loads nothing."""
+"""Names of tensors: Sesame's, transformers' and csm-mlx's. Loads nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _CSM_MLX = {"backbone.norm.weight": "backbone.norm.scale", "decoder.norm.weight"
 _STACKS = {"backbone_model": "backbone", "depth_decoder.model": "decoder", "backbone": "backbone", "decoder": "decoder"}
 
 
-# Not parameters: the codec beside the model, and buffers that generation or old releases leave behind.
+# Not parameters: the codec beside the model, and buffers of generation or of old releases.
 _IGNORED = re.compile(
     r"codec_model\.|(backbone|decoder)_causal_mask$|.*\.audio_tokens_offsets$|.*\.rotary_emb\.\w*inv_freq$"
 )
@@ -67,7 +67,7 @@ def detect_naming(names: Iterable[str]) -> str:
 
 
 def sesame_name(name: str, style: str) -> str | None:
-    """A parameter's name in Sesame's tree; None for what is deliberately ignored. Unknown names come back as is."""
+    """A parameter's name in Sesame's tree; None for one of ``_IGNORED``. Unknown names are returned unchanged."""
     if _IGNORED.match(name):
         return None
     if style == "sesame":
@@ -81,7 +81,8 @@ def sesame_name(name: str, style: str) -> str | None:
 
 
 def rotated_heads(name: str, config: CSMConfig) -> int | None:
-    """Heads of a query or key projection (Sesame's name), whose rows depend on the rotary convention; else None."""
+    """Number of heads of a query or key projection (Sesame's name), whose rows depend on the rotary convention; None
+    for other parameters."""
     stack = config.backbone if name.startswith("backbone.") else config.decoder
     if name.endswith(".attn.q_proj.weight"):
         return stack.num_heads
@@ -89,7 +90,7 @@ def rotated_heads(name: str, config: CSMConfig) -> int | None:
 
 
 def interleave_rows(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from transformers' order (all even dimensions, then all odd) to Sesame's (pairs)."""
+    """Reorder each head's rows from transformers' order (all even dimensions, then all odd) to Sesame's (pairs)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
@@ -99,9 +100,9 @@ def split_rows(weight: Tensor, heads: int) -> Tensor:
 
 
 def transformers_to_sesame(state: Mapping[str, Tensor], config: CSMConfig) -> dict[str, Tensor]:
-    """Weights of transformers' ``CsmForConditionalGeneration`` under Sesame's names and rotary convention.
+    """Weights of transformers' ``CsmForConditionalGeneration`` with Sesame's names and rotary convention.
 
-    The codec's weights and buffers are left out. Every parameter of ``config`` must be there, nothing else may be.
+    The codec's weights and buffers are left out. The others must be exactly the parameters of ``config``.
 
     Raises:
         InputError: missing or unexpected names, wrong shapes, or untied audio embeddings.
@@ -118,10 +119,10 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> dict[str, Tensor]:
-    """Sesame's weights under transformers' names and rotary convention.
+    """Sesame's weights with transformers' names and rotary convention.
 
-    The audio embedding appears under both of its tied names (the same tensor object): a file that lacks the
-    backbone's one is silently randomised by some releases of transformers 5.
+    The audio embedding appears under both of its tied names (the same tensor object): if a file lacks the backbone's
+    name, some releases of transformers 5 silently use random values.
     """
     top: dict[str, list[str]] = {}
     for theirs, ours in _TRANSFORMERS.items():
@@ -144,7 +145,7 @@ def sesame_to_transformers(state: Mapping[str, Tensor], config: CSMConfig) -> di
 
 
 class NameMap:
-    """Which tensors of a checkpoint make up which parameters."""
+    """Which tensors of a checkpoint belong to which parameter; of tied parameters, several do."""
 
     def __init__(self, entries: list[Entry], where: str | os.PathLike[str]):
         self.where = where
@@ -176,7 +177,7 @@ class NameMap:
             )
 
     def read(self, name: str, config: CSMConfig) -> Tensor:
-        """A parameter in Sesame's convention. May alias what the entry's ``read`` returned."""
+        """A parameter in Sesame's convention. May alias the tensor that the entry's ``read`` returned."""
         first, *others = self.sources[name]
         tensor = first.read()
         if any(not torch.equal(tensor, other.read()) for other in others):

@@ -1,4 +1,4 @@
-"""Write a model, and the record of its codec and tokenizer beside it."""
+"""Writes a model, and the record of its codec and tokenizer into its config.json."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.model.stacks import model_config
-from csm_fast.system.files import write_bytes, writing_to
+from csm_fast.system.files import replace_file, write_file, writing_to
 from csm_fast.system.tensors import write_tensors
 from csm_fast.weights.config_json import sesame_config
 
 
 def save_model(model: nn.Module, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Write ``model.safetensors`` (Sesame's names) and ``config.json`` into ``directory``, made if need be.
+    """Write ``model.safetensors`` (Sesame's names) and ``config.json`` into ``directory``, which is made if needed.
 
-    Sesame's own ``Model.from_pretrained(directory)`` reads them, and so does ``load_model``. Tensors go to disk one
-    by one. Both files are fsynced and replace older ones only when they are complete.
+    Sesame's own ``Model.from_pretrained(directory)`` and ``load_model`` read them. Tensors are written one by one. Both
+    files are fsynced, and replace older ones only when they are complete.
 
     Args:
         model: ``CSM`` or any module with Sesame's tree; buffers are not saved.
@@ -37,13 +37,9 @@ def save_model(model: nn.Module, directory: str | os.PathLike[str], *, dtype: to
         raise ValueError(f"not the parameters of a CSM: {', '.join(odd[:3])} ({len(odd)} in all)")
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / "model.safetensors.tmp"
-        try:
+        with replace_file(directory / "model.safetensors") as temporary:
             write_tensors(temporary, parameters, dtype)
-            os.replace(temporary, directory / "model.safetensors")
-        finally:
-            temporary.unlink(missing_ok=True)
-        write_bytes(directory / "config.json", (json.dumps(sesame_config(config), indent=2) + "\n").encode())
+        write_file(directory / "config.json", json.dumps(sesame_config(config), indent=2) + "\n")
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:
@@ -55,7 +51,7 @@ def write_record(directory: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(name_or_path: str) -> dict[str, Any]:
-    """The codec and tokenizer a local model was trained with; empty where nothing is known."""
+    """The codec and tokenizer that a local model was trained with; empty if that is not recorded."""
     path = Path(name_or_path).expanduser()
     path = (path if path.is_dir() else path.parent) / "config.json"
     try:

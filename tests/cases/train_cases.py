@@ -109,6 +109,14 @@ def config(folder: Path, **overrides: Any) -> TrainConfig:
     return build(TrainConfig, values(folder, **overrides))
 
 
+def make_trainer(settings: TrainConfig, **given: Any) -> Any:
+    """The trainer of a run; ``given`` goes to ``csm_fast.train.setup.prepare``."""
+    from csm_fast.train.loop import Trainer
+    from csm_fast.train.setup import prepare as prepare_run
+
+    return Trainer(prepare_run(settings, **given))
+
+
 def prepare(folder: Path) -> Path:
     """``folder/tokens`` and ``folder/model.yaml``, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)

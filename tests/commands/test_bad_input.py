@@ -248,7 +248,7 @@ def test_other_metadata_files(data, refused):
     refused(pretokenize(file="x.pkl"), "x.pkl: a pickle runs whatever code", "export it")
     (data / "map.yaml").write_text("Ann: 1999-99-99\n")
     metadata(data, [{**ROW, "speaker": "Ann"}])
-    refused(pretokenize("--speaker-map", "map.yaml"), "map.yaml: invalid YAML", "correct it")
+    refused(pretokenize("--speaker-map", "map.yaml"), "map.yaml: is not usable YAML", "correct it")
     (data / "map.yaml").write_text("Bob: 1\n")
     refused(pretokenize("--speaker-map", "map.yaml"), "row 1: speaker 'Ann' is not in the speaker map", "add it there")
 
@@ -374,7 +374,9 @@ def test_stores_that_do_not_fit_the_model(tmp_path, refused):
 
 def test_conversations_that_do_not_fit(tmp_path, refused, monkeypatch):
     prepare(tmp_path)
-    monkeypatch.setattr("csm_fast.train.loop.starting_model", lambda *_: pytest.fail("made before the packs were"))
+    monkeypatch.setattr(
+        "csm_fast.train.setup.load_starting_model", lambda *_: pytest.fail("made before the packs were")
+    )
     refused(train(tmp_path, pack_rows=9), "tokens/train: conversation", "a pack here holds 9", "raise --pack-rows to")
     refused(train(tmp_path, batch_rows=20), "needs 2", "--batch-rows is 20", "raise --batch-rows to at least")
     (tmp_path / "short.yaml").write_text(
@@ -434,7 +436,7 @@ SHAPES = {
     "unknown key": (MODEL_YAML + "layers: 3\n", "unexpected keyword argument 'layers'", "it needs backbone"),
     "missing key": ("backbone: {}\n", "not a csm_fast model configuration", "it needs backbone"),
     "uneven heads": (MODEL_YAML.replace("num_heads: 4", "num_heads: 5"), "48 over 5 heads", "an even multiple"),
-    "duplicate key": (MODEL_YAML + "num_codebooks: 6\n", "row 6: the key num_codebooks stands twice", "keep one"),
+    "duplicate key": (MODEL_YAML + "num_codebooks: 6\n", "row 6: the key num_codebooks is there twice", "keep one"),
     "too large": (
         MODEL_YAML.replace("size: 50", "size: 9000000000000"),
         "text_vocab_size is 9000000000000",
@@ -485,7 +487,7 @@ def test_model_names(tmp_path, refused):
 
 YAML = {
     "unknown key": ("learning_rat: 1\n", "c.yaml: unknown setting learning_rat", "did you mean learning_rate?"),
-    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml, row 2: the key seed stands twice", "keep one"),
+    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml, row 2: the key seed is there twice", "keep one"),
     "twice by two names": ("lr: 1\nlearning_rate: 2\n", "c.yaml: learning_rate is set twice", "keep one"),
     "mistyped": ("batch_size: many\n", "c.yaml: batch_size is 'many'", "give an integer"),
     "half a batch": ("batch_size: 1.5\n", "c.yaml: batch_size is 1.5", "give an integer"),
@@ -608,7 +610,7 @@ def no_space(*args, **options):
 
 
 @pytest.mark.parametrize(
-    "place", ["system.tensors.os.fsync", "train.checkpoint.write_tensors", "train.checkpoint.os.symlink"]
+    "place", ["system.arrays.os.fsync", "train.checkpoint.write_tensors", "train.checkpoint.os.symlink"]
 )
 def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
     """The checkpoint before it stays, nothing half is left, and the same command goes on to the same end."""
@@ -624,11 +626,11 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
         patch.setattr(f"csm_fast.{place}", full)
         refused(
             train(tmp_path, max_steps=3, save_every=1),
-            "run: the disk is full: the checkpoint could not be saved; the earlier ones are intact",
-            "free space and run the same command again",
+            "run: the checkpoint could not be saved, the earlier ones are intact: the disk is full",
+            "free some space and run the same command again",
             keep=saved,
         )
-    assert ckpt.complete(saved) and ckpt.complete(tmp_path / "run" / "last")
+    assert ckpt.read_if_complete(saved) and ckpt.read_if_complete(tmp_path / "run" / "last")
     assert not list((tmp_path / "run").glob(".step*"))
     assert cli.main(train(tmp_path, max_steps=3, save_every=1)) == 0
     whole, pieces = contents(tmp_path / "alone"), contents(tmp_path / "run")
@@ -639,13 +641,13 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
 def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
     assert cli.main(train(prepare(tmp_path), max_steps=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.report.summary.write_text", no_space)
-        refused(train(tmp_path, max_steps=2), "run: the disk is full: the run could not be started", "free space")
+        patch.setattr("csm_fast.report.metrics.write_file", no_space)
+        refused(train(tmp_path, max_steps=2), "run: the run could not be started: the disk is full", "free some space")
     with monkeypatch.context() as patch:
         patch.setattr("csm_fast.report.summary.plot", no_space)
         refused(
             train(tmp_path, max_steps=2),
-            "run: the disk is full: the summary",
+            "run: the summary could not be written: the disk is full",
             "free",
             keep=tmp_path / "run/step-000002",
         )
@@ -657,10 +659,10 @@ def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
         return real(path, mode, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("csm_fast.train.loop.open", full, raising=False)
+        patch.setattr("csm_fast.report.metrics.open", full, raising=False)
         refused(
             train(tmp_path, max_steps=5),
-            "run: the disk is full: metrics.jsonl could not be written",
+            "run: metrics.jsonl could not be written: the disk is full",
             keep=tmp_path / "run/step-000002",
         )
 
@@ -675,8 +677,8 @@ def test_a_file_size_limit(tmp_path):
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 2 and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path / 'run'}: the checkpoint could not be saved; the earlier ones are intact")
-    assert "File too large" in last and "run the same command again" in last
+    assert last.startswith(f"error: {tmp_path / 'run'}: the checkpoint could not be saved, the earlier ones are intact")
+    assert "a file-size limit was reached" in last and "run the same command again" in last
     assert contents(tmp_path / "run" / "step-000001") == before and not list((tmp_path / "run").glob(".step*"))
 
 
@@ -715,7 +717,7 @@ def test_generate(tmp_path, model, refused, monkeypatch):
     refused(generate("--out", "no/such/folder/x.wav"), "x.wav: cannot be written", "a folder that exists")
     refused(generate("--out", "x.mp4"), "x.mp4: speech is written as WAV", "name it x.wav")
     refused(generate("--out", "m"), "m: cannot be written", "name a file")
-    refused(generate("--out", "/proc/x.wav"), "/proc/x.wav: cannot be written (No such file", "choose a folder")
+    refused(generate("--out", "/proc/x.wav"), "/proc/x.wav: cannot write: a folder of this path", "choose another")
     assert cli.main(generate("--out", "~/home.wav")) == 0 and (tmp_path / "home.wav").exists()
     refused(generate("--context", "nowhere.json"), "nowhere.json: no such file", "check the path")
     (tmp_path / "c.json").write_text('[{"text": "one", "path": "nowhere.wav"}]')

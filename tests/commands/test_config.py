@@ -56,7 +56,7 @@ def test_flags_override_yaml_and_the_resolved_file_reads_back(tmp_path):
     ("text", "words"),
     [
         ("learning_rte: 1", "unknown setting learning_rte; did you mean learning_rate?"),
-        ("a: 1\na: 2", "row 2: the key a stands twice"),
+        ("a: 1\na: 2", "row 2: the key a is there twice"),
         ("learning_rate: 1\nlr: 2", "learning_rate is set twice"),
         ("batch_size: many", "batch_size is 'many'; give an integer"),
         ("batch_size: 2.5", "batch_size is 2.5; give an integer"),

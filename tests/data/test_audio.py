@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     write_wav(path, tone(0.5), 24_000)
     before = path.read_bytes()
-    assert "cannot be written (No such file or directory)" in message(
+    assert "cannot write: a folder of this path does not exist" in message(
         write_wav, tmp_path / "no" / "a.wav", tone(), 24_000
     )
     original = builtins.open
@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         return Full()
 
     monkeypatch.setattr(builtins, "open", full)
-    assert f"{path}: cannot be written (No space left on device); choose" in message(write_wav, path, tone(), 24_000)
+    assert f"{path}: cannot write: the disk is full; free some space" in message(write_wav, path, tone(), 24_000)
     monkeypatch.undo()
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.wav"]
 

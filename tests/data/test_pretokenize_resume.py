@@ -20,7 +20,7 @@ from csm_fast.data.decode_pool import DecodePool, Request
 from csm_fast.data.token_store import open_split
 from csm_fast.system import files
 from csm_fast.system.arrays import write_arrays
-from csm_fast.system.files import write_bytes
+from csm_fast.system.files import write_file
 
 
 @pytest.fixture
@@ -243,10 +243,10 @@ def test_the_cache_holds_few_files_open(tmp_path):
 
 def test_writes_are_whole_or_absent(tmp_path, monkeypatch):
     target = tmp_path / "file"
-    write_bytes(target, b"old")
+    write_file(target, b"old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError):
-        write_bytes(target, b"new")
+        write_file(target, b"new")
     assert target.read_bytes() == b"old"
     with pytest.raises(OSError):
         write_arrays(tmp_path / "shard", {"a": [np.zeros(3, np.int32)]})

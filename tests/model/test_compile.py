@@ -225,7 +225,7 @@ def test_inductor_computes_the_same_losses_and_recompiles_nothing():
 
 
 def test_a_run_with_the_flag_learns_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("csm_fast.train.loop.compile_layers", partial(compile_layers, backend="aot_eager"))
+    monkeypatch.setattr("csm_fast.train.setup.compile_layers", partial(compile_layers, backend="aot_eager"))
     curves = []
     for choice in ("off", "on"):
         train(config(tmp_path, output_dir=str(tmp_path / choice), compile=choice, n_epochs=1))

@@ -85,7 +85,12 @@ def one_process(folder: Any):
         distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo")
+needs_gloo = pytest.mark.skipif(
+    not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo"
+)
+
+
+@needs_gloo
 def test_ddp_gives_the_same_gradients(tmp_path):
     model, pack, loss_function = random_model(), make_pack(), amortized_loss(0.4, 0.6)
     want = gradients(model, loss_function(model, pack)[0])
@@ -94,6 +99,26 @@ def test_ddp_gives_the_same_gradients(tmp_path):
         calls = counted(model)
         got = gradients(wrapped, loss_function(wrapped, pack)[0])
     assert calls[""] == 1
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@needs_gloo
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # a layer's output is a view; nothing changes it in place
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+def test_fully_shard_gives_the_same_gradients(checkpointing, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    pack, loss_function, found = make_pack(), amortized_loss(0.4, 0.6), []
+    with one_process(tmp_path):
+        for sharded in (False, True):
+            model = random_model()
+            model.activation_checkpointing = checkpointing
+            mesh = distributed.init_device_mesh("cpu", (1,))
+            for module in (*model.backbone.layers, *model.decoder.layers, model) if sharded else ():
+                fully_shard(module, mesh=mesh)
+            grads = gradients(model, loss_function(model, pack)[0])
+            found.append({name: grad.full_tensor() if sharded else grad for name, grad in grads.items()})
+    want, got = found
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import MODEL_YAML, K, config, make_store, turn, write_store
+from train_cases import MODEL_YAML, K, config, make_store, make_trainer, turn, write_store
 
 from csm_fast import InputError
 from csm_fast.data.token_store import open_split
 from csm_fast.packing.loader import Packer
 from csm_fast.report.metrics import METRICS, read_metrics
-from csm_fast.train.loop import Trainer, train
+from csm_fast.train.loop import train
 
 
 def weights(folder, name="run/last"):
@@ -65,12 +65,12 @@ def test_packs_change_speed_not_what_is_learned(tmp_path):
 def test_a_run_continues_where_it_stopped(tmp_path):
     train(config(tmp_path, output_dir=str(tmp_path / "whole")))
     settings = config(tmp_path)
-    trainer = Trainer(settings)
+    trainer = make_trainer(settings)
     step = trainer._step
 
     def stop_at_seven(batch):
         result = step(batch)
-        trainer.stopping = "SIGINT" if trainer.state["step"] == 7 else None
+        trainer.signals.received = "SIGINT" if trainer.state["step"] == 7 else None
         return result
 
     trainer._step = stop_at_seven
@@ -115,7 +115,7 @@ def test_a_run_is_not_continued_on_other_data(tmp_path):
 
 def test_frozen_parts_stay_and_have_no_optimizer_state(tmp_path):
     settings = config(tmp_path, freeze=["backbone", "text_embeddings", "audio_head"], max_steps=3)
-    trainer = Trainer(settings)
+    trainer = make_trainer(settings)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.run()
     after = weights(tmp_path)
@@ -128,7 +128,7 @@ def test_frozen_parts_stay_and_have_no_optimizer_state(tmp_path):
 
 def test_a_non_finite_step_is_skipped_reported_and_not_saved(tmp_path, capsys):
     settings = config(tmp_path, log_every=3, save_every=3, val_every=0, max_steps=9)
-    trainer = Trainer(settings)
+    trainer = make_trainer(settings)
     plain = trainer.update.loss_function
     seen = []
 
@@ -153,7 +153,7 @@ def test_a_non_finite_step_is_skipped_reported_and_not_saved(tmp_path, capsys):
 
 
 def test_nothing_is_saved_while_the_flag_is_up(tmp_path, capsys):
-    trainer = Trainer(config(tmp_path, log_every=100, save_every=3, val_every=0, max_steps=6))
+    trainer = make_trainer(config(tmp_path, log_every=100, save_every=3, val_every=0, max_steps=6))
     plain = trainer.update.loss_function
     trainer.update.loss_function = lambda model, pack: (
         plain(model, pack)[0] * (torch.nan if trainer.state["step"] == 1 else 1.0),
@@ -166,7 +166,7 @@ def test_nothing_is_saved_while_the_flag_is_up(tmp_path, capsys):
 
 
 def test_a_run_that_only_skips_stops_and_names_the_way_out(tmp_path):
-    trainer = Trainer(config(tmp_path, log_every=10, val_every=0, save_every=0, n_epochs=9))
+    trainer = make_trainer(config(tmp_path, log_every=10, val_every=0, save_every=0, n_epochs=9))
     plain = trainer.update.loss_function
     trainer.update.loss_function = lambda model, pack: (plain(model, pack)[0] * torch.nan, plain(model, pack)[1])
     with pytest.raises(InputError, match="the last 10 updates were all skipped.*lower --learning-rate"):
@@ -183,7 +183,7 @@ def test_overfit_one_batch_goes_to_nearly_nothing(tmp_path):
 
 
 def test_every_part_gets_a_gradient_and_a_silent_one_is_named(tmp_path, caplog):
-    trainer = Trainer(config(tmp_path, max_steps=1))
+    trainer = make_trainer(config(tmp_path, max_steps=1))
     extra = torch.nn.Parameter(torch.zeros(3))
     trainer.model.register_parameter("bystander", extra)
     trainer.update.optimizer.param_groups[1]["params"].append(extra)
@@ -202,8 +202,8 @@ def test_a_short_context_cuts_both_splits(tmp_path):
     for split in ("train", "val"):
         write_store(tmp_path / "tokens" / split, [[turn(rng, 2 * i), turn(rng, 2 * i + 1)] for i in range(8)])
     (tmp_path / "model.yaml").write_text(MODEL_YAML.replace("embed_dim: 48", "embed_dim: 48, max_seq_len: 18"))
-    trainer = Trainer(config(tmp_path, max_steps=2))
-    for packer in (trainer.packer, trainer.validator.packer):
+    trainer = make_trainer(config(tmp_path, max_steps=2))
+    for packer in (trainer.packer, trainer.prepared.validator.packer):
         layout = packer.layout_conversations(range(packer.store.num_conversations))
         documents = [d for pack in layout.list_documents() for d in pack]
         assert len(documents) > packer.store.num_conversations and max(d.rows for d in documents) <= 18

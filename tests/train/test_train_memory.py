@@ -1,14 +1,17 @@
 """A run for which memory does not suffice: refused beforehand, stopped in the middle, or killed."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
-from train_cases import config, prepare
+from train_cases import config, environment, make_trainer, prepare
 
 from csm_fast.cli import main
 from csm_fast.system.errors import OutOfMemory
-from csm_fast.train.loop import Trainer, train
+from csm_fast.train.loop import train
 
 
 def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 GiB."):
@@ -25,7 +28,7 @@ def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 Gi
 
 def test_running_out_leaves_the_last_checkpoint_and_says_what_to_try(tmp_path, monkeypatch):
     settings = config(tmp_path, max_steps=6)
-    made = Trainer(settings)
+    made = make_trainer(settings)
     monkeypatch.setattr("csm_fast.train.loop.Trainer", lambda *_: fails_at(made, 5))
     with pytest.raises(OutOfMemory) as caught:
         train(settings)
@@ -67,20 +70,20 @@ def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
 
     monkeypatch.setattr("csm_fast.planner.fit.estimate", estimate)
     settings = config(tmp_path, max_steps=1, memory="auto", memory_limit="2MB")
-    assert Trainer(settings).model.activation_checkpointing == "selective"
+    assert make_trainer(settings).model.activation_checkpointing == "selective"
     assert asked["rows"] <= 64 and asked["packs"] >= 1 and 0 < asked["audio_share"] < 1
 
 
 def test_the_run_after_a_kill_says_so(tmp_path, caplog):
     settings = config(tmp_path, max_steps=6)
-    trainer = Trainer(settings)
+    trainer = make_trainer(settings)
     plain = trainer._step
 
     def killed(batch):
         if trainer.state["step"] == 4:
             # As if by the system: nothing of the run's own gets to run.
             (tmp_path / "left").write_bytes((tmp_path / "run/.running").read_bytes())
-            trainer.stopping = "the test"
+            trainer.signals.received = "the test"
         return plain(batch)
 
     trainer._step = killed
@@ -91,3 +94,11 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
         train(settings)
     (line,) = [r.getMessage() for r in caplog.records if "without a word" in r.getMessage()]
     assert "after step 4" in line and "--activation-checkpointing" in line
+
+
+def test_a_process_keeps_freed_memory():
+    """In a process of its own: the setting is for the whole process."""
+    code = "import sys; from csm_fast.machine import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    # Other C libraries than glibc know no such setting.
+    assert done.stdout.strip() == "True" or "glibc" not in platform.libc_ver()[0]

@@ -9,7 +9,6 @@ head's channels, transformers rotates its two halves.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from csm_fast.system import hub
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -196,11 +196,8 @@ def codebooks(flat: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
 def architecture(flat: Mapping[str, torch.Tensor], config_file: Path | None = None) -> dict[str, Any]:
     """Mimi's sizes as arguments of transformers' MimiConfig: from a config.json, else read off the weights' shapes."""
     if config_file is not None:
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read ({error})", file=config_file, mend="restore the file") from None
-        if not isinstance(config, dict) or config.get("model_type", "mimi") != "mimi":
+        config = read_json(config_file)
+        if config.get("model_type", "mimi") != "mimi":
             raise InputError("does not describe a Mimi codec", file=config_file, mend="give a Mimi checkpoint")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
 from csm_fast.data.codec.mimi_weights import codebooks, flat_name, mapped, read_weights, table_hash
 from csm_fast.system.errors import InputError
+from csm_fast.system.files import fsync_path, replace_file, writing_to
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,8 +84,10 @@ def default_cache_dir() -> Path:
 def offline_file(cache_dir: str | os.PathLike[str] | None = None, shape: OfflineShape | None = None) -> Path:
     """The fitted codec's safetensors file, made (about half a minute) when it is not there and never remade.
 
-    Written under a temporary name and renamed, so an interrupted fit leaves nothing behind and two at once agree.
-    Raises InputError when the directory cannot be written.
+    An interrupted fit leaves nothing behind, and two fits at once write the same file.
+
+    Raises:
+        InputError: the directory cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -95,32 +97,15 @@ def offline_file(cache_dir: str | os.PathLike[str] | None = None, shape: Offline
     path = directory / f"offline-codec-v{VERSION}-{recipe}.safetensors"
     if path.is_file():
         return path
-    try:  # before the fit, not after it
+    what = "the offline codec (70 MB) cannot be kept in this cache directory (XDG_CACHE_HOME chooses it)"
+    with writing_to(directory, what):
         directory.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=".offline-codec-", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise InputError(
-            f"the offline codec cannot be kept there ({error.strerror or error})",
-            file=directory,
-            mend="make the directory writable, or name another cache directory",
-        ) from None
-    try:
-        state = fit(shape)
-        metadata = {"format": "pt", "csm_fast": "offline codec", "codebooks": table_hash(codebooks(state))}
-        save_file(state, temporary, metadata=metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"the offline codec cannot be written ({error.strerror or error})",
-            file=path,
-            mend="free some space (it needs 70 MB), or name another cache directory",
-        ) from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with replace_file(path, shared=True) as temporary:
+            temporary.touch()  # fails before the fit, not after it
+            state = fit(shape)
+            metadata = {"format": "pt", "csm_fast": "offline codec", "codebooks": table_hash(codebooks(state))}
+            save_file(state, temporary, metadata=metadata)
+            fsync_path(temporary)
     return path
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from csm_kernels.constants import DRAW_TILE, PARTIAL_SUM
+from csm_kernels.constants import DRAW_TILE
 
 FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
@@ -35,7 +35,7 @@ HEADERS = tuple(FOLDER / name for name in ("common.h", "lanes.h", "tiles.h", "pr
 COMPILERS = "g++", "c++"  # clang++ would load a second OpenMP beside PyTorch's
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC"),
-    *(f"-DDRAW_TILE={DRAW_TILE}", f"-DPARTIAL_SUM={PARTIAL_SUM}"),
+    f"-DDRAW_TILE={DRAW_TILE}",
 )
 SECONDS = 120
 
@@ -50,7 +50,7 @@ SIGNATURES = {
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
     "adamw": (_VOID,) * 6 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
-    "sums_of_squares": (_VOID, _VOID, _LONG, _LONG, _VOID, _INT),
+    "sums_of_squares": (_VOID, _LONG, _LONG, _VOID, _INT),
     "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
     "attention_scratch": (_LONG, _LONG, _INT),
     "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 4 + (_LONG, _INT),

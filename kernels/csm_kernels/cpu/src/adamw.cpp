@@ -8,11 +8,10 @@
 
 namespace {
 
-// The compiler's command line passes the constants of constants.py.
-constexpr int64_t TILE = DRAW_TILE;      // elements whose random bits are hashed: `Draws` in train/optim/rounding.py
-constexpr int64_t SUMMED = PARTIAL_SUM;  // elements of a partial sum
-constexpr int64_t PIECE = 1024;          // elements whose random bits are made at once
-constexpr int64_t ROWS = 32;             // consecutive rows of a table for one thread
+// The compiler's command line passes the constant of constants.py.
+constexpr int64_t TILE = DRAW_TILE;  // elements whose random bits are hashed: `Draws` in train/optim/rounding.py
+constexpr int64_t PIECE = 1024;      // elements whose random bits are made at once
+constexpr int64_t ROWS = 32;         // consecutive rows of a table for one thread
 
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 
@@ -176,19 +175,13 @@ INLINE float squares(const T* x, int64_t count) {
     return sum;
 }
 
-// Of the rows `index`, or, if that is null, of all `count` elements. Partial sums do not depend on the number of threads.
+// A partial sum for every `piece` of the `count` numbers, so that the sums do not depend on the number of threads.
 template <class T>
-void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t width, double* sums, int threads) {
-    if (index) {
-        parallel(count, threads, [=](int, int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) sums[i] = squares(x + index[i] * width, width);
-        });
-        return;
-    }
-    parallel((count + SUMMED - 1) / SUMMED, threads, [=](int, int64_t first, int64_t last) {
+void sums_of_squares(const T* x, int64_t count, int64_t piece, double* sums, int threads) {
+    parallel((count + piece - 1) / piece, threads, [=](int, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
-            const int64_t left = count - i * SUMMED;
-            sums[i] = squares(x + i * SUMMED, left < SUMMED ? left : SUMMED);
+            const int64_t left = count - i * piece;
+            sums[i] = squares(x + i * piece, left < piece ? left : piece);
         }
     });
 }
@@ -204,9 +197,8 @@ void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t wi
               width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles,    \
               threads);                                                                                                      \
     }                                                                                                                        \
-    extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums,  \
-                                           int threads) {                                                                    \
-        sums_of_squares(static_cast<const T*>(x), index, count, width, sums, threads);                                       \
+    extern "C" void sums_of_squares_##NAME(const void* x, int64_t count, int64_t piece, double* sums, int threads) {         \
+        sums_of_squares(static_cast<const T*>(x), count, piece, sums, threads);                                              \
     }
 
 UPDATES(bf16, bf16)

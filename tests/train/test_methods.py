@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import config
+from train_cases import config, make_trainer
 
 from csm_fast import load_model
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.system.errors import InputError
-from csm_fast.train.loop import Trainer, train
+from csm_fast.train.loop import train
 
 METHODS = {
     "full": {},
@@ -47,12 +47,12 @@ def settings(base, output, name, **more):
 
 
 def stopped(settings, step):
-    trainer = Trainer(settings)
+    trainer = make_trainer(settings)
     ordinary = trainer._step
 
     def watched(batch):
         done = ordinary(batch)
-        trainer.stopping = "SIGINT" if done == step else None
+        trainer.signals.received = "SIGINT" if done == step else None
         return done
 
     trainer._step = watched
@@ -85,7 +85,7 @@ def test_it_learns_continues_and_is_what_was_saved(base, tmp_path, name):
 
 def test_a_gradient_that_is_never_finite_ends_a_run_in_fp16_too(base, tmp_path):
     """Its loss is finite, so at first it looks like the search for the loss scale."""
-    trainer = Trainer(settings(base, tmp_path, "full in fp16", max_steps=50, val_every=0))
+    trainer = make_trainer(settings(base, tmp_path, "full in fp16", max_steps=50, val_every=0))
     plain = trainer.update.loss_function
 
     def no_gradient(model, pack):

@@ -21,7 +21,7 @@ from pytest_benchmark.utils import get_machine_id
 from benchmarks.regression import conftest as suite
 
 ONE = "rms_norm-forward-448"
-SHORT = "from benchmarks import conftest\nconftest.SECONDS, conftest.AGAIN = 0.05, 1\n"
+SHORT = "from benchmarks.regression import conftest\nconftest.SECONDS, conftest.AGAIN = 0.05, 1\n"
 SLOWED = """
 import time
 from csm_fast import ops
@@ -47,7 +47,7 @@ def run_suite(tmp_path: Path, *arguments: str, plugin: str = SHORT) -> subproces
         "no:cacheprovider",
         "-p",
         "changes",
-        "benchmarks/regression/test_benchmark_ops.py",
+        "benchmarks/regression/test_ops.py",
     ]
     command += ["-k", ONE, f"--benchmark-storage=file://{tmp_path / 'runs'}", *arguments]
     paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
@@ -60,7 +60,7 @@ def store(tmp_path: Path) -> Path:
     """A stored run of this machine in which the benchmark took ten times as long as the yardstick; it takes a tenth."""
     stats = {name: 0.01 for name in suite.TIMES} | {"ops": 100.0, "rounds": 5, "iterations": 1, "outliers": "0;0"}
     one = {
-        "fullname": f"benchmarks/regression/test_benchmark_ops.py::test_operator[{ONE}]",
+        "fullname": f"benchmarks/regression/test_ops.py::test_operator[{ONE}]",
         "name": ONE,
         "stats": stats,
     }

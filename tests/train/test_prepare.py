@@ -1,0 +1,86 @@
+"""``prepare``: the config it is given stays as it is, and objects do in place of paths."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from train_cases import CODEC, TOKENIZER, config, conversations_of, make_trainer
+
+from csm_fast.data.token_store import open_split
+from csm_fast.model.csm import CSM
+from csm_fast.train.loop import train
+from csm_fast.train.setup import prepare
+
+
+class MemoryStore:
+    """Conversations in memory with what a run asks of a ``TokenStore``."""
+
+    codec, text_tokenizer, path = CODEC, TOKENIZER, "memory"
+    num_codebooks, codebook_size = CODEC["num_codebooks"], CODEC["codebook_size"]
+
+    def __init__(self, conversations):
+        self.conversations = conversations
+        self.turns = [turn for conversation in conversations for turn in conversation]
+        self.num_conversations, self.num_turns = len(conversations), len(self.turns)
+        self.num_frames = sum(len(turn.codes) for turn in self.turns)
+        self.conversation_rows = np.array([sum(len(t.text) + len(t.codes) + 1 for t in c) for c in conversations])
+
+    def conversation(self, index):
+        return self.conversations[index]
+
+    def turn_lengths(self):
+        counts = [len(conversation) for conversation in self.conversations]
+        texts, frames = (
+            [len(x) for x in parts] for parts in zip(*((t.text, t.codes) for t in self.turns), strict=True)
+        )
+        speakers = [turn.speaker for turn in self.turns]
+        return np.array(texts), np.array(frames), np.array(speakers), np.repeat(np.arange(len(counts)), counts)
+
+    def read_turns(self, firsts, lasts):
+        chosen = [turn for a, b in zip(firsts, lasts, strict=True) for turn in self.turns[a:b]]
+        return np.concatenate([t.text for t in chosen]), np.concatenate([t.codes for t in chosen])
+
+    def content_hash(self):
+        return "0" * 64
+
+
+def losses(folder):
+    return [line.split('"rows_per_s"')[0] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_config_stays_as_it_was(tmp_path):
+    settings = config(tmp_path, learning_rate=None, memory="auto", memory_limit="1GB")
+    before = dataclasses.asdict(settings)
+    prepared = prepare(settings)
+    assert dataclasses.asdict(settings) == before
+    assert prepared.config.optimizer.learning_rate is not None and settings.optimizer.learning_rate is None
+
+
+def test_two_trainers_of_one_config_are_alike(tmp_path):
+    settings = config(tmp_path, max_steps=3, val_every=0)
+    results = []
+    for name in ("one", "two"):
+        settings.run.output_dir = str(tmp_path / name)
+        trainer = make_trainer(settings)
+        trainer.run()
+        results.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_a_store_in_memory(tmp_path):
+    settings = config(tmp_path, max_steps=3, val_every=0, save_every=0)
+    train(settings, store=open_split(str(tmp_path / "tokens"), "train"))
+    settings.run.output_dir, settings.data.data = str(tmp_path / "memory"), "nowhere"
+    store = MemoryStore(conversations_of(24, 0))  # what train_cases.make_store writes
+    assert train(settings, store=store)["val_loss_last"] is None
+    assert losses(tmp_path / "memory") == losses(tmp_path / "run")
+    settings.run.output_dir = str(tmp_path / "both")
+    assert train(settings, store=(store, store))["val_loss_last"] is not None
+
+
+def test_the_model_that_was_given_is_the_runs(tmp_path):
+    settings = config(tmp_path, max_steps=1)
+    model = CSM(prepare(settings).model.config).init_weights(3)
+    assert prepare(settings, model=model).model is model
