@@ -76,7 +76,9 @@ def _supports_rows(q: Tensor, cos: Tensor | None, order: Order, width: int) -> b
     return is_busy and native.function("attention_forward", q.dtype) is not None
 
 
-def _forward_without_data(q: Tensor, k: Tensor, v: Tensor, cos: Any, sin: Any, bounds: Any, heads: int, *_: Any) -> Any:
+def _forward_without_data(
+    q: Tensor, k: Tensor, v: Tensor, cos: object, sin: object, bounds: object, heads: int, *_: object
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(heads, q.shape[0], dtype=torch.float32)
 
 
@@ -113,7 +115,9 @@ def _attention_rows(
     return out, logs
 
 
-def _backward_without_data(grad: Any, out: Any, places: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+def _backward_without_data(
+    grad: Tensor, out: Tensor, places: object, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -169,7 +173,7 @@ def _scratch_arguments(scratch: Tensor, threads: int) -> tuple[int, int, int]:
 
 def _arguments(
     cos: Tensor | None, sin: Tensor | None, bounds: Tensor, heads: int, kv_heads: int, factor: float, width: int
-) -> tuple[Any, ...]:
+) -> tuple[int | float | None, ...]:
     angles = (None, None, 1) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[0])
     return *angles, factor, bounds.data_ptr(), len(bounds) - 1, heads, kv_heads, width
 
@@ -181,7 +185,9 @@ def _products_below_the_diagonal(bounds: Tensor, columns: int) -> int:
 
 
 @register_flop_formula(torch.ops.csm_kernels.attention_rows, get_raw=True)
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, cos: Any, sin: Any, bounds: Tensor, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, cos: object, sin: object, bounds: Tensor, *_: object, **__: object
+) -> int:
     return 2 * _products_below_the_diagonal(bounds, q.shape[1])
 
 

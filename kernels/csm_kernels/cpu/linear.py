@@ -6,7 +6,7 @@ In bf16 on processors with AMX or AVX512-BF16 the C++ library computes them (``l
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ def _run(
     return out
 
 
-def _without_data(a: Tensor, b: Tensor, *_: Any) -> Tensor:
+def _without_data(a: Tensor, b: Tensor, *_: object) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
@@ -151,5 +151,5 @@ def _product(a: Tensor, b: Tensor, plus: Tensor | None, scratch: Tensor) -> Tens
 
 
 @register_flop_formula(torch.ops.csm_kernels.product)
-def _flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+def _flops(a: Size, b: Size, *_: object, **__: object) -> int:
     return 2 * a[0] * a[1] * b[1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,47 +23,48 @@ from csm_kernels.cpu.native import threads
 from csm_kernels.dtypes import wide_dtype
 
 _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
-
-
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
 
 
-def is_observed(*args: Any) -> bool:
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+
+
+def is_observed(*args: object) -> bool:
     """Whether a mode or a profiler observes operators, or an argument is of a tensor class that may have no memory."""
     modes = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
     return bool(modes) or not _PLAIN.issuperset(map(type, args))
 
 
-def operator(schema: str, fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(schema: str, fake: Callable[..., object] | None = None) -> Callable[[Operator], Operator]:
     """A decorator that registers a function under ``schema``.
 
     Args:
         fake: computes the results' shapes without data; by default the function's form in PyTorch's operators does.
     """
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Operator) -> Operator:
         name = schema.split("(")[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, function, "CPU")
         registered = getattr(torch.ops.csm_kernels, name).default
 
         @torch.library.register_fake(f"csm_kernels::{name}", lib=_LIBRARY)
-        def without_data(*args: Any) -> Any:
+        def without_data(*args: object) -> object:
             if fake is not None:
                 return fake(*args)
             with native.left_out():
                 return function(*args)
 
         @functools.wraps(function)
-        def call(*args: Any) -> Any:
+        def call(*args: object) -> object:
             return registered(*args) if is_observed(*args) else function(*args)
 
-        return call
+        return cast(Operator, call)
 
     return register
 
 
-def do_nothing(*_: Any) -> None:
+def do_nothing(*_: object) -> None:
     """The ``fake`` of an operator that works in place."""
 
 
