@@ -39,8 +39,8 @@ from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.system.files import write_file
 from csm_fast.system.version import __version__
 from csm_fast.train.announce import explain_out_of_memory
-from csm_fast.train.checkpoint import list_checkpoints
 from csm_fast.train.loop import Trainer
+from csm_fast.train.run_folder import list_checkpoints
 from csm_fast.train.setup import prepare
 
 STEP = "csm_fast step"  # the profiler's name for one step

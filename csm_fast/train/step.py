@@ -15,7 +15,7 @@ from csm_fast.config.train import OptimizerSection
 from csm_fast.packing.draws import Purpose, seeded_generator
 from csm_fast.packing.layout import StepBatch
 from csm_fast.system.device import compute_dtype
-from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.checkpoint import load_optimizer
 from csm_fast.train.optim.build import clip, gradient_norm, in_backward, make_optimizer, warn_without_gradient
 from csm_fast.train.optim.schedule import learning_rate
 from csm_fast.train.optim.table_gradients import TableGradients
@@ -73,15 +73,16 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.overflows = torch.zeros((), dtype=torch.long, device=device)
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from what ``checkpoint.save_checkpoint`` and ``state`` wrote."""
-        ckpt.load_optimizer(self.optimizer, checkpoint)
-        if self.scaler.is_enabled() and state.get("loss_scale"):
-            self.scaler.load_state_dict(state["loss_scale"])
+    def load(self, checkpoint: Path, loss_scale: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint's optimizer and from what ``loss_scale`` gave when it was saved."""
+        load_optimizer(self.optimizer, checkpoint)
+        if self.scaler.is_enabled() and loss_scale:
+            self.scaler.load_state_dict(loss_scale)
 
-    def state(self) -> dict[str, Any]:
-        """What the optimizer's tensors do not hold, for the trainer's state. Waits for the device under fp16."""
-        return {"loss_scale": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+    def loss_scale(self) -> dict[str, Any] | None:
+        """The state of fp16's loss scaling, which the optimizer's tensors do not hold; None in other precisions. Waits
+        for the device."""
+        return self.scaler.state_dict() if self.scaler.is_enabled() else None
 
     def autocast(self) -> Any:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)

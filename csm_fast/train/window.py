@@ -66,7 +66,7 @@ class Window:
         self._reset()
         return result
 
-    def take_bad(self) -> tuple[int, int, int]:
+    def take_skipped(self) -> tuple[int, int, int]:
         """(skipped updates, step of the first) since last asked, and how many in a row up to now, since ever."""
         count, first, streak = int(self.bad_count), int(self.first_bad), int(self.bad_streak)
         self.bad_count.zero_()

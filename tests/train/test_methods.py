@@ -95,7 +95,7 @@ def test_a_gradient_that_is_never_finite_ends_a_run_in_fp16_too(base, tmp_path):
     trainer.update.loss_function = no_gradient
     with pytest.raises(InputError, match="were all skipped"):
         trainer.run()
-    assert 24 < trainer.state["step"] < 50
+    assert 24 < trainer.state.step < 50
 
 
 def test_an_adapter_checkpoint_holds_what_was_trained(base, tmp_path):

@@ -70,7 +70,7 @@ def test_a_run_continues_where_it_stopped(tmp_path):
 
     def stop_at_seven(batch):
         result = step(batch)
-        trainer.signals.received = "SIGINT" if trainer.state["step"] == 7 else None
+        trainer.signals.received = "SIGINT" if trainer.state.step == 7 else None
         return result
 
     trainer._step = stop_at_seven
@@ -134,8 +134,8 @@ def test_a_non_finite_step_is_skipped_reported_and_not_saved(tmp_path, capsys):
 
     def loss(model, pack):
         value, parts = plain(model, pack)
-        bad = trainer.state["step"] == 4
-        seen.append({k: v.clone() for k, v in model.state_dict().items()} if trainer.state["step"] in (4, 5) else None)
+        bad = trainer.state.step == 4
+        seen.append({k: v.clone() for k, v in model.state_dict().items()} if trainer.state.step in (4, 5) else None)
         return (value * torch.inf if bad else value), parts
 
     trainer.update.loss_function = loss
@@ -156,7 +156,7 @@ def test_nothing_is_saved_while_the_flag_is_up(tmp_path, capsys):
     trainer = make_trainer(config(tmp_path, log_every=100, save_every=3, val_every=0, max_steps=6))
     plain = trainer.update.loss_function
     trainer.update.loss_function = lambda model, pack: (
-        plain(model, pack)[0] * (torch.nan if trainer.state["step"] == 1 else 1.0),
+        plain(model, pack)[0] * (torch.nan if trainer.state.step == 1 else 1.0),
         plain(model, pack)[1],
     )
     trainer.run()

@@ -15,7 +15,7 @@ def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 Gi
     plain = trainer.update.loss_function
 
     def loss(model, pack):
-        if trainer.state["step"] == step:
+        if trainer.state.step == step:
             raise torch.OutOfMemoryError(words)
         return plain(model, pack)
 
@@ -77,7 +77,7 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
     plain = trainer._step
 
     def killed(batch):
-        if trainer.state["step"] == 4:
+        if trainer.state.step == 4:
             # As if by the system: nothing of the run's own gets to run.
             (tmp_path / "left").write_bytes((tmp_path / "run/.running").read_bytes())
             trainer.signals.received = "the test"
