@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csm_fast.config.commands import PlanConfig
-from csm_fast.config.parse import build, leaves
+from csm_fast.config.parse import leaves
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
@@ -82,8 +82,8 @@ def plan(config: PlanConfig) -> int:
         InputError: an unknown card, model or store.
     """
     gpu, device = target(config)
-    shape = model_shape(config.model.model)
-    store = read_store(config.data.data) if config.data.data else None
+    shape = model_shape(config.model)
+    store = read_store(config.data) if config.data else None
     rows = [planned(name, settings, config, shape, gpu, device, store) for name, settings in variants(config, gpu)]
     print("\n".join(report(rows, config, gpu, device, store)))
     return 0 if any(row.fits for row in rows) else 1
@@ -99,7 +99,7 @@ def target(config: PlanConfig) -> tuple[GPU, str]:
     else:
         from csm_fast.system.device import processor, resolve_device
 
-        found = resolve_device(config.run.device)
+        found = resolve_device(config.training.run.device)
         device = found.type
         if device == "cuda":
             import torch
@@ -109,8 +109,8 @@ def target(config: PlanConfig) -> tuple[GPU, str]:
         else:
             gpu = GPU(processor(), 0)
         gpu = dataclasses.replace(gpu, gib=available_bytes(found) / GIB)
-    if config.run.memory_limit is not None:
-        gpu = dataclasses.replace(gpu, gib=available_bytes(device, config.run.memory_limit) / GIB)
+    if config.training.run.memory_limit is not None:
+        gpu = dataclasses.replace(gpu, gib=available_bytes(device, config.training.run.memory_limit) / GIB)
     return gpu, device
 
 
@@ -125,7 +125,7 @@ def read_store(data: str) -> Store:
 
 def variants(config: PlanConfig, gpu: GPU) -> Iterator[tuple[str, dict[str, Any]]]:
     """The ways to train that were asked about: by name, and their settings."""
-    method, section = config.adapter.method, config.optimizer
+    method, section = config.method, config.training.optimizer
     given = (section.optimizer, section.weights) != ("adamw", "fp32")
     if gpu.fp16_only and section.weights != "fp32":
         raise InputError(
@@ -148,18 +148,12 @@ def variants(config: PlanConfig, gpu: GPU) -> Iterator[tuple[str, dict[str, Any]
 
 def training_config(config: PlanConfig, **settings: Any) -> TrainConfig:
     """The run's configuration that a plan's settings, and those decided, amount to."""
-    values = {
-        field.name: getattr(getattr(config, section), field.name)
-        for section, field, _ in leaves(PlanConfig)
-        if section is not None
-    }
-    values = {name: value for name, value in values.items() if name in TRAINED_WITH}
-    if values["data"] is None:
-        del values["data"]
-    return build(TrainConfig, {**values, **settings})
-
-
-TRAINED_WITH = {field.name for _, field, _ in leaves(TrainConfig)}
+    asked: dict[str, Any] = {"model": config.model}
+    if config.data is not None:
+        asked["data"] = config.data
+    if config.method != "all":
+        asked["method"] = config.method
+    return memory.change_settings(config.training, **{**asked, **settings})
 
 
 # ------------------------------------------------------------------------------------------------------ one way to go
@@ -175,8 +169,8 @@ def planned(
     store: Store | None,
 ) -> Row:
     """Decide checkpointing and pack size of one way to train."""
-    asked = config.model.activation_checkpointing
-    precision = config.model.precision
+    asked = config.activation_checkpointing
+    precision = config.training.model.precision
     if precision == "auto" and gpu.fp16_only:
         precision = settings["precision"] = "fp16"
     share = store.audio_share if store else AUDIO_SHARE
@@ -185,9 +179,9 @@ def planned(
         from csm_fast.system.device import resolve_device, resolve_precision
 
         load["precision"] = resolve_precision(precision, resolve_device("cpu"))
-    rows = config.data.pack_rows or PACK_ROWS
-    if config.data.batch_rows is not None:
-        load["packs"] = -(-config.data.batch_rows // rows)
+    rows = config.pack_rows or PACK_ROWS
+    if (batch_rows := config.training.data.batch_rows) is not None:
+        load["packs"] = -(-batch_rows // rows)
     choices = memory.CHECKPOINTING if asked == "auto" else (asked,)
     for choice in choices:
         settings = {**settings, "activation_checkpointing": choice, "pack_rows": rows}
@@ -196,7 +190,7 @@ def planned(
         if found.needed <= gpu.bytes:
             break
     largest = memory.largest_rows(shape, run, gpu.bytes, **load)
-    if found.needed > gpu.bytes and config.data.pack_rows is None and largest >= memory.FEWEST_ROWS:
+    if found.needed > gpu.bytes and config.pack_rows is None and largest >= memory.FEWEST_ROWS:
         rows = largest
         run = training_config(config, **{**settings, "pack_rows": rows})
         found = estimate(shape, run, rows=rows, **load)
@@ -212,9 +206,9 @@ def report(rows: list[Row], config: PlanConfig, gpu: GPU, device: str, store: St
     """The lines of the plan, at most 80 columns but for the last, the command."""
     share = store.audio_share if store else AUDIO_SHARE
     base, part = RESERVE[device]
-    yield f"{config.model.model} on {gpu.name}: {gpu.gib:.1f} GiB"
+    yield f"{config.model} on {gpu.name}: {gpu.gib:.1f} GiB"
     known = "of the data" if store else "assumed; --data tells"
-    seen = _fraction(config.loss.amortization_fraction)
+    seen = _fraction(config.training.loss.amortization_fraction)
     yield f"audio rows {share:.0%} ({known}), the depth decoder sees {seen} of them"
     yield f"GiB at the peak of a step; reserve: {base / GIB:.1f} GiB and {part:.0%} for what is no tensor"
     if gpu.fp16_only:

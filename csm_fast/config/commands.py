@@ -1,4 +1,4 @@
-"""Settings of the commands beside training; ``config.py`` says how they become flags."""
+"""Settings of all commands but training; ``parse`` turns them into flags."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from csm_fast.config.checks import check_path, check_seconds, check_seed, check_speaker, check_threads
-from csm_fast.config.train import (
-    OTHER_TOOLS,
-    AdapterSection,
-    DataSection,
-    LossSection,
-    ModelSection,
-    OptimizerSection,
-    RunSection,
-    TrainConfig,
-    option,
-)
+from csm_fast.config.train import OTHER_TOOLS, TrainConfig, option
 from csm_fast.system.errors import InputError
 
 
@@ -79,51 +69,31 @@ class VerifyAdapterConfig:
 
 
 @dataclass
-class PlanModelSection(ModelSection):
-    """``ModelSection`` with the choices that a plan makes where they are not given."""
+class PlanConfig:
+    """``csm-fast plan``: a card, and the settings of a training run, so that a recipe can be planned as it is.
 
+    Each field here takes the place of the training setting of that name. Its default leaves the choice to the plan.
+    """
+
+    gpu: str | None = option(None, "memory such as 12GB, or a card such as rtx-4090 (default: this machine's)")
     model: str = option(
         "csm-1b", "a shape (csm-1b, small, tiny), a model's directory or its config.json, or a YAML file of a CSMConfig"
     )
-    activation_checkpointing: Literal["auto", "off", "selective", "full"] = option(  # type: ignore[assignment]
+    activation_checkpointing: Literal["auto", "off", "selective", "full"] = option(
         "auto", "auto: the fastest with which the pack fits", alias=("gradient_ckpt",), bare="full"
     )
-
-
-@dataclass
-class PlanDataSection(DataSection):
-    data: str | None = option(  # type: ignore[assignment]
+    data: str | None = option(
         None, "directory written by csm-fast pretokenize: hours for an epoch, its share of audio rows"
     )
-    pack_rows: int | None = option(  # type: ignore[assignment]
-        None, "rows of a pack (default: 4096, or the most that fit)", alias=("rows",)
-    )
+    pack_rows: int | None = option(None, "rows of a pack (default: 4096, or the most that fit)", alias=("rows",))
+    method: Literal["all", "full", "lora", "dora", "qlora"] = option("all", "one method, or all of them")
+    training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
         if self.pack_rows is not None and self.pack_rows < 1:
             raise InputError(f"--pack-rows {self.pack_rows}", mend="give at least 1")
         if self.data is not None:
             check_path("data", self.data)
-
-
-@dataclass
-class PlanAdapterSection(AdapterSection):
-    method: Literal["all", "full", "lora", "dora", "qlora"] = option(  # type: ignore[assignment]
-        "all", "one method, or all of them"
-    )
-
-
-@dataclass
-class PlanConfig:
-    """``csm-fast plan``: its own settings, and those of a training run, so that a recipe can be planned as it is."""
-
-    gpu: str | None = option(None, "memory such as 12GB, or a card such as rtx-4090 (default: this machine's)")
-    model: PlanModelSection = field(default_factory=PlanModelSection)
-    data: PlanDataSection = field(default_factory=PlanDataSection)
-    loss: LossSection = field(default_factory=LossSection)
-    adapter: PlanAdapterSection = field(default_factory=PlanAdapterSection)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    run: RunSection = field(default_factory=RunSection)
 
 
 @dataclass

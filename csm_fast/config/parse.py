@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import read_text
@@ -41,15 +41,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
-    """(section or None, field, type) for every field of a dataclass, one level of sections deep."""
+    """(section or None, field, type) of every setting in a dataclass and in the dataclasses among its fields.
+
+    A section has the name of the innermost of these. A setting of the outer dataclass takes the place of an inner one
+    of the same name.
+    """
     hints = typing.get_type_hints(cls)
+    nested = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])]
+    own = {f.name: f for f in dataclasses.fields(cls) if f.name not in nested}
+    inner = {name: list(leaves(hints[name])) for name in nested}
+    placed = own.keys() & {f.name for found in inner.values() for _, f, _ in found}
     for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            section_hints = typing.get_type_hints(hints[f.name])
-            for inner in dataclasses.fields(typing.cast(Any, hints[f.name])):
-                yield f.name, inner, section_hints[inner.name]
-        else:
+        if f.name in own and f.name not in placed:
             yield None, f, hints[f.name]
+        for section, setting, hint in inner.get(f.name, ()):
+            name = setting.name
+            yield section or f.name, own.get(name, setting), hints[name] if name in own else hint
 
 
 def names(field: dataclasses.Field) -> list[str]:
@@ -59,15 +66,14 @@ def names(field: dataclasses.Field) -> list[str]:
 
 def build(cls: type[T], values: dict[str, Any]) -> T:
     """An instance from flat values by field name; dataclass checks run."""
-    sections: dict[str, dict[str, Any]] = {}
-    top: dict[str, Any] = {}
-    for section, field, _ in leaves(cls):
-        if field.name in values:
-            (sections.setdefault(section, {}) if section else top)[field.name] = values[field.name]
     hints = typing.get_type_hints(cls)
-    for section, kwargs in sections.items():
-        top[section] = hints[section](**kwargs)
-    return cls(**top)
+    own = {f.name for f in dataclasses.fields(cast(Any, cls)) if not dataclasses.is_dataclass(hints[f.name])}
+    kwargs = {name: value for name, value in values.items() if name in own}
+    inner = {name: value for name, value in values.items() if name not in own}
+    for f in dataclasses.fields(cast(Any, cls)):
+        if f.name not in own:
+            kwargs[f.name] = build(hints[f.name], inner)
+    return cls(**kwargs)
 
 
 def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:

@@ -9,7 +9,7 @@ from csm_fast.config.train import TrainConfig
 from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import COMPONENTS
 from csm_fast.planner.step import Load, Walk
-from csm_fast.planner.tensors import optimizer_state, weights
+from csm_fast.planner.tensors import list_weights, optimizer_state
 from csm_fast.system.memory import GIB
 
 # What a run takes beside its tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and
@@ -96,7 +96,7 @@ def estimate(
     section, autocast = config.optimizer, precision != "fp32"
     whole_bf16 = config.adapter.method == "full" and section.weights != "fp32"
     compute = 2 if autocast or whole_bf16 else 4
-    every = list(weights(shape, config.adapter, section, config.model.freeze, compute))
+    every = list(list_weights(shape, config.adapter, section, config.model.freeze, compute))
     tensors = [t for w in every for t in w.trained_tensors()]
     setup = Setup(
         device,

@@ -47,7 +47,7 @@ def largest_rows(shape: CSMConfig, config: TrainConfig, available: int, *, most:
     return 64 * low
 
 
-def changed(config: TrainConfig, **settings: Any) -> TrainConfig:
+def change_settings(config: TrainConfig, **settings: Any) -> TrainConfig:
     """A copy with some settings of its sections replaced, by name."""
     config = copy.deepcopy(config)
     for name, value in settings.items():
@@ -96,19 +96,21 @@ def smallest_change(
             settings = {**savings}
             if choice != config.model.activation_checkpointing:
                 settings["activation_checkpointing"] = choice
-            found = estimate(shape, changed(config, **settings), rows=rows, **load)
+            found = estimate(shape, change_settings(config, **settings), rows=rows, **load)
             if found.needed <= available:
                 return settings, found
         # What was one pack becomes several, and the gradients of the first wait for the others.
         several = {**load, "packs": max(2, load.get("packs", 1))}
-        fewer = largest_rows(shape, changed(config, **settings), available, most=rows, **several)
+        fewer = largest_rows(shape, change_settings(config, **settings), available, most=rows, **several)
         if fewer >= FEWEST_ROWS:
             settings["pack_rows"] = fewer
-            return settings, estimate(shape, changed(config, **settings), rows=fewer, **several)
+            return settings, estimate(shape, change_settings(config, **settings), rows=fewer, **several)
     return None
 
 
-def check(config: TrainConfig, shape: CSMConfig, device: Any, *, rows: int | None = None, **load: Any) -> Estimate:
+def check_memory(
+    config: TrainConfig, shape: CSMConfig, device: Any, *, rows: int | None = None, **load: Any
+) -> Estimate:
     """Refuse, before anything is loaded, a run that cannot fit.
 
     Args:
@@ -142,7 +144,7 @@ def check(config: TrainConfig, shape: CSMConfig, device: Any, *, rows: int | Non
 def choose_checkpointing(
     config: TrainConfig, shape: CSMConfig, device: Any, *, rows: int | None = None, **load: Any
 ) -> str:
-    """The fastest of "off", "selective" and "full" with which the run fits; arguments as ``check``'s.
+    """The fastest of "off", "selective" and "full" with which the run fits; arguments as ``check_memory``'s.
 
     Raises:
         InputError: none of them fits.
@@ -150,11 +152,11 @@ def choose_checkpointing(
     available = available_bytes(device, config.run.memory_limit)
     kind, size = str(device).split(":")[0], _pack_size(config, device, rows)
     for choice in CHECKPOINTING:
-        tried = changed(config, activation_checkpointing=choice)
+        tried = change_settings(config, activation_checkpointing=choice)
         if estimate(shape, tried, rows=size, device=kind, **load).needed <= available:
             return choice
-    check(changed(config, activation_checkpointing="full"), shape, device, rows=rows, **load)
-    raise AssertionError("check refuses what does not fit")
+    check_memory(change_settings(config, activation_checkpointing="full"), shape, device, rows=rows, **load)
+    raise AssertionError("check_memory refuses what does not fit")
 
 
 def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
@@ -165,7 +167,7 @@ def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
     return padded_rows(min(rows or most, most), most, str(device).split(":")[0])
 
 
-def advice(config: TrainConfig, shape: CSMConfig | None = None) -> str:
+def suggest_changes(config: TrainConfig, shape: CSMConfig | None = None) -> str:
     """What to change after memory ran out in earnest, the smallest change first, as flags: those with which a run can
     be continued, then those that need a new one.
 
@@ -186,7 +188,9 @@ def advice(config: TrainConfig, shape: CSMConfig | None = None) -> str:
     def said(settings: dict[str, Any]) -> str:
         if shape is None:
             return _flags(settings)
-        with_last = changed(config, **{**last, **settings} if "activation_checkpointing" not in settings else settings)
+        with_last = change_settings(
+            config, **{**last, **settings} if "activation_checkpointing" not in settings else settings
+        )
         found = estimate(shape, with_last, rows=with_last.data.pack_rows, device=kind)
         return f"{_flags(settings)} (about {found.needed / GIB:.1f} GiB)"
 

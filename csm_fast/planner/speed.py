@@ -5,7 +5,7 @@ from __future__ import annotations
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.planner.gpus import GPU
-from csm_fast.planner.tensors import Weight, weights
+from csm_fast.planner.tensors import Weight, list_weights
 
 # Shares of a card's peak rates that a step is taken to reach.
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.45, 0.8
@@ -32,7 +32,7 @@ def flops(shape: CSMConfig, config: TrainConfig, rows: int, audio_share: float) 
         "codebook0_head": targets,
         "audio_head": frames,  # each of its heads once a frame
     }
-    every = weights(shape, config.adapter, config.optimizer, config.model.freeze, 2)
+    every = list_weights(shape, config.adapter, config.optimizer, config.model.freeze, 2)
     return sum(of(w) * uses.get(w.part, 0) for w in every)
 
 
@@ -47,7 +47,7 @@ def rows_per_second(
     moments = 8 if config.optimizer.optimizer == "adamw" else 2
     moved = trained * (3 * width + 2 * moments)  # weight and moments both ways, and the gradient
     quantised = sum(
-        w.numel for w in weights(shape, config.adapter, config.optimizer, config.model.freeze, 2) if w.quantised
+        w.numel for w in list_weights(shape, config.adapter, config.optimizer, config.model.freeze, 2) if w.quantised
     )
     times = 3 if config.model.activation_checkpointing == "full" else 2
     moved += int(times * quantised * (0.5 + 2 + 2))  # read in 4 bits, written in 16, read by the product

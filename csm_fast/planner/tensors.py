@@ -97,7 +97,7 @@ def optimizer_state(elements: int, section: OptimizerSection) -> int:
     return moments + (2 * elements if section.weights == "bf16-kahan" else 0)
 
 
-def weights(
+def list_weights(
     shape: CSMConfig, adapter: AdapterSection, optimizer: OptimizerSection, freeze: list[str], compute: int
 ) -> Iterator[Weight]:
     """Every parameter of the model, in the order of its tree.

@@ -12,7 +12,7 @@ from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.config.train import TrainConfig
 from csm_fast.model.csm import parameter_shapes
 from csm_fast.model.stacks import vocabulary
-from csm_fast.planner.fit import advice
+from csm_fast.planner.fit import suggest_changes
 from csm_fast.system.console import counted
 from csm_fast.system.errors import OutOfMemory
 from csm_fast.train.run_folder import list_checkpoints
@@ -65,7 +65,7 @@ def print_banner(run: Prepared, trained: int, killed: dict[str, Any] | None) -> 
             "killed for memory: %s",
             killed["step"],
             killed["memory_gib"],
-            advice(config),
+            suggest_changes(config),
         )
     log.info("Guessing evenly costs ln V = %.3f nats per code (V = %d)", math.log(vocab), vocab)
     unheard = sorted(set(config.data.mask_speaker_ids) - set(run.packer.turn_speakers.tolist()))
@@ -98,4 +98,4 @@ def explain_out_of_memory(error: BaseException, config: TrainConfig) -> OutOfMem
     reason = next(iter(str(error).strip().splitlines()), "")[:160]
     found = list_checkpoints(Path(config.run.output_dir).expanduser())
     left = f"{found[-1].name} is intact and the same command continues from it" if found else "nothing was saved yet"
-    return OutOfMemory(f"not enough memory ({reason}); {left}", mend=advice(config))
+    return OutOfMemory(f"not enough memory ({reason}); {left}", mend=suggest_changes(config))

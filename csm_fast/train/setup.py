@@ -196,7 +196,7 @@ def choose_checkpointing(
     }
     if config.run.memory == "auto":
         return fit.choose_checkpointing(config, shape, device, **load)
-    fit.check(config, shape, device, **load)
+    fit.check_memory(config, shape, device, **load)
     return config.model.activation_checkpointing
 
 

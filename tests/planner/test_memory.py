@@ -24,7 +24,7 @@ from csm_fast.planner.estimate import Estimate, estimate
 from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES
 from csm_fast.planner.step import Load, Walk
-from csm_fast.planner.tensors import weights
+from csm_fast.planner.tensors import list_weights
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB, _group_limits, available_bytes, parse_bytes
 from csm_fast.train.optim.build import cast_weights
@@ -106,7 +106,7 @@ def test_a_compiled_layer_keeps_what_was_predicted(method, checkpointing):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         loss = packed_loss(model, pack, 0.5, 0.5)[0]
     assert loss.requires_grad
-    every = list(weights(SHORT, config.adapter, config.optimizer, [], 2))
+    every = list(list_weights(SHORT, config.adapter, config.optimizer, [], 2))
     load = Load(len(pack.tokens), len(pack.target_rows), len(pack.decoder_index))
     walk = Walk(SHORT, every, Setup("cpu", True, True, 2, checkpointing), load, 0)
     held = []
@@ -123,11 +123,11 @@ def test_a_compiled_layer_keeps_what_was_predicted(method, checkpointing):
 def test_every_parameter_is_known():
     with torch.device("meta"):
         model = CSM(MICRO)
-    found = {w.name: w.numel for w in weights(MICRO, AdapterSection(), OptimizerSection(), [], 4)}
+    found = {w.name: w.numel for w in list_weights(MICRO, AdapterSection(), OptimizerSection(), [], 4)}
     assert found == {
         name.removesuffix(".weight").removesuffix(".scale"): p.numel() for name, p in model.named_parameters()
     }
-    assert sum(w.numel for w in weights(ONE, AdapterSection(), OptimizerSection(), [], 4)) == 1_552_791_552
+    assert sum(w.numel for w in list_weights(ONE, AdapterSection(), OptimizerSection(), [], 4)) == 1_552_791_552
 
 
 def test_adapters_go_where_the_trainer_puts_them():
@@ -136,7 +136,7 @@ def test_adapters_go_where_the_trainer_puts_them():
     words = ["attn", "projection", "codebook0_head", "q_proj", "o_proj", "self_attn.k_proj", "backbone.layers.0.mlp.w1"]
     for some in ([word] for word in words):
         section = AdapterSection(method="lora", target_modules=some)
-        adapted = sorted(w.name for w in weights(MICRO, section, OptimizerSection(), [], 4) if w.rank)
+        adapted = sorted(w.name for w in list_weights(MICRO, section, OptimizerSection(), [], 4) if w.rank)
         assert tuple(adapted) == adapters.resolve_targets(model, some)
 
 
@@ -145,7 +145,7 @@ def test_the_walk_gives_back_what_it_takes():
         for checkpointing in memory.CHECKPOINTING:
             for device, compiled in (("cpu", False), ("cuda", True), ("cuda", False)):
                 config = settings(method, checkpointing)
-                every = list(weights(ONE, config.adapter, config.optimizer, [], 2))
+                every = list(list_weights(ONE, config.adapter, config.optimizer, [], 2))
                 walk = Walk(ONE, every, Setup(device, compiled, True, 2, checkpointing), Load(4096, 3000, 200), 0)
                 left = walk.run().now
                 assert left["activations"] == left["copies"] == 0
@@ -218,7 +218,7 @@ def config(limit: float, **values) -> TrainConfig:
 
 
 def test_a_run_that_fits_is_let_through():
-    found = memory.check(config(40), ONE, "cuda")
+    found = memory.check_memory(config(40), ONE, "cuda")
     assert found.needed <= 40 * GIB and found.peak < found.needed
 
 
@@ -233,7 +233,7 @@ def test_the_smallest_change_comes_first():
             seen.append(set(settings_))
         # Taken, it is let through.
         packs = 2 if "pack_rows" in settings_ else 1
-        memory.check(memory.changed(config(limit), **settings_), ONE, "cuda", packs=packs)
+        memory.check_memory(memory.change_settings(config(limit), **settings_), ONE, "cuda", packs=packs)
     wanted = [set(), {"activation_checkpointing"}, {"activation_checkpointing", "pack_rows"}, {"optimizer"}]
     assert [kind for kind in wanted if kind in seen] == [kind for kind in seen if kind in wanted]
     assert {"activation_checkpointing"} in seen and any("weights" in s for s in seen) and "method" in seen[-1]
@@ -249,11 +249,11 @@ def test_fp16_is_not_told_to_use_bf16_weights():
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would():
     with pytest.raises(InputError) as caught:
-        memory.check(config(23), ONE, "cuda:0")
+        memory.check_memory(config(23), ONE, "cuda:0")
     line = str(caught.value)
     assert "4,096 rows" in line and "GiB" in line and "23.0 GiB" in line and "--optimizer adamw-8bit" in line
     with pytest.raises(InputError, match="larger device"):
-        memory.check(config(1), ONE, "cuda")
+        memory.check_memory(config(1), ONE, "cuda")
 
 
 def test_the_fastest_checkpointing_that_fits():
@@ -266,14 +266,14 @@ def test_the_fastest_checkpointing_that_fits():
 
 
 def test_advice_names_the_smallest_change_first():
-    text = memory.advice(build(TrainConfig, {}))
+    text = memory.suggest_changes(build(TrainConfig, {}))
     order = ["--activation-checkpointing selective", "--activation-checkpointing full", "--pack-rows 2048"]
     order += ["--optimizer adamw-8bit", "--weights bf16-stochastic", "--method qlora"]
     places = [text.index(word) for word in order]
     assert places == sorted(places)
     least = {"method": "qlora", "activation_checkpointing": "full", "pack_rows": 512}
-    assert "csm-fast plan" in memory.advice(build(TrainConfig, least))
-    assert "GiB" in memory.advice(build(TrainConfig, {}), ONE)
+    assert "csm-fast plan" in memory.suggest_changes(build(TrainConfig, least))
+    assert "GiB" in memory.suggest_changes(build(TrainConfig, {}), ONE)
 
 
 def test_the_largest_pack_is_the_largest():

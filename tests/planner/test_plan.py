@@ -127,7 +127,7 @@ def test_the_command_at_the_end_does_what_the_plan_says(capsys):
         lines = printed(capsys, *argv)
         words = shlex.split(lines[-1])
         assert words[0] == "csm-fast-train"
-        config = cli._config(TrainConfig, "csm-fast-train", "", words[1:])
+        config = cli._parse("csm-fast-train", cli.COMMANDS["train"], words[1:])
         name = re.search(r"\((.*)\)", lines[-2])[1]  # type: ignore[index]
         found = estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda")
         assert found.needed / GIB == pytest.approx(float(table(lines, "weight")[name][-1]), abs=0.006)
