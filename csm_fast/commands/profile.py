@@ -118,8 +118,8 @@ def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[
         started = time.perf_counter()
         for number, batch in enumerate(some, 1):
             with record_function(STEP):
-                outcome = trainer.update(batch, number % run.total_steps)  # past its end the schedule begins again
-                trainer.window.add(number, outcome, batch)
+                result = trainer.runner.run(batch, number % run.total_steps)  # past its end the schedule begins again
+                trainer.window.add(number, result, batch)
         float(trainer.window.loss)  # waits for the device
         return 1000 * (time.perf_counter() - started) / steps
 

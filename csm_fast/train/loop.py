@@ -29,7 +29,7 @@ from csm_fast.train.run_marker import RunMarker
 from csm_fast.train.samples import Sampler
 from csm_fast.train.setup import Prepared, Stores, prepare
 from csm_fast.train.signals import StopSignals
-from csm_fast.train.step import LossFunction, Update
+from csm_fast.train.step import LossFunction, StepRunner
 from csm_fast.train.window import Window
 
 log = logging.getLogger("csm_fast")
@@ -78,7 +78,7 @@ class Trainer:
         self.prepared, self.config, self.run_dir = prepared, prepared.config, prepared.run_dir
         self.model, self.device, self.packer = prepared.model, prepared.device, prepared.packer
         self.state = dataclasses.replace(prepared.state)
-        self.update = Update(
+        self.runner = StepRunner(
             self.model,
             self.config.optimizer,
             self.device,
@@ -88,7 +88,7 @@ class Trainer:
             self.config.data.seed,
         )
         if prepared.resumed:
-            self.update.load(prepared.resumed, self.state.loss_scale)
+            self.runner.load(prepared.resumed, self.state.loss_scale)
         self.sampler: Sampler | None = None
         if self.config.run.gen_every:
             self.sampler = Sampler(self.model, self.config.run, self.run_dir / "samples", prepared.store)
@@ -113,8 +113,8 @@ class Trainer:
         run, total, resumed = self.config.run, self.prepared.total_steps, self.prepared.resumed
         open_run_folder(self.run_dir, self.config, self.state, resumed, is_done=self.state.step >= total)
         self.metrics.keep_until(self.state.step if resumed else -1)
-        check_space(self.run_dir, checkpoint_bytes(self.model, self.update.optimizer))
-        print_banner(self.prepared, sum(p.numel() for p in self.update.parameters), self.marker.left)
+        check_space(self.run_dir, checkpoint_bytes(self.model, self.runner.optimizer))
+        print_banner(self.prepared, sum(p.numel() for p in self.runner.parameters), self.marker.left)
         self.marker.beat(self.state.step)
         if self.state.step == 0:
             validation = self._validate()
@@ -158,12 +158,12 @@ class Trainer:
 
     def _step(self, batch: StepBatch) -> int:
         """One optimizer step. Returns how many there have been then."""
-        state, outcome = self.state, self.update(batch, self.state.step)
+        state, result = self.state, self.runner.run(batch, self.state.step)
         state.step, state.epoch, state.index = state.step + 1, batch.epoch, batch.index + 1
         if state.index == self.packer.steps_in_epoch(state.epoch):
             state.epoch, state.index = state.epoch + 1, 0
-        self.window.add(state.step, outcome, batch)
-        self.lr = outcome.lr
+        self.window.add(state.step, result, batch)
+        self.lr = result.lr
         return state.step
 
     # ------------------------------------------------------------------------------------------------- what is due
@@ -215,7 +215,7 @@ class Trainer:
         if self.prepared.validator is None:
             return None
         started = time.monotonic()
-        result = self.prepared.validator(self.model, self.device, self.update.autocast)
+        result = self.prepared.validator(self.model, self.device, self.runner.autocast)
         self.window.pause(time.monotonic() - started)
         return {
             "val_loss": result["val_loss"],
@@ -245,11 +245,11 @@ class Trainer:
             return
         if best:
             self.state.best_val_loss, self.state.best_step = best["val_loss"], self.state.step
-        self.state.loss_scale = self.update.loss_scale() or self.state.loss_scale
+        self.state.loss_scale = self.runner.loss_scale() or self.state.loss_scale
         saved = save_checkpoint(
             self.run_dir,
             self.model,
-            self.update.optimizer,
+            self.runner.optimizer,
             self.state,
             dump_yaml(self.config),
             self.prepared.record,

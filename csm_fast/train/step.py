@@ -24,7 +24,7 @@ LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a step gave, on the device.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
     lr: float
 
 
-class Update:
+class StepRunner:
     """The optimizer of a run and what belongs to it. Nothing here asks a GPU for a value.
 
     Args:
@@ -85,8 +85,8 @@ class Update:
     def autocast(self) -> Any:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def __call__(self, batch: StepBatch, step: int) -> Outcome:
-        """Optimizer step number ``step``, from 0."""
+    def run(self, batch: StepBatch, step: int) -> StepResult:
+        """Take optimizer step number ``step``, from 0."""
         lr = learning_rate(self.section, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -128,4 +128,4 @@ class Update:
             self.overflows = torch.where(bad, self.overflows + 1, 0)
             bad = ~torch.isfinite(loss) | (self.overflows > MOST_OVERFLOWS)
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
-        return Outcome(loss, per_codebook, norm, bad, lr)
+        return StepResult(loss, per_codebook, norm, bad, lr)

@@ -15,14 +15,14 @@ from csm_fast.train.loop import train
 
 
 def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 GiB."):
-    plain = trainer.update.loss_function
+    plain = trainer.runner.loss_function
 
     def loss(model, pack):
         if trainer.state.step == step:
             raise torch.OutOfMemoryError(words)
         return plain(model, pack)
 
-    trainer.update.loss_function = loss
+    trainer.runner.loss_function = loss
     return trainer
 
 
