@@ -98,7 +98,9 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
 
 def test_a_process_keeps_freed_memory():
     """In a process of its own: the setting is for the whole process."""
-    code = "import sys; from csm_fast.machine import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    code = (
+        "import sys; from csm_fast.system.device import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     # Other C libraries than glibc know no such setting.
     assert done.stdout.strip() == "True" or "glibc" not in platform.libc_ver()[0]
