@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from csm_fast import ops
 from csm_fast.system.errors import InputError
 from csm_fast.train.optim.live_parts import LiveParts
-from csm_fast.train.optim.rounding import Draws, Keys, drawing, round_stochastically
+from csm_fast.train.optim.rounding import Keys, RoundingBits, round_stochastically, rounding_keys
 
 log = logging.getLogger("csm_fast")
 
@@ -179,7 +179,7 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state.update(self.initial_state(p))
         step, skip = state["step"].add_(1), self.found_inf
-        draws = drawing(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
+        draws = rounding_keys(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
         form = ops.choose("adamw", p.device, p.dtype, p, grad, state["exp_avg"]).impl
         if form == "reference":
             self._live.forget(p)
@@ -223,7 +223,7 @@ class AdamW(torch.optim.Optimizer):
         flat = {name: t.view(-1) for name, t in state.items() if name != "step"}
         weights, grads = p.view(-1), grad.reshape(-1)
         bf16 = p.dtype == torch.bfloat16
-        draws = None if keys is None else Draws(keys, step, p.numel())
+        draws = None if keys is None else RoundingBits(keys, step, p.numel())
         maps = self._code_maps(p.device) if "exp_avg_absmax" in flat else None
         chunk = self.chunk or chunk_on(p.device)
         for first in range(0, p.numel(), chunk):
