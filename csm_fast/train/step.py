@@ -16,7 +16,9 @@ from csm_fast.packing.draws import Purpose, seeded_generator
 from csm_fast.packing.layout import StepBatch
 from csm_fast.system.device import compute_dtype
 from csm_fast.train.checkpoint import load_optimizer
-from csm_fast.train.optim.build import clip, gradient_norm, in_backward, make_optimizer, warn_without_gradient
+from csm_fast.train.optim.build import make_optimizer, warn_without_gradient
+from csm_fast.train.optim.clipping import clip_gradients, gradient_norm
+from csm_fast.train.optim.in_backward import UpdateInBackward
 from csm_fast.train.optim.schedule import learning_rate
 
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1
@@ -94,7 +96,7 @@ class StepRunner:
         torch.manual_seed(int(seeded_generator(self.seed, Purpose.DROPOUT, step).integers(2**62)))
         loss: Any = 0.0
         per_codebook: Any = 0.0
-        at_once: in_backward | None = None
+        at_once: UpdateInBackward | None = None
         for i, pack in enumerate(batch.packs):
             with self.autocast():
                 part, parts = self.loss_function(self.model, pack.to(self.device))
@@ -103,7 +105,7 @@ class StepRunner:
             if not part.requires_grad:  # all that this pack would teach is frozen
                 continue
             if self.section.optimizer_in_backward and i + 1 == len(batch.packs):
-                at_once = in_backward(self.optimizer, ~torch.isfinite(loss))
+                at_once = UpdateInBackward(self.optimizer, ~torch.isfinite(loss))
             with at_once or nullcontext():
                 self.scaler.scale(part).backward()
         rows = getattr(self.model, "embedding_rows", None)
@@ -112,7 +114,7 @@ class StepRunner:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = at_once.norm() if at_once else gradient_norm(self.parameters)
-        clip(self.optimizer, self.section.max_grad_norm, norm)
+        clip_gradients(self.optimizer, self.section.max_grad_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         # The optimizers leave parameters, moments and their step count alone where this flag is 1.
         self.optimizer.found_inf = bad.float()

@@ -222,10 +222,10 @@ def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bi
                 if step == 3:  # a run goes on from what was saved
                     optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.step()
-        assert (p.dim() == 2) == (p in optimizer._live._known)
+        assert (p.dim() == 2) == (p in optimizer._moving._known)
         results.append([p.detach().view(-1), *moments(optimizer, p)])
         if p.dim() == 2:
-            marked = optimizer._live._known[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
+            marked = optimizer._moving._known[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
             assert marked == [0, 1, 5, 7, 11]
             assert torch.equal(p.detach()[[2, 3]], start(rows, width, dtype=dtype, device=device)[[2, 3]])
     for a, b in zip(*results, strict=True):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common.tracked import Tracked
 from csm_fast.system.optional import load_bitsandbytes
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import in_backward
+from csm_fast.train.optim.in_backward import UpdateInBackward
 from csm_fast.train.optim.rounding import TILE, RoundingBits, round_stochastically, rounding_keys
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -352,7 +352,7 @@ def test_nothing_asks_the_device_for_a_value(bits, rounding, dtype):
         assert float(torch.ones(())) == 1 and asked.waits == 1
         optimizer.found_inf = torch.tensor(0.0)
         descend(optimizer, p, gradients(steps=2))
-        at_once = in_backward(optimizer, torch.tensor(False))
+        at_once = UpdateInBackward(optimizer, torch.tensor(False))
         with at_once:
             p.sum().backward()
         at_once.norm()
