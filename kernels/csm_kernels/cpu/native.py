@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from csm_kernels.constants import DRAW_TILE, PARTIAL_SUM
+from csm_kernels.constants import DRAW_TILE
 
 FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
@@ -37,7 +37,7 @@ HEADERS = tuple(FOLDER / name for name in ("common.h", "lanes.h", "tiles.h", "pr
 COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC"),
-    *(f"-DDRAW_TILE={DRAW_TILE}", f"-DPARTIAL_SUM={PARTIAL_SUM}"),
+    f"-DDRAW_TILE={DRAW_TILE}",
 )
 SECONDS = 120
 
