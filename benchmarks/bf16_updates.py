@@ -36,7 +36,7 @@ from csm_fast.model.stacks import vocabulary
 from csm_fast.packing.loader import Packer
 from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.build import cast_weights
-from csm_fast.train.step import Update
+from csm_fast.train.step import StepRunner
 
 WAYS = {  # name -> optimizer, weights, colour and width of its line (most lines coincide)
     "float32 masters": ("adamw", "fp32", "0.75", 6.0),
@@ -79,7 +79,7 @@ class Bench:
         def loss(model: Any, pack: Any) -> Any:
             return packed_loss(model, pack, a=a, b=b)
 
-        update = Update(model, section, self.device, "bf16", loss, steps, self.data.seed)
+        runner = StepRunner(model, section, self.device, "bf16", loss, steps, self.data.seed)
         reached = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.requires_grad}
         named = [(reached[n], p) for n, p in model.named_parameters() if n in reached]
 
@@ -88,18 +88,18 @@ class Bench:
                 if p.grad is not None:
                     seen.logical_or_(p.grad != 0)
 
-        update.optimizer.register_step_pre_hook(look)
+        runner.optimizer.register_step_pre_hook(look)
         losses: list[float] = []
         validations: list[tuple[int, float]] = []
         started = time.monotonic()
         for step in range(steps + 1):
             if step % self.args.val_every == 0 or step == steps:
-                value = self.validator(model, self.device, update.autocast)["val_loss"]
+                value = self.validator(model, self.device, runner.autocast)["val_loss"]
                 validations.append((step, round(value, 5)))
                 print(f"{name:32} step {step:4}  val {value:.4f}  {time.monotonic() - started:.0f} s", flush=True)
             if step < steps:
-                losses.append(round(float(update(self.batch(first + step), step).loss), 5))
-        return {"train_loss": losses, "val_loss": validations, "reached": reached, "update": update}
+                losses.append(round(float(runner.run(self.batch(first + step), step).loss), 5))
+        return {"train_loss": losses, "val_loss": validations, "reached": reached, "runner": runner}
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         run = bench.train(model, section, args.steps, args.base_steps, name)
         row: dict[str, Any] = {"benchmark": "bf16_updates", "way": name, "optimizer": optimizer, "weights": weights}
         row.update({key: run[key] for key in ("train_loss", "val_loss")})
-        row.update(unmoved(model, base, run["reached"]), bytes_per_weight=bytes_per_weight(run["update"]))
+        row.update(unmoved(model, base, run["reached"]), bytes_per_weight=bytes_per_weight(run["runner"]))
         row.update(lr=args.lr, steps=args.steps, shape=args.shape, batch_size=args.batch_size)
         row.update(base_lr=args.base_lr, base_steps=args.base_steps)
         row.update(data=f"{args.synthetic} random recordings" if args.synthetic else bench.val.codec["name"])
@@ -148,10 +148,10 @@ def unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str
     }
 
 
-def bytes_per_weight(update: Update) -> float:
+def bytes_per_weight(runner: StepRunner) -> float:
     """Bytes of the weights and of the optimizer's state, as they are stored, per weight."""
-    tensors = [t for state in update.optimizer.state.values() for t in state.values()] + update.parameters
-    return round(sum(t.nbytes for t in tensors) / sum(p.numel() for p in update.parameters), 2)
+    tensors = [t for state in runner.optimizer.state.values() for t in state.values()] + runner.parameters
+    return round(sum(t.nbytes for t in tensors) / sum(p.numel() for p in runner.parameters), 2)
 
 
 def smoothed(losses: list[float]) -> tuple[list[float], list[float]]:

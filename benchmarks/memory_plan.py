@@ -40,7 +40,7 @@ from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.planner.estimate import estimate
 from csm_fast.train.optim.build import cast_weights
-from csm_fast.train.step import Update
+from csm_fast.train.step import StepRunner
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -128,10 +128,12 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     model.activation_checkpointing = config.model.activation_checkpointing
     model.train()
     compile_layers(model, config.model.compile)
-    update = Update(model, config.optimizer, device, config.model.precision, partial(packed_loss, a=0.5, b=0.5), 10, 0)
+    runner = StepRunner(
+        model, config.optimizer, device, config.model.precision, partial(packed_loss, a=0.5, b=0.5), 10, 0
+    )
     pack = make_pack(shape, rows, config.loss.amortization_fraction)
     batch = StepBatch([pack] * packs, 0, 0)
-    update(batch, 0)
+    runner.run(batch, 0)
     gc.collect()
     said = estimate(
         shape,
@@ -142,7 +144,7 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
         device=device.type,
         packs=packs,
     )
-    there, step = (_on_cuda if device.type == "cuda" else _tracked)(model, update, batch)
+    there, step = (_on_cuda if device.type == "cuda" else _tracked)(model, runner, batch)
     return {
         "rows": len(pack.tokens),
         "packs": packs,
@@ -157,23 +159,23 @@ def measure(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 1) ->
     }
 
 
-def _on_cuda(model: Any, update: Update, batch: StepBatch) -> tuple[int, int]:
+def _on_cuda(model: Any, runner: StepRunner, batch: StepBatch) -> tuple[int, int]:
     """Bytes that are there before a step, and those that it adds at most."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     there = torch.cuda.memory_allocated()
-    update(batch, 1)
+    runner.run(batch, 1)
     torch.cuda.synchronize()
     return there, torch.cuda.max_memory_allocated() - there
 
 
-def _tracked(model: Any, update: Update, batch: StepBatch) -> tuple[int, int]:
+def _tracked(model: Any, runner: StepRunner, batch: StepBatch) -> tuple[int, int]:
     quantised = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     scales = [t for q in quantised for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)]
-    state = [t for values in update.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
+    state = [t for values in runner.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
     there = sum(map(_bytes, ([*model.parameters(), *scales], state)))
     with Tracked() as tracked:
-        update(batch, 1)
+        runner.run(batch, 1)
     return there, tracked.peak + _bytes(t for t in batch.packs[0] if isinstance(t, Tensor))
 
 

@@ -34,7 +34,8 @@ from benchmarks.report.parts import optimizer_lines
 from csm_fast import CSM, ops
 from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import clip, gradient_norm, parameter_groups
+from csm_fast.train.optim.build import parameter_groups
+from csm_fast.train.optim.clipping import clip_gradients, gradient_norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LAUNCHED = 60_000_000  # cycles of a GPU in which the host launches a whole update, as during a step's backward pass
@@ -102,7 +103,7 @@ def update_of(way: Way, optimizer: torch.optim.Optimizer, parameters: list[Tenso
     """One update with clipping, as the trainer makes it, or as users of the others do."""
 
     def ours() -> None:
-        clip(optimizer, 1.0, gradient_norm(parameters))
+        clip_gradients(optimizer, 1.0, gradient_norm(parameters))
         optimizer.step()
 
     def without_pass() -> None:

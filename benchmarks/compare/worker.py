@@ -30,7 +30,8 @@ from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
-from csm_fast.train.optim.build import clip, gradient_norm, make_optimizer
+from csm_fast.train.optim.build import make_optimizer
+from csm_fast.train.optim.clipping import clip_gradients, gradient_norm
 
 SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
 HEADS = 5.0  # widens the heads
@@ -249,7 +250,7 @@ class Running:
             # A GPU is still at the backward pass, as in a step, while the host launches the update.
             ended = self._clock()
             if own:
-                clip(optimizer, 1.0, gradient_norm(trained))
+                clip_gradients(optimizer, 1.0, gradient_norm(trained))
             else:
                 nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

@@ -189,7 +189,7 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     from benchmarks.memory_plan import quick_model, settings
     from csm_fast import CSMConfig
     from csm_fast.model.loss import packed_loss
-    from csm_fast.train.step import Update
+    from csm_fast.train.step import StepRunner
 
     store = TokenStore.open(path)
     packer = Packer(store, section(pack_rows, by), LossSection(), pad="cpu")
@@ -200,17 +200,17 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
     loss = partial(packed_loss, a=0.5, b=0.5)
     device = torch.device("cpu")
     precision = resolve_precision("auto", device)
-    update = Update(model, config.optimizer, device, precision, loss, 1000, 0)
+    runner = StepRunner(model, config.optimizer, device, precision, loss, 1000, 0)
     waited: list[float] = []
     batches, rows = read_ahead(packer.blocks(0, 0)), 0
     for number in range(2):  # warm up: the first steps build kernels for new shapes
-        update(next(batches), number)
+        runner.run(next(batches), number)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(waited) < 5:
         asked = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - asked)
-        update(batch, len(waited) + 1)
+        runner.run(batch, len(waited) + 1)
         rows += batch.rows
     took = time.perf_counter() - started
     batches.close()

@@ -39,8 +39,8 @@ from csm_fast.system.errors import InputError, is_out_of_memory
 from csm_fast.system.files import write_file
 from csm_fast.system.version import __version__
 from csm_fast.train.announce import explain_out_of_memory
-from csm_fast.train.checkpoint import list_checkpoints
 from csm_fast.train.loop import Trainer
+from csm_fast.train.run_folder import list_checkpoints
 from csm_fast.train.setup import prepare
 
 STEP = "csm_fast step"  # the profiler's name for one step
@@ -118,8 +118,8 @@ def profile_steps(trainer: Trainer, warmup: int, steps: int) -> tuple[list[dict[
         started = time.perf_counter()
         for number, batch in enumerate(some, 1):
             with record_function(STEP):
-                outcome = trainer.update(batch, number % run.total_steps)  # past its end the schedule begins again
-                trainer.window.add(number, outcome, batch)
+                result = trainer.runner.run(batch, number % run.total_steps)  # past its end the schedule begins again
+                trainer.window.add(number, result, batch)
         float(trainer.window.loss)  # waits for the device
         return 1000 * (time.perf_counter() - started) / steps
 

@@ -19,14 +19,15 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from csm_fast.data.store_format import MANIFEST, corrupt, open_shard, read_manifest
+from csm_fast.packing.fit import Store
 from csm_fast.system.arrays import Arrays
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import file_sha256, old_directory
@@ -40,6 +41,18 @@ class TurnTokens:
     codes: np.ndarray
     speaker: int
     source_index: int = 0
+
+
+class TokenSource(Store, Protocol):
+    """What training reads of a split: a ``TokenStore``, or an object in memory with these attributes. Its ``path`` and
+    ``content_hash()`` are used where it has them."""
+
+    codec: dict[str, Any]  # name, kind, fingerprint, ... as in a manifest
+    text_tokenizer: dict[str, Any]  # name, fingerprint, vocab_size
+    codebook_size: int
+    num_turns: int
+    num_frames: int
+    conversation_rows: np.ndarray
 
 
 @dataclass(slots=True)
@@ -258,7 +271,7 @@ def open_split(data_dir: str | os.PathLike[str], split: str, *, verify: bool = T
 
 
 def check_compatible(
-    store: TokenStore,
+    store: TokenSource,
     *,
     codec_fingerprint: str | None = None,
     text_fingerprint: str | None = None,
@@ -273,7 +286,8 @@ def check_compatible(
     def refuse(noun: str, made: str, wanted: str) -> None:
         flag = "--codec" if noun == "codec" else "--tokenizer"
         what = f"this store was made with {noun} {made}, the model wants {wanted}"
-        raise InputError(what, file=store.path, mend=f"run csm-fast pretokenize with the model's {noun} ({flag})")
+        path = getattr(store, "path", None)
+        raise InputError(what, file=path, mend=f"run csm-fast pretokenize with the model's {noun} ({flag})")
 
     def named(identity: Mapping[str, Any]) -> str:
         return f"{identity.get('name', '?')} ({identity['fingerprint'][:12]})"
@@ -287,6 +301,30 @@ def check_compatible(
         refuse("text tokenizer", named(text), text_fingerprint[:12])
     if text_vocab_size is not None and text_vocab_size < text["vocab_size"]:
         refuse("text tokenizer", f"{named(text)} of {text['vocab_size']} ids", f"at most {text_vocab_size}")
+
+
+def hash_tokens(store: TokenSource) -> str:
+    """SHA-256 in hex that identifies the tokens of a store: its own ``content_hash``, else a hash of all turns."""
+    if own := getattr(store, "content_hash", None):
+        return own()
+    digest = hashlib.sha256()
+    for index in range(store.num_conversations):
+        for turn in store.conversation(index):
+            digest.update(f"{index} {turn.speaker} {len(turn.text)} {len(turn.codes)}\n".encode())
+            digest.update(np.asarray(turn.text, np.int32).tobytes() + np.asarray(turn.codes, np.uint16).tobytes())
+    return digest.hexdigest()
+
+
+def read_tokens(store: TokenSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All tokens of a store, in parts: text int32 [n] and codes uint16 [f, K], for statistics in constant memory."""
+    if isinstance(store, TokenStore):
+        for _, arrays in store.shard_arrays():
+            yield arrays["text"], np.empty((0, store.num_codebooks), np.uint16)
+        for codes in store.code_blocks():
+            yield np.empty(0, np.int32), codes
+        return
+    for index in range(store.num_conversations):
+        yield from ((turn.text, turn.codes) for turn in store.conversation(index))
 
 
 def recover_store(path: Path) -> None:

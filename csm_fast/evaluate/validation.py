@@ -11,11 +11,10 @@ from torch import Tensor
 
 from csm_fast import ops
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.data.token_store import TokenStore
 from csm_fast.model.loss import coefficients, predictor_states
 from csm_fast.model.stacks import run_decoder, vocabulary
 from csm_fast.packing.draws import Purpose
-from csm_fast.packing.fit import MAX_POSITIONS
+from csm_fast.packing.fit import MAX_POSITIONS, Store
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack
 
@@ -35,9 +34,7 @@ class Validator:
         limit: most rows of a document, the model's context.
     """
 
-    def __init__(
-        self, store: TokenStore, data: DataSection, loss: LossSection, fraction: float, limit: int = MAX_POSITIONS
-    ):
+    def __init__(self, store: Store, data: DataSection, loss: LossSection, fraction: float, limit: int = MAX_POSITIONS):
         section = DataSection(
             data=data.data,
             batch_size=CONVERSATIONS,

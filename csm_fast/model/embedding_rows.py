@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csm_fast import ops
-from csm_fast.data.token_store import TokenStore
+from csm_fast.data.token_store import TokenSource, read_tokens
 from csm_fast.model.stacks import vocabulary
 
 TABLES = ("text_embeddings", "audio_embeddings")
@@ -86,7 +86,7 @@ class EmbeddingRows(nn.Module):
         return saved
 
 
-def rows_in(stores: Iterable[TokenStore], model: Any) -> tuple[Tensor, Tensor]:
+def rows_in(stores: Iterable[TokenSource], model: Any) -> tuple[Tensor, Tensor]:
     """(text rows, audio rows) of the tables that token stores use, int64, sorted, with those of the end of speech.
 
     Reads all tokens once, in blocks.
@@ -97,8 +97,7 @@ def rows_in(stores: Iterable[TokenStore], model: Any) -> tuple[Tensor, Tensor]:
     audio[:, 0] = True  # the end of speech is a frame of zeros
     books = np.arange(num_codebooks)
     for store in stores:
-        for codes in store.code_blocks():
+        for ids, codes in read_tokens(store):
+            text[np.unique(ids)] = True
             audio[books, codes.astype(np.int64)] = True
-        for _, arrays in store.shard_arrays():
-            text[np.unique(arrays["text"])] = True
     return torch.from_numpy(np.flatnonzero(text)), torch.from_numpy(np.flatnonzero(audio.ravel()))

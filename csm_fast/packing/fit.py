@@ -5,13 +5,26 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from csm_fast.system.errors import InputError
 
 MAX_POSITIONS = 2048  # csm-1b's context
+
+
+class Store(Protocol):
+    """What packing needs of a ``TokenStore``. With a ``read_turns`` as well, many turns are read at once."""
+
+    num_conversations: int
+    num_codebooks: int
+
+    def turn_lengths(self) -> tuple[np.ndarray, ...]:
+        """Four arrays [turns]: text ids, frames, speaker and conversation of each turn."""
+
+    def conversation(self, index: int, /) -> Sequence[Any]:
+        """The turns of a conversation, each with ``text`` int32 [n] and ``codes`` uint16 [frames, K]."""
 
 
 class Document(NamedTuple):

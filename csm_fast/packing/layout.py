@@ -6,32 +6,18 @@ steps laid out together. Each pack is then a view of arrays that hold the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from csm_fast.packing.draws import select_lowest
-from csm_fast.packing.fit import MAX_POSITIONS, Document
+from csm_fast.packing.fit import MAX_POSITIONS, Document, Store
 from csm_fast.packing.pack import Pack, Segments
 
 AUDIO, TARGET, TEXT = 1, 2, 4  # bits of a row's kind
-
-
-class Store(Protocol):
-    """What packing needs of a ``TokenStore``. With a ``read_turns`` as well, many turns are read at once."""
-
-    num_conversations: int
-    num_codebooks: int
-
-    def turn_lengths(self) -> tuple[np.ndarray, ...]:
-        """Four arrays [turns]: text ids, frames, speaker and conversation of each turn."""
-
-    def conversation(self, index: int, /) -> Sequence[Any]:
-        """The turns of a conversation, each with ``text`` int32 [n] and ``codes`` uint16 [frames, K]."""
 
 
 @dataclass

@@ -17,8 +17,8 @@ import numpy as np
 
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.packing.draws import Purpose, make_step_keys, seeded_generator
-from csm_fast.packing.fit import MAX_POSITIONS, Document, best_fit, padded_rows, split_documents
-from csm_fast.packing.layout import FrameChoice, PackLayout, StepBatch, Store, TurnLengths, cut_steps, fill_block
+from csm_fast.packing.fit import MAX_POSITIONS, Document, Store, best_fit, padded_rows, split_documents
+from csm_fast.packing.layout import FrameChoice, PackLayout, StepBatch, TurnLengths, cut_steps, fill_block
 from csm_fast.system.errors import InputError
 
 T = TypeVar("T")
@@ -250,6 +250,15 @@ class Packer:
 
     def _pad(self, rows: int) -> int:
         return padded_rows(rows, self.data.pack_rows, self.pad)
+
+
+class OneStepPacker(Packer):
+    """A packer whose steps all have the conversations of the first one (``--overfit-one-batch``). The depth decoder's
+    frames are chosen anew for each step."""
+
+    def layout_steps(self, epoch: int, index: int, count: int = 1) -> PackLayout:
+        first = super().layout_steps(0, 0)
+        return PackLayout(np.tile(first.documents, (count, 1)), first.packs * count, first.steps * count)
 
 
 def prefetch(steps: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

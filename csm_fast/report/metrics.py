@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from csm_fast.system.files import disk_error, write_file
+from csm_fast.system.files import write_file, writing_to
 
 # The columns of metrics.jsonl; a validation adds its own.
 METRICS = (
@@ -65,20 +65,19 @@ class MetricsFile:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append a row: the columns ``METRICS`` first, null where ``values`` has none, then what it has besides."""
         row = {**dict.fromkeys(METRICS), "step": step, **values}
-        try:
+        with writing_to(self.path.parent, "metrics.jsonl could not be written"):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(metrics_line(row))
-        except OSError as error:
-            raise disk_error(error, self.path.parent, "metrics.jsonl could not be written") from None
 
     def keep_until(self, step: int) -> None:
         """Drop the rows after ``step``: a run that continues from there writes them again.
 
         Raises:
-            OSError: the file cannot be written.
+            InputError: the disk refuses the file.
         """
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_file(self.path, "".join(map(metrics_line, rows)))
+        with writing_to(self.path.parent, "the run could not be started"):
+            write_file(self.path, "".join(map(metrics_line, rows)))
 
 
 def validation_line(step: int, v: dict[str, Any]) -> str:

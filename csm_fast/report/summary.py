@@ -16,23 +16,27 @@ log = logging.getLogger("csm_fast")
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a run stands when it ends: steps done and in all, the best validation loss and its step."""
+    """Where a run stands when it ends.
+
+    Attributes:
+        steps, total_steps: done, and in all.
+        best_val_loss, best_step: of the best validation.
+        stopped_by: the signal that ended it before its last step.
+    """
 
     steps: int
     total_steps: int
     best_val_loss: float | None
     best_step: int | None
+    stopped_by: str | None
 
 
-def summarize(
-    run_dir: Path, ending: Ending, entropy: list[float], uniform: float, stopped_by: str | None = None
-) -> dict[str, Any]:
+def summarize(run_dir: Path, ending: Ending, entropy: list[float], uniform: float) -> dict[str, Any]:
     """Write the plot and the summary of a run from its metrics file, say where everything is, and return it.
 
     Args:
         entropy: unigram entropy of each codebook, in nats.
         uniform: the loss of guessing evenly, in nats.
-        stopped_by: the signal that ended a run before its last step.
 
     Raises:
         InputError: the disk refuses the files.
@@ -70,7 +74,7 @@ def summarize(
     if not summary["complete"]:
         log.info(
             "Stopped by %s at step %d of %d. The same command continues from %s.",
-            stopped_by,
+            ending.stopped_by,
             summary["steps"],
             summary["total_steps"],
             run_dir / "last",

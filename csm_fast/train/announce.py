@@ -15,7 +15,7 @@ from csm_fast.model.stacks import vocabulary
 from csm_fast.planner.fit import suggest_changes
 from csm_fast.system.console import counted
 from csm_fast.system.errors import OutOfMemory
-from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.run_folder import list_checkpoints
 from csm_fast.train.setup import Prepared
 
 log = logging.getLogger("csm_fast")
@@ -53,8 +53,8 @@ def print_banner(run: Prepared, trained: int, killed: dict[str, Any] | None) -> 
     )
     every = run.packer.steps_in_epoch(0)
     log.info("Steps     %d per epoch of %s, %d in all, on %s", every, per_step, run.total_steps, run.device)
-    if run.state["step"] >= run.total_steps:
-        log.info("Done      it is at step %d already; a larger --max-steps or --n-epochs goes on", run.state["step"])
+    if run.state.step >= run.total_steps:
+        log.info("Done      it is at step %d already; a larger --max-steps or --n-epochs goes on", run.state.step)
     if run.compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache directory")
         log.info("Compile   layers when they first run, up to a minute; kept in %s for the next run", kept)
@@ -96,6 +96,6 @@ def _method(config: TrainConfig) -> str:
 def explain_out_of_memory(error: BaseException, config: TrainConfig) -> OutOfMemory:
     """The line for it: what ran out, what is left, and the smallest change that helps."""
     reason = next(iter(str(error).strip().splitlines()), "")[:160]
-    found = ckpt.list_checkpoints(Path(config.run.output_dir).expanduser())
+    found = list_checkpoints(Path(config.run.output_dir).expanduser())
     left = f"{found[-1].name} is intact and the same command continues from it" if found else "nothing was saved yet"
     return OutOfMemory(f"not enough memory ({reason}); {left}", mend=suggest_changes(config))

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import math
 import os
-import re
 import shutil
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,39 @@ from csm_fast.system.tensors import write_tensors
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.weights.save import save_model, write_record
 
-log = logging.getLogger("csm_fast")
-
 STATE = "trainer_state.json"
 FORMAT = 1
-_STEP = re.compile(r"step-\d{6,}")
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@dataclass
+class RunState:
+    """Where a run stands, as ``trainer_state.json`` holds it.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch, index: which step of which epoch comes next.
+        best_val_loss, best_step: of the best validation so far.
+        data: what epoch and index refer to (``checks.position_identity``).
+        loss_scale: state of fp16's ``GradScaler``.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    loss_scale: dict[str, Any] | None = None
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> RunState:
+        """The state that ``read_if_complete`` has read."""
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+
+    def as_saved(self) -> dict[str, Any]:
+        """What is written; the loss scale only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "loss_scale" or value is not None}
 
 
 def directory_name(step: int) -> str:
@@ -46,15 +72,14 @@ def save_checkpoint(
     run_dir: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: RunState,
     config_yaml: str,
     record: dict[str, Any],
     probe: Pack | None = None,
 ) -> Path:
-    """Write ``run_dir/step-N`` for ``state["step"]`` and point ``last`` at it.
+    """Write ``run_dir/step-N`` for step N of ``state`` and point ``last`` at it.
 
     Args:
-        state: JSON-able position of the run; its "step" names the directory.
         config_yaml: the resolved configuration.
         record: the codec and tokenizer the model was trained with, kept beside its configuration.
         probe: with adapters, real data on the model's device, of which a part goes with them (``probe.py``).
@@ -62,7 +87,7 @@ def save_checkpoint(
     Raises:
         InputError: the disk is full or not writable. Earlier checkpoints are untouched.
     """
-    final = run_dir / directory_name(state["step"])
+    final = run_dir / directory_name(state.step)
     temporary = run_dir / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -74,7 +99,7 @@ def save_checkpoint(
         files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
         for name in files:
             fsync_path(temporary / name)
-        payload = {"format": FORMAT, **state, "files": files}
+        payload = {"format": FORMAT, **state.as_saved(), "files": files}
         (temporary / STATE).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
         fsync_path(temporary / STATE)
         fsync_path(temporary)
@@ -84,7 +109,7 @@ def save_checkpoint(
         fsync_path(run_dir)
         link_or_copy(run_dir, "last", final.name)
     except (OSError, InputError) as error:
-        # The model's writer has told its OSError in its own words, which name the temporary directory.
+        # The model's writer reports its OSError as an InputError that names the temporary directory.
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise disk_error(cause, run_dir, "the checkpoint could not be saved, the earlier ones are intact") from error
     finally:
@@ -101,24 +126,6 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
             form = _state_form(optimizer, parameter).values()
             total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in form)
     return total
-
-
-def check_space(run_dir: Path, needed: int) -> None:
-    """Refuse a run whose first checkpoint could not be saved.
-
-    Raises:
-        InputError: fewer than ``needed`` bytes are free.
-    """
-    try:
-        free = shutil.disk_usage(run_dir).free
-    except OSError:
-        return
-    if free < needed:
-        raise InputError(
-            f"a checkpoint takes {needed / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} left",
-            file=run_dir,
-            mend="free space, or choose another --output-dir",
-        )
 
 
 def save_weights(model: nn.Module, directory: Path, probe: Pack | None) -> None:
@@ -239,72 +246,9 @@ def read_if_complete(checkpoint: Path) -> dict[str, Any] | None:
     return state
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    if not run_dir.is_dir():
-        return []
-    named = [p for p in run_dir.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted((p for p in named if read_if_complete(p)), key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def list_damaged(run_dir: Path) -> list[tuple[Path, str]]:
-    """Checkpoints that are not whole, oldest first, and what is wrong. Saving leaves none: somebody or a drive did."""
-    found = []
-    for path in run_dir.glob("step-*"):
-        if _STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and not read_if_complete(path):
-            found.append((path, _damage(path)))
-    return sorted(found, key=lambda item: int(item[0].name.removeprefix("step-")))
-
-
-def check_damage(run_dir: Path, whole: list[Path]) -> None:
-    """Refuse to begin anew where only damaged checkpoints are left; name those that are passed over.
-
-    Raises:
-        InputError: ``whole``, the run's ``list_checkpoints``, is empty, and damaged ones are there.
-    """
-    broken = list_damaged(run_dir)
-    if broken and not whole:
-        path, what = broken[-1]
-        raise InputError(
-            f"is damaged: {what}; no whole checkpoint is left to continue from",
-            file=path,
-            mend="restore it, or choose another --output-dir",
-        )
-    for path, what in broken:
-        if int(path.name.removeprefix("step-")) > int(whole[-1].name.removeprefix("step-")):
-            log.warning("warning: %s is damaged: %s; the run continues from %s", path, what, whole[-1].name)
-
-
-def _damage(checkpoint: Path) -> str:
-    try:
-        files = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["files"]
-        for name, size in files.items():
-            if not (checkpoint / name).exists():
-                return f"{name} is missing"
-            if (here := (checkpoint / name).stat().st_size) != size:
-                return f"{name} has {here:,} bytes of {size:,}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return f"{STATE} cannot be read" if (checkpoint / STATE).exists() else f"{STATE} is missing"
-
-
-def remove_older(run_dir: Path, keep: int, best: str | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one."""
-    for path in list_checkpoints(run_dir)[:-keep]:
-        if path.name != best:
-            remove_checkpoint(path)
-
-
 def remove_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint. It loses its name first, so a kill halfway leaves no half checkpoint."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_partial(run_dir: Path) -> None:
-    """Remove what interrupted saves and deletions left behind."""
-    for pattern in (".step-*.tmp", ".step-*.old"):
-        for path in run_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)

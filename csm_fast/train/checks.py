@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
-from csm_fast.data.token_store import TokenStore, check_compatible
+from csm_fast.data.token_store import TokenSource, check_compatible, hash_tokens
 from csm_fast.model.csm import CSM
 from csm_fast.model.loss import coefficients
 from csm_fast.model.stacks import vocabulary
@@ -53,7 +54,7 @@ def check_adapter(section: AdapterSection) -> None:
 
 
 def check_data(
-    model: CSM, stores: list[TokenStore], config: TrainConfig, resumed: Path | None, is_named: bool = True
+    model: CSM, stores: Sequence[TokenSource], config: TrainConfig, resumed: Path | None, is_named: bool = True
 ) -> dict[str, Any]:
     """Refuse, by name, data made with another codec or tokenizer than the model's.
 
@@ -79,7 +80,7 @@ def check_data(
         if store.codebook_size > vocab:
             raise InputError(
                 f"has codes up to {store.codebook_size - 1}; the model's audio vocabulary ends at {vocab - 1}",
-                file=store.path,
+                file=getattr(store, "path", None),
                 mend="use a model of the codec's size",
             )
         # Weights that say nothing of their codec are Sesame's or made from them, and speak Mimi.
@@ -87,7 +88,7 @@ def check_data(
         if offline and not known and is_named and vocab == 2051:
             raise InputError(
                 f"was made with the {store.codec['name']}; {config.model.model} speaks kyutai/mimi",
-                file=store.path,
+                file=getattr(store, "path", None),
                 mend="run csm-fast pretokenize --codec transformers, or train --from-scratch",
             )
     for noun in ("codec", "text_tokenizer"):
@@ -113,7 +114,7 @@ POSITIONAL = (
 )
 
 
-def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
+def position_identity(config: TrainConfig, store: TokenSource) -> dict[str, Any]:
     """What the position (epoch, index) of a run refers to: the data and how it is dealt out."""
     data = dataclasses.asdict(config.data)
     identity = {**{key: data[key] for key in POSITIONAL}, "method": config.adapter.method}
@@ -126,7 +127,7 @@ def position_identity(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
         identity["model"] = config.model.model
     if config.data.batch_rows is not None:
         identity["pack_rows"] = config.data.pack_rows
-    return {**identity, "tokens": store.content_hash()[:16]}
+    return {**identity, "tokens": hash_tokens(store)[:16]}
 
 
 def check_position(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:

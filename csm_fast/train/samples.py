@@ -9,7 +9,7 @@ from pathlib import Path
 from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.config.train import RunSection
 from csm_fast.data.audio import write_wav
-from csm_fast.data.token_store import TokenStore
+from csm_fast.data.token_store import TokenSource
 from csm_fast.generate.generator import Generator
 from csm_fast.generate.voice import load_voice
 from csm_fast.model.csm import CSM
@@ -20,7 +20,7 @@ from csm_fast.system.errors import InputError
 class Sampler:
     """Speech samples during training: the same sentences with the same seed each time, disturbing nothing."""
 
-    def __init__(self, model: CSM, run: RunSection, directory: Path, store: TokenStore):
+    def __init__(self, model: CSM, run: RunSection, directory: Path, store: TokenSource):
         self.config, self.directory = run, directory
         sentences = self.config.gen_sentences
         if sentences.endswith(".txt"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,28 +15,30 @@ import torch
 
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import TrainConfig
-from csm_fast.data.token_store import TokenStore, open_split
+from csm_fast.data.token_store import TokenSource, open_split
 from csm_fast.evaluate.validation import Validator
 from csm_fast.model import adapters
 from csm_fast.model.compile import compile_layers
 from csm_fast.model.csm import CSM
 from csm_fast.model.embedding_rows import EmbeddingRows, rows_in
-from csm_fast.model.loss import coefficients
+from csm_fast.model.loss import amortized_loss, coefficients
 from csm_fast.model.stacks import stack_limit, vocabulary
-from csm_fast.packing.loader import Packer
+from csm_fast.packing.loader import OneStepPacker, Packer
 from csm_fast.planner import fit
 from csm_fast.system.device import compute_dtype, resolve_device, resolve_precision
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import disk_error, old_directory
-from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.checkpoint import RunState, read_if_complete
 from csm_fast.train.checks import check_adapter, check_data, check_position, check_precision, position_identity
 from csm_fast.train.optim.build import cast_weights
 from csm_fast.train.optim.schedule import peak_learning_rate
+from csm_fast.train.run_folder import check_damage, list_checkpoints
+from csm_fast.train.step import LossFunction
 from csm_fast.weights import adapter_files
 from csm_fast.weights.load import load_model
 from csm_fast.weights.shape import scratch_shape, shape_beforehand
 
-Stores = TokenStore | tuple[TokenStore, TokenStore | None]  # the training data, or with the validation data
+Stores = TokenSource | tuple[TokenSource, TokenSource | None]  # the training data, or with the validation data
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,34 @@ class Prepared:
         config: resolved: the learning rate and the activation checkpointing are chosen.
         run_dir: the output folder; it exists.
         precision: "bf16", "fp16" or "fp32".
-        store, val_store: the data; no validation data is None.
-        packer, validator: of these stores.
+        store: the training data.
+        packer: makes the optimizer steps of it.
+        validator: of the validation data; None where there is none.
         total_steps: optimizer steps of the whole run.
         model: on its device, with its adapters, cast and frozen as the run trains it.
         compiled: its layers are compiled.
+        loss_function: (model, pack) -> (loss, per-codebook [K]).
+        uniform_loss: the loss of guessing evenly, in nats.
         record: the codec and the tokenizer, which checkpoints carry.
         resumed: the checkpoint to continue from; None for a run that begins.
-        state: the position of the run: step, epoch, index, best validation, identity of the data.
-        weights: (a, b) of the loss ``a CE0 + b CEd``.
+        state: where the run stands.
     """
 
     config: TrainConfig
     run_dir: Path
     device: torch.device
     precision: str
-    store: TokenStore
-    val_store: TokenStore | None
+    store: TokenSource
     packer: Packer
     validator: Validator | None
     total_steps: int
     model: CSM
     compiled: bool
+    loss_function: LossFunction
+    uniform_loss: float
     record: dict[str, Any]
     resumed: Path | None
-    state: dict[str, Any]
-    weights: tuple[float, float]
+    state: RunState
 
 
 def prepare(config: TrainConfig, model: CSM | None = None, store: Stores | None = None) -> Prepared:
@@ -90,11 +95,7 @@ def prepare(config: TrainConfig, model: CSM | None = None, store: Stores | None 
     config = copy.deepcopy(config)
     check_adapter(config.adapter)
     config.optimizer.learning_rate = peak_learning_rate(config.optimizer, config.adapter.method)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    device = resolve_device(config.run.device)
-    precision = resolve_precision(config.model.precision, device)
-    check_precision(precision, config.optimizer)
+    device, precision = _choose_device(config)
     train_store, val_store = _open_stores(config, store)
     run_dir = Path(config.run.output_dir).expanduser()
     resumed, state = _find_run(config, run_dir, train_store)
@@ -112,26 +113,37 @@ def prepare(config: TrainConfig, model: CSM | None = None, store: Stores | None 
     packer, validator, total_steps = layout or _lay_out_packs(
         config, train_store, val_store, device, stack_limit(model.backbone)
     )
+    a, b = coefficients(config.loss, train_store.num_codebooks)
     return Prepared(
         config=config,
         run_dir=run_dir,
         device=device,
         precision=precision,
         store=train_store,
-        val_store=val_store,
         packer=packer,
         validator=validator,
         total_steps=total_steps,
         model=model,
         compiled=compiled,
+        loss_function=amortized_loss(a, b),
+        uniform_loss=(a + b) * math.log(vocabulary(model)[1]),
         record=record,
         resumed=resumed,
-        state={**state, "data": position_identity(config, train_store)},
-        weights=coefficients(config.loss, vocabulary(model)[0]),
+        state=dataclasses.replace(state, data=position_identity(config, train_store)),
     )
 
 
-def _open_stores(config: TrainConfig, given: Stores | None) -> tuple[TokenStore, TokenStore | None]:
+def _choose_device(config: TrainConfig) -> tuple[torch.device, str]:
+    """The device and the precision of products on it; also sets PyTorch's threads."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.model.precision, device)
+    check_precision(precision, config.optimizer)
+    return device, precision
+
+
+def _open_stores(config: TrainConfig, given: Stores | None) -> tuple[TokenSource, TokenSource | None]:
     if given is not None:
         return given if isinstance(given, tuple) else (given, None)
     path = Path(config.data.data).expanduser() / "val"
@@ -140,30 +152,30 @@ def _open_stores(config: TrainConfig, given: Stores | None) -> tuple[TokenStore,
     return train, open_split(config.data.data, "val") if has_val else None
 
 
-def _find_run(config: TrainConfig, run_dir: Path, store: TokenStore) -> tuple[Path | None, dict[str, Any]]:
-    """Make the output folder; the checkpoint in it to continue from, and the position of the run."""
+def _find_run(config: TrainConfig, run_dir: Path, store: TokenSource) -> tuple[Path | None, RunState]:
+    """Make the output folder. Returns the checkpoint in it to continue from, and where the run stands."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, run_dir, "the run directory could not be made") from None
-    found = ckpt.list_checkpoints(run_dir)
+    found = list_checkpoints(run_dir)
     if found and not config.run.resume:
         raise InputError(
             f"holds a run already ({found[-1].name})",
             file=run_dir,
             mend="choose another --output-dir, or leave out --no-resume to continue it",
         )
-    ckpt.check_damage(run_dir, found)
+    check_damage(run_dir, found)
     if not found:
-        return None, {"step": 0, "epoch": 0, "index": 0, "best_val_loss": None, "best_step": None}
+        return None, RunState()
     resumed = found[-1]
-    state = {k: v for k, v in (ckpt.read_if_complete(resumed) or {}).items() if k not in ("format", "files")}
-    check_position(state.get("data", {}), position_identity(config, store), resumed)
+    state = RunState.from_saved(read_if_complete(resumed) or {})
+    check_position(state.data, position_identity(config, store), resumed)
     return resumed, state
 
 
 def choose_checkpointing(
-    config: TrainConfig, shape: CSMConfig, store: TokenStore, device: torch.device, precision: str
+    config: TrainConfig, shape: CSMConfig, store: TokenSource, device: torch.device, precision: str
 ) -> str:
     """The activation checkpointing with which a run fits into the device's memory: the config's, or under
     ``--memory auto`` the least that will do.
@@ -189,11 +201,11 @@ def choose_checkpointing(
 
 
 def _lay_out_packs(
-    config: TrainConfig, store: TokenStore, val_store: TokenStore | None, device: torch.device, limit: int
+    config: TrainConfig, store: TokenSource, val_store: TokenSource | None, device: torch.device, limit: int
 ) -> tuple[Packer, Validator | None, int]:
     """The packs of a model that sees ``limit`` positions, the validator, and how many steps the run has."""
-    run = config.run
-    packer = Packer(store, config.data, config.loss, pad=device.type, limit=limit)
+    run, kind = config.run, OneStepPacker if config.run.overfit_one_batch else Packer
+    packer = kind(store, config.data, config.loss, pad=device.type, limit=limit)
     total = 0
     for epoch in range(run.n_epochs):
         total += packer.steps_in_epoch(epoch)
@@ -242,7 +254,7 @@ def load_starting_model(config: TrainConfig, dtype: torch.dtype = torch.float32)
 def _prepare_model(
     config: TrainConfig,
     model: CSM,
-    store: TokenStore,
+    store: TokenSource,
     resumed: Path | None,
     device: torch.device,
     dtype: torch.dtype,
@@ -263,7 +275,7 @@ def attach_adapters(
     model: CSM,
     config: TrainConfig,
     dtype: torch.dtype,
-    store: TokenStore,
+    store: TokenSource,
     resumed: Path | None,
     device: torch.device | None = None,
 ) -> None:

@@ -15,8 +15,10 @@ from csm_fast.config.train import OptimizerSection
 from csm_fast.packing.draws import Purpose, seeded_generator
 from csm_fast.packing.layout import StepBatch
 from csm_fast.system.device import compute_dtype
-from csm_fast.train import checkpoint as ckpt
-from csm_fast.train.optim.build import clip, gradient_norm, in_backward, make_optimizer, warn_without_gradient
+from csm_fast.train.checkpoint import load_optimizer
+from csm_fast.train.optim.build import make_optimizer, warn_without_gradient
+from csm_fast.train.optim.clipping import clip_gradients, gradient_norm
+from csm_fast.train.optim.in_backward import UpdateInBackward
 from csm_fast.train.optim.schedule import learning_rate
 
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1
@@ -24,7 +26,7 @@ LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a step gave, on the device.
 
     Attributes:
@@ -41,7 +43,7 @@ class Outcome:
     lr: float
 
 
-class Update:
+class StepRunner:
     """The optimizer of a run and what belongs to it. Nothing here asks a GPU for a value.
 
     Args:
@@ -71,21 +73,22 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.overflows = torch.zeros((), dtype=torch.long, device=device)
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Continue from what ``checkpoint.save_checkpoint`` and ``state`` wrote."""
-        ckpt.load_optimizer(self.optimizer, checkpoint)
-        if self.scaler.is_enabled() and state.get("loss_scale"):
-            self.scaler.load_state_dict(state["loss_scale"])
+    def load(self, checkpoint: Path, loss_scale: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint's optimizer and from what ``loss_scale`` gave when it was saved."""
+        load_optimizer(self.optimizer, checkpoint)
+        if self.scaler.is_enabled() and loss_scale:
+            self.scaler.load_state_dict(loss_scale)
 
-    def state(self) -> dict[str, Any]:
-        """What the optimizer's tensors do not hold, for the trainer's state. Waits for the device under fp16."""
-        return {"loss_scale": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+    def loss_scale(self) -> dict[str, Any] | None:
+        """The state of fp16's loss scaling, which the optimizer's tensors do not hold; None in other precisions. Waits
+        for the device."""
+        return self.scaler.state_dict() if self.scaler.is_enabled() else None
 
     def autocast(self) -> Any:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def __call__(self, batch: StepBatch, step: int) -> Outcome:
-        """Optimizer step number ``step``, from 0."""
+    def run(self, batch: StepBatch, step: int) -> StepResult:
+        """Take optimizer step number ``step``, from 0."""
         lr = learning_rate(self.section, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -93,7 +96,7 @@ class Update:
         torch.manual_seed(int(seeded_generator(self.seed, Purpose.DROPOUT, step).integers(2**62)))
         loss: Any = 0.0
         per_codebook: Any = 0.0
-        at_once: in_backward | None = None
+        at_once: UpdateInBackward | None = None
         for i, pack in enumerate(batch.packs):
             with self.autocast():
                 part, parts = self.loss_function(self.model, pack.to(self.device))
@@ -102,7 +105,7 @@ class Update:
             if not part.requires_grad:  # all that this pack would teach is frozen
                 continue
             if self.section.optimizer_in_backward and i + 1 == len(batch.packs):
-                at_once = in_backward(self.optimizer, ~torch.isfinite(loss))
+                at_once = UpdateInBackward(self.optimizer, ~torch.isfinite(loss))
             with at_once or nullcontext():
                 self.scaler.scale(part).backward()
         rows = getattr(self.model, "embedding_rows", None)
@@ -111,7 +114,7 @@ class Update:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = at_once.norm() if at_once else gradient_norm(self.parameters)
-        clip(self.optimizer, self.section.max_grad_norm, norm)
+        clip_gradients(self.optimizer, self.section.max_grad_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         # The optimizers leave parameters, moments and their step count alone where this flag is 1.
         self.optimizer.found_inf = bad.float()
@@ -127,4 +130,4 @@ class Update:
             self.overflows = torch.where(bad, self.overflows + 1, 0)
             bad = ~torch.isfinite(loss) | (self.overflows > MOST_OVERFLOWS)
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
-        return Outcome(loss, per_codebook, norm, bad, lr)
+        return StepResult(loss, per_codebook, norm, bad, lr)

@@ -9,7 +9,7 @@ import torch
 
 from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.packing.layout import StepBatch
-from csm_fast.train.step import Outcome
+from csm_fast.train.step import StepResult
 
 
 class Window:
@@ -30,12 +30,12 @@ class Window:
         self.rows = self.padded = self.frames = 0
         self.started, self.paused = time.monotonic(), 0.0
 
-    def add(self, step: int, outcome: Outcome, batch: StepBatch) -> None:
-        bad = outcome.bad
+    def add(self, step: int, result: StepResult, batch: StepBatch) -> None:
+        bad = result.bad
         # A skipped step must not poison the means.
-        self.loss += torch.where(bad, 0.0, outcome.loss.double())
-        self.per_codebook += torch.where(bad, 0.0, outcome.per_codebook.double())
-        self.norm += torch.where(bad, 0.0, outcome.grad_norm.double())
+        self.loss += torch.where(bad, 0.0, result.loss.double())
+        self.per_codebook += torch.where(bad, 0.0, result.per_codebook.double())
+        self.norm += torch.where(bad, 0.0, result.grad_norm.double())
         if batch.supervised:
             self.good += ~bad
         self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
@@ -66,7 +66,7 @@ class Window:
         self._reset()
         return result
 
-    def take_bad(self) -> tuple[int, int, int]:
+    def take_skipped(self) -> tuple[int, int, int]:
         """(skipped updates, step of the first) since last asked, and how many in a row up to now, since ever."""
         count, first, streak = int(self.bad_count), int(self.first_bad), int(self.bad_streak)
         self.bad_count.zero_()

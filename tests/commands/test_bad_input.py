@@ -46,7 +46,7 @@ from csm_fast.data.audio import read_audio
 from csm_fast.data.metadata import load_metadata
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.token_store import open_split
-from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.checkpoint import read_if_complete
 from csm_fast.weights.save import write_record
 
 
@@ -630,7 +630,7 @@ def test_a_full_disk_while_saving(tmp_path, refused, monkeypatch, place):
             "free some space and run the same command again",
             keep=saved,
         )
-    assert ckpt.read_if_complete(saved) and ckpt.read_if_complete(tmp_path / "run" / "last")
+    assert read_if_complete(saved) and read_if_complete(tmp_path / "run" / "last")
     assert not list((tmp_path / "run").glob(".step*"))
     assert cli.main(train(tmp_path, max_steps=3, save_every=1)) == 0
     whole, pieces = contents(tmp_path / "alone"), contents(tmp_path / "run")

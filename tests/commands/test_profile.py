@@ -123,11 +123,11 @@ def test_all_products_of_a_training_step_are_counted(tmp_path, precision):
     """As PyTorch's own counter counts them over the same step."""
     trainer = make_trainer(config(tmp_path, precision=precision))
     batch = trainer.packer.step(0, 0)
-    trainer.update(batch, 1)
+    trainer.runner.run(batch, 1)
     with FlopCounterMode(display=False) as counter:
-        trainer.update(batch, 1)
+        trainer.runner.run(batch, 1)
     flops = {str(name).replace(".", "::"): n for name, n in counter.get_flop_counts()["Global"].items()}
-    rows = operators(lambda: trainer.update(batch, 1), flops=flops)
+    rows = operators(lambda: trainer.runner.run(batch, 1), flops=flops)
     assert sum(row["flops"] for row in rows) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     assert counter.get_total_flops() > 0
 

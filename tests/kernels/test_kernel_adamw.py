@@ -18,7 +18,7 @@ from kernel_cases import assert_within_budget, gradients, interpreted, start
 from csm_fast import ops
 from csm_fast.train.optim import adamw
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.rounding import TILE, Draws, drawing
+from csm_fast.train.optim.rounding import TILE, RoundingBits, rounding_keys
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -167,7 +167,7 @@ def test_draws_are_those_of_the_class(form):
     p.grad = torch.full_like(p, -1.0)  # 1 becomes 1 + 2^-9, a quarter of the way to the next bf16 number
     with running(form):
         optimizer.step()
-    draws = Draws(drawing(5, 0), torch.tensor(1.0), numel).of(0, numel).view(rows, width)
+    draws = RoundingBits(rounding_keys(5, 0), torch.tensor(1.0), numel).of(0, numel).view(rows, width)
     want = torch.where(draws >= 0x10000 - 0x4000, 1 + 2.0**-7, 1.0)
     assert 0.2 < (want > 1).float().mean() < 0.3 or numel < 100
     assert torch.equal(p.detach().cpu().float(), want)
@@ -222,10 +222,10 @@ def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bi
                 if step == 3:  # a run goes on from what was saved
                     optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.step()
-        assert (p.dim() == 2) == (p in optimizer._live._known)
+        assert (p.dim() == 2) == (p in optimizer._moving._known)
         results.append([p.detach().view(-1), *moments(optimizer, p)])
         if p.dim() == 2:
-            marked = optimizer._live._known[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
+            marked = optimizer._moving._known[p][1].view(rows, -1).any(1).nonzero().flatten().tolist()
             assert marked == [0, 1, 5, 7, 11]
             assert torch.equal(p.detach()[[2, 3]], start(rows, width, dtype=dtype, device=device)[[2, 3]])
     for a, b in zip(*results, strict=True):

@@ -20,7 +20,7 @@ from csm_fast.config.train import DataSection, LossSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import gradient_norm
+from csm_fast.train.optim.clipping import gradient_norm
 from model_cases import MICRO_32, MemoryStore, random_conversations
 
 

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common.tracked import Tracked
 from csm_fast.system.optional import load_bitsandbytes
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import in_backward
-from csm_fast.train.optim.rounding import TILE, Draws, drawing, round_stochastically
+from csm_fast.train.optim.in_backward import UpdateInBackward
+from csm_fast.train.optim.rounding import TILE, RoundingBits, round_stochastically, rounding_keys
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -167,7 +167,9 @@ def test_updates_far_below_a_spacing_are_lost_to_nearest_only():
 def test_rounding_gives_a_neighbour_and_the_right_mean():
     x = torch.tensor([1 + 2**-9, -1 - 3 * 2**-9, 1e-3, -7.7e-20, 0.999, 65504.0, 0.0, 3.0])
     draws = torch.stack([x] * 40_000)
-    got = round_stochastically(draws.flatten().clone(), 0, Draws(drawing(0, 0), torch.tensor(1.0), draws.numel()))
+    got = round_stochastically(
+        draws.flatten().clone(), 0, RoundingBits(rounding_keys(0, 0), torch.tensor(1.0), draws.numel())
+    )
     got = got.view(draws.shape).double()
     below = (x.view(torch.int32) & -65536).view(F32).double()  # towards zero
     above = (x.view(torch.int32) + 65536 & -65536).view(F32).double()
@@ -182,7 +184,7 @@ def test_draws_are_uniform_and_unlike_those_of_other_places_steps_and_parameters
     n = TILE * 8
 
     def draws(seed=0, index=0, step=1):
-        return Draws(drawing(seed, index), torch.tensor(float(step)), n).of(0, n).double()
+        return RoundingBits(rounding_keys(seed, index), torch.tensor(float(step)), n).of(0, n).double()
 
     base = draws()
     for tile in (base[:TILE], base[-TILE:]):  # as it was hashed, and with bits flipped
@@ -201,7 +203,9 @@ def test_draws_a_tile_apart_agree_no_more_than_by_chance():
     steps, places = 1000, slice(0, 4)
     seen = torch.stack(
         [
-            Draws(drawing(0, 0), torch.tensor(float(step)), 3 * TILE).of(0, 3 * TILE).view(3, TILE)[:, places]
+            RoundingBits(rounding_keys(0, 0), torch.tensor(float(step)), 3 * TILE)
+            .of(0, 3 * TILE)
+            .view(3, TILE)[:, places]
             for step in range(steps)
         ]
     ).double()  # [steps, tiles, places]
@@ -216,7 +220,7 @@ def test_draws_a_tile_apart_agree_no_more_than_by_chance():
     "first, count", [(0, 1), (5, 100), (TILE - 3, 7), (TILE, TILE), (TILE + 256, TILE + 9), (3 * TILE, 17)]
 )
 def test_draws_of_a_piece_are_those_of_the_whole(first, count):
-    draws = Draws(drawing(3, 1), torch.tensor(7.0), 3 * TILE + 17)
+    draws = RoundingBits(rounding_keys(3, 1), torch.tensor(7.0), 3 * TILE + 17)
     whole = draws.of(0, 3 * TILE + 17)
     assert whole.dtype == torch.int32 and torch.equal(draws.of(first, count), whole[first : first + count])
 
@@ -348,7 +352,7 @@ def test_nothing_asks_the_device_for_a_value(bits, rounding, dtype):
         assert float(torch.ones(())) == 1 and asked.waits == 1
         optimizer.found_inf = torch.tensor(0.0)
         descend(optimizer, p, gradients(steps=2))
-        at_once = in_backward(optimizer, torch.tensor(False))
+        at_once = UpdateInBackward(optimizer, torch.tensor(False))
         with at_once:
             p.sum().backward()
         at_once.norm()

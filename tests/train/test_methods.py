@@ -86,16 +86,16 @@ def test_it_learns_continues_and_is_what_was_saved(base, tmp_path, name):
 def test_a_gradient_that_is_never_finite_ends_a_run_in_fp16_too(base, tmp_path):
     """Its loss is finite, so at first it looks like the search for the loss scale."""
     trainer = make_trainer(settings(base, tmp_path, "full in fp16", max_steps=50, val_every=0))
-    plain = trainer.update.loss_function
+    plain = trainer.runner.loss_function
 
     def no_gradient(model, pack):
         loss, parts = plain(model, pack)
         return loss + (loss * 0).sqrt(), parts
 
-    trainer.update.loss_function = no_gradient
+    trainer.runner.loss_function = no_gradient
     with pytest.raises(InputError, match="were all skipped"):
         trainer.run()
-    assert 24 < trainer.state["step"] < 50
+    assert 24 < trainer.state.step < 50
 
 
 def test_an_adapter_checkpoint_holds_what_was_trained(base, tmp_path):

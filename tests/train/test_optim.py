@@ -20,7 +20,9 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.tensors import write_tensors
 from csm_fast.train.checkpoint import load_optimizer, optimizer_tensors
 from csm_fast.train.optim.adamw import AdamW
-from csm_fast.train.optim.build import cast_weights, clip, in_backward, make_optimizer
+from csm_fast.train.optim.build import cast_weights, make_optimizer
+from csm_fast.train.optim.clipping import clip_gradients
+from csm_fast.train.optim.in_backward import UpdateInBackward
 
 BF16, F32 = torch.bfloat16, torch.float32
 KINDS = {  # what a run can choose, as (optimizer, weights)
@@ -74,7 +76,7 @@ def learn(model, optimizer, steps, at_once=False, bad=False):
             with torch.autocast("cpu", BF16):
                 loss = packed_loss(model, pack, 0.5, 0.5)[0]
             if at_once and i + 1 == len(packs):
-                hooks = in_backward(optimizer, ~torch.isfinite(loss) | bad)
+                hooks = UpdateInBackward(optimizer, ~torch.isfinite(loss) | bad)
                 with hooks:
                     loss.backward()
             else:
@@ -155,8 +157,8 @@ def test_updates_inside_the_backward_pass_where_the_table_is_projected():
 def test_updates_inside_the_backward_pass_are_not_clipped_by_an_earlier_norm():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW([p])
-    clip(optimizer, 1.0, torch.tensor(1000.0))
-    with in_backward(optimizer, torch.tensor(False)):
+    clip_gradients(optimizer, 1.0, torch.tensor(1000.0))
+    with UpdateInBackward(optimizer, torch.tensor(False)):
         p.sum().backward()
     torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((3,), 0.1))
 
@@ -195,7 +197,7 @@ def test_a_gradient_that_is_not_finite_stops_the_updates_after_it(kind):
     first, second, third = (torch.nn.Linear(4, 4, bias=False) for _ in range(3))
     before = [layer.weight.detach().clone() for layer in (first, second, third)]
     optimizer = kind([layer.weight for layer in (first, second, third)])
-    at_once = in_backward(optimizer, torch.tensor(False))
+    at_once = UpdateInBackward(optimizer, torch.tensor(False))
     with at_once:
         third(Poisoned.apply(second(first(torch.ones(2, 4))))).sum().backward()
     assert bool(at_once.bad) and not torch.isfinite(at_once.norm())

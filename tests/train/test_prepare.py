@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from train_cases import CODEC, TOKENIZER, config, conversations_of, make_trainer
 
-from csm_fast.data.token_store import open_split
+from csm_fast import InputError
+from csm_fast.data.token_store import hash_tokens, open_split
 from csm_fast.model.csm import CSM
+from csm_fast.model.embedding_rows import rows_in
 from csm_fast.train.loop import train
 from csm_fast.train.setup import prepare
 
@@ -17,7 +20,7 @@ from csm_fast.train.setup import prepare
 class MemoryStore:
     """Conversations in memory with what a run asks of a ``TokenStore``."""
 
-    codec, text_tokenizer, path = CODEC, TOKENIZER, "memory"
+    codec, text_tokenizer = CODEC, TOKENIZER
     num_codebooks, codebook_size = CODEC["num_codebooks"], CODEC["codebook_size"]
 
     def __init__(self, conversations):
@@ -37,13 +40,6 @@ class MemoryStore:
         )
         speakers = [turn.speaker for turn in self.turns]
         return np.array(texts), np.array(frames), np.array(speakers), np.repeat(np.arange(len(counts)), counts)
-
-    def read_turns(self, firsts, lasts):
-        chosen = [turn for a, b in zip(firsts, lasts, strict=True) for turn in self.turns[a:b]]
-        return np.concatenate([t.text for t in chosen]), np.concatenate([t.codes for t in chosen])
-
-    def content_hash(self):
-        return "0" * 64
 
 
 def losses(folder):
@@ -78,6 +74,23 @@ def test_a_store_in_memory(tmp_path):
     assert losses(tmp_path / "memory") == losses(tmp_path / "run")
     settings.run.output_dir = str(tmp_path / "both")
     assert train(settings, store=(store, store))["val_loss_last"] is not None
+
+
+def test_a_run_on_a_store_in_memory_continues_on_the_same_tokens_only(tmp_path):
+    settings = config(tmp_path, max_steps=2, val_every=0)
+    train(settings, store=MemoryStore(conversations_of(24, 0)))
+    settings.run.max_steps = 3
+    with pytest.raises(InputError, match="the token store"):
+        train(settings, store=MemoryStore(conversations_of(24, 1)))
+    assert train(settings, store=MemoryStore(conversations_of(24, 0)))["steps"] == 3
+
+
+def test_rows_of_embeddings_are_those_of_a_store_in_memory_too(tmp_path):
+    model = prepare(config(tmp_path)).model
+    stores = open_split(str(tmp_path / "tokens"), "train"), MemoryStore(conversations_of(24, 0))
+    assert hash_tokens(stores[1]) != hash_tokens(MemoryStore(conversations_of(24, 1)))
+    for on_disk, in_memory in zip(*(rows_in([store], model) for store in stores), strict=True):
+        assert torch.equal(on_disk, in_memory)
 
 
 def test_the_model_that_was_given_is_the_runs(tmp_path):

@@ -70,7 +70,7 @@ def test_a_run_continues_where_it_stopped(tmp_path):
 
     def stop_at_seven(batch):
         result = step(batch)
-        trainer.signals.received = "SIGINT" if trainer.state["step"] == 7 else None
+        trainer.signals.received = "SIGINT" if trainer.state.step == 7 else None
         return result
 
     trainer._step = stop_at_seven
@@ -129,16 +129,16 @@ def test_frozen_parts_stay_and_have_no_optimizer_state(tmp_path):
 def test_a_non_finite_step_is_skipped_reported_and_not_saved(tmp_path, capsys):
     settings = config(tmp_path, log_every=3, save_every=3, val_every=0, max_steps=9)
     trainer = make_trainer(settings)
-    plain = trainer.update.loss_function
+    plain = trainer.runner.loss_function
     seen = []
 
     def loss(model, pack):
         value, parts = plain(model, pack)
-        bad = trainer.state["step"] == 4
-        seen.append({k: v.clone() for k, v in model.state_dict().items()} if trainer.state["step"] in (4, 5) else None)
+        bad = trainer.state.step == 4
+        seen.append({k: v.clone() for k, v in model.state_dict().items()} if trainer.state.step in (4, 5) else None)
         return (value * torch.inf if bad else value), parts
 
-    trainer.update.loss_function = loss
+    trainer.runner.loss_function = loss
     summary = trainer.run()
     assert summary["complete"]
     before, after = [s for s in seen if s][0], [s for s in seen if s][-1]
@@ -154,9 +154,9 @@ def test_a_non_finite_step_is_skipped_reported_and_not_saved(tmp_path, capsys):
 
 def test_nothing_is_saved_while_the_flag_is_up(tmp_path, capsys):
     trainer = make_trainer(config(tmp_path, log_every=100, save_every=3, val_every=0, max_steps=6))
-    plain = trainer.update.loss_function
-    trainer.update.loss_function = lambda model, pack: (
-        plain(model, pack)[0] * (torch.nan if trainer.state["step"] == 1 else 1.0),
+    plain = trainer.runner.loss_function
+    trainer.runner.loss_function = lambda model, pack: (
+        plain(model, pack)[0] * (torch.nan if trainer.state.step == 1 else 1.0),
         plain(model, pack)[1],
     )
     trainer.run()
@@ -167,8 +167,8 @@ def test_nothing_is_saved_while_the_flag_is_up(tmp_path, capsys):
 
 def test_a_run_that_only_skips_stops_and_names_the_way_out(tmp_path):
     trainer = make_trainer(config(tmp_path, log_every=10, val_every=0, save_every=0, n_epochs=9))
-    plain = trainer.update.loss_function
-    trainer.update.loss_function = lambda model, pack: (plain(model, pack)[0] * torch.nan, plain(model, pack)[1])
+    plain = trainer.runner.loss_function
+    trainer.runner.loss_function = lambda model, pack: (plain(model, pack)[0] * torch.nan, plain(model, pack)[1])
     with pytest.raises(InputError, match="the last 10 updates were all skipped.*lower --learning-rate"):
         trainer.run()
 
@@ -186,9 +186,9 @@ def test_every_part_gets_a_gradient_and_a_silent_one_is_named(tmp_path, caplog):
     trainer = make_trainer(config(tmp_path, max_steps=1))
     extra = torch.nn.Parameter(torch.zeros(3))
     trainer.model.register_parameter("bystander", extra)
-    trainer.update.optimizer.param_groups[1]["params"].append(extra)
-    trainer.update.optimizer.param_groups[1]["names"].append("bystander")
-    trainer.update.parameters.append(extra)
+    trainer.runner.optimizer.param_groups[1]["params"].append(extra)
+    trainer.runner.optimizer.param_groups[1]["names"].append("bystander")
+    trainer.runner.parameters.append(extra)
     with caplog.at_level("WARNING", logger="csm_fast"):
         trainer._step(trainer.packer.step(0, 0))
     assert [r.getMessage() for r in caplog.records if "no gradient" in r.getMessage()] == [

@@ -22,8 +22,9 @@ from train_cases import CODEC, TEXT, K, config, environment, flags, prepare, sta
 from csm_fast import InputError
 from csm_fast.report.metrics import read_metrics
 from csm_fast.system.lock import Lock
-from csm_fast.train import checkpoint as ckpt
+from csm_fast.train.checkpoint import read_if_complete
 from csm_fast.train.loop import train
+from csm_fast.train.run_folder import list_checkpoints
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill")
 
@@ -125,7 +126,7 @@ def outcome(run: Path) -> dict:
         "links": (os.readlink(run / "last"), os.readlink(run / "best")),
         "steps": [row["step"] for row in rows],
         "validations": {row["step"]: row["val_per_codebook"] for row in rows if row["val_loss"] is not None},
-        "state": {k: v for k, v in ckpt.read_if_complete(run / "last").items() if k != "files"},
+        "state": {k: v for k, v in read_if_complete(run / "last").items() if k != "files"},
         "left": sorted(p.name for p in run.iterdir() if p.name != "loss.png"),
     }
 
@@ -133,10 +134,8 @@ def outcome(run: Path) -> dict:
 def assert_holds(run: Path) -> None:
     """Whatever a killed run leaves: links to whole checkpoints only, and nothing half called a checkpoint."""
     for name in ("last", "best"):
-        assert not (run / name).is_symlink() or ckpt.read_if_complete(run / name), (
-            f"{name} -> {os.readlink(run / name)}"
-        )
-    assert all(ckpt.read_if_complete(path) for path in run.glob("step-*"))
+        assert not (run / name).is_symlink() or read_if_complete(run / name), f"{name} -> {os.readlink(run / name)}"
+    assert all(read_if_complete(path) for path in run.glob("step-*"))
 
 
 def test_killed_before_every_step_of_saving(server, tmp_path):
@@ -164,7 +163,7 @@ def test_killed_at_random_moments(server, tmp_path):
         os.kill(child, signal.SIGKILL)
         assert server.end() == -signal.SIGKILL
         assert_holds(tmp_path / "run")
-    assert ckpt.list_checkpoints(tmp_path / "run")  # or nothing was tested
+    assert list_checkpoints(tmp_path / "run")  # or nothing was tested
     assert server.train(folder, **often) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
@@ -188,7 +187,7 @@ def test_the_command_itself_killed_and_interrupted(server, tmp_path):
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 130
     said = log.read_text()
-    reached = ckpt.read_if_complete(tmp_path / "run" / "last")["step"]
+    reached = read_if_complete(tmp_path / "run" / "last")["step"]
     assert 3 <= reached < 200 and "Traceback" not in said
     assert "Finishing this step, then saving. Once more stops at once." in said
     assert f"Stopped by SIGINT at step {reached} of 200. The same command continues from" in said
@@ -217,7 +216,7 @@ def test_sigterm_and_a_second_signal(server, tmp_path):
     wait_for(tmp_path / "log", "audio s/s")
     os.kill(child, signal.SIGTERM)
     assert server.end() == 130
-    saved = ckpt.read_if_complete(tmp_path / "run" / "last")["step"]
+    saved = read_if_complete(tmp_path / "run" / "last")["step"]
     (tmp_path / "log").unlink()
     child = server.begin(folder, pause=0.1, **long)  # saving takes seconds now
     wait_for(tmp_path / "log", f"step {saved + 2}/150")
@@ -226,7 +225,7 @@ def test_sigterm_and_a_second_signal(server, tmp_path):
     os.kill(child, signal.SIGINT)
     assert server.end() == 130
     assert "interrupted; the same command continues" in (tmp_path / "log").read_text()
-    assert ckpt.list_checkpoints(tmp_path / "run")[-1].name == f"step-{saved:06d}"  # it was in the middle of the next
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{saved:06d}"  # it was in the middle of the next
     assert server.train(folder, **long) == 0
     whole, pieces = outcome(tmp_path / "alone"), outcome(tmp_path / "run")
     assert {**pieces, "left": whole["left"]} == {**whole, "left": whole["left"]}
@@ -311,7 +310,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path):
     train(config(tmp_path, keep=3))
     run = tmp_path / "run"
-    *older, newest = ckpt.list_checkpoints(run)
+    *older, newest = list_checkpoints(run)
     for path in older:
         (path / "trainer_state.json").write_text("{")
     (newest / "model.safetensors").unlink()
@@ -364,7 +363,7 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     train(config(tmp_path))
     run = tmp_path / "run"
     for name in ("last", "best"):
-        assert (run / name).is_dir() and not (run / name).is_symlink() and ckpt.read_if_complete(run / name)
+        assert (run / name).is_dir() and not (run / name).is_symlink() and read_if_complete(run / name)
         same = (tmp_path / "alone" / name / "model.safetensors").read_bytes()
         assert (run / name / "model.safetensors").read_bytes() == same
     assert not list(run.glob(".last*")) and not list(run.glob(".best*"))

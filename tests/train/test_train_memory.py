@@ -15,14 +15,14 @@ from csm_fast.train.loop import train
 
 
 def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 GiB."):
-    plain = trainer.update.loss_function
+    plain = trainer.runner.loss_function
 
     def loss(model, pack):
-        if trainer.state["step"] == step:
+        if trainer.state.step == step:
             raise torch.OutOfMemoryError(words)
         return plain(model, pack)
 
-    trainer.update.loss_function = loss
+    trainer.runner.loss_function = loss
     return trainer
 
 
@@ -80,7 +80,7 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
     plain = trainer._step
 
     def killed(batch):
-        if trainer.state["step"] == 4:
+        if trainer.state.step == 4:
             # As if by the system: nothing of the run's own gets to run.
             (tmp_path / "left").write_bytes((tmp_path / "run/.running").read_bytes())
             trainer.signals.received = "the test"
@@ -98,7 +98,9 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
 
 def test_a_process_keeps_freed_memory():
     """In a process of its own: the setting is for the whole process."""
-    code = "import sys; from csm_fast.machine import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    code = (
+        "import sys; from csm_fast.system.device import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     # Other C libraries than glibc know no such setting.
     assert done.stdout.strip() == "True" or "glibc" not in platform.libc_ver()[0]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from csm_fast import ops
 from csm_fast.system.errors import InputError
-from csm_fast.train.optim.live_parts import LiveParts
-from csm_fast.train.optim.rounding import Draws, Keys, drawing, round_stochastically
+from csm_fast.train.optim.moving_rows import MovingRows
+from csm_fast.train.optim.rounding import Keys, RoundingBits, round_stochastically, rounding_keys
 
 log = logging.getLogger("csm_fast")
 
@@ -94,7 +94,7 @@ class AdamW(torch.optim.Optimizer):
         if bits == 8:
             _bitsandbytes_functional()
         self._maps: dict[torch.device, Tensor] = {}
-        self._live = LiveParts()
+        self._moving = MovingRows()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
@@ -132,7 +132,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._maps, self._live = {}, LiveParts()
+        self._maps, self._moving = {}, MovingRows()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's, but each tensor keeps its dtype: PyTorch's own casts moments to the weight's. The step
@@ -179,10 +179,10 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state.update(self.initial_state(p))
         step, skip = state["step"].add_(1), self.found_inf
-        draws = drawing(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
+        draws = rounding_keys(self.seed, index) if p.dtype == torch.bfloat16 and self.rounding == "stochastic" else None
         form = ops.choose("adamw", p.device, p.dtype, p, grad, state["exp_avg"]).impl
         if form == "reference":
-            self._live.forget(p)
+            self._moving.forget(p)
             self._update_in_chunks(p, grad, group, state, draws)
         else:
             self._update_in_one_pass(form, p, grad, group, state, draws)
@@ -207,7 +207,7 @@ class AdamW(torch.optim.Optimizer):
             grad.contiguous(),
             moments,
             state.get("compensation"),
-            self._live.of(form, p, group, state),
+            self._moving.of(form, p, group, state),
             state["step"],
             self.found_inf,
             self.grad_scale,
@@ -223,7 +223,7 @@ class AdamW(torch.optim.Optimizer):
         flat = {name: t.view(-1) for name, t in state.items() if name != "step"}
         weights, grads = p.view(-1), grad.reshape(-1)
         bf16 = p.dtype == torch.bfloat16
-        draws = None if keys is None else Draws(keys, step, p.numel())
+        draws = None if keys is None else RoundingBits(keys, step, p.numel())
         maps = self._code_maps(p.device) if "exp_avg_absmax" in flat else None
         chunk = self.chunk or chunk_on(p.device)
         for first in range(0, p.numel(), chunk):

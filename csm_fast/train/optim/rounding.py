@@ -16,14 +16,14 @@ Keys = tuple[int, int, int]  # where the counters of draws begin, of the step's 
 
 
 @functools.lru_cache(maxsize=4096)
-def drawing(seed: int, index: int) -> Keys:
+def rounding_keys(seed: int, index: int) -> Keys:
     """What the draws of the parameter number ``index`` depend on besides its step count."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=12).digest()
     counters, salt, tiles = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4, 8))
     return counters, salt, tiles
 
 
-class Draws:
+class RoundingBits:
     """The draws of one parameter's update, one of 16 bits for each element: a function of (seed, index, step, place).
 
     Counters through an integer hash (xor-shift-multiply, the constants of "lowbias32" by C. Wellons). A counter needs
@@ -33,7 +33,7 @@ class Draws:
     for all that: within a tile they are hashes of two counters, and u and u xor k are independent if k is uniform.
 
     Args:
-        keys: ``drawing(seed, index)``.
+        keys: ``rounding_keys(seed, index)``.
         step: [] float32, the parameter's step count, on its device.
         numel: how many elements the parameter has.
     """
@@ -74,7 +74,7 @@ def _xor_shift(x: Tensor, bits: int) -> Tensor:
     return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
 
 
-def round_stochastically(x: Tensor, first: int, draws: Draws) -> Tensor:
+def round_stochastically(x: Tensor, first: int, draws: RoundingBits) -> Tensor:
     """``x`` [n] float32, in place: cut to bf16 after uniform noise below one spacing was added to its magnitude.
 
     So it becomes one of its two neighbours, each with the probability that makes the mean right; a bf16 number stays.

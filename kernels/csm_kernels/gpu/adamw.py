@@ -143,7 +143,7 @@ def _adamw_kernel(
     weight = weight * keep - size / _one_minus_exp(step * log_beta1) * mean / (tl.sqrt(square) / root + eps)
 
     if ROUNDING == 1:
-        # The random bits of csm_fast.train.optim.rounding.Draws. A program's elements lie in one tile.
+        # The random bits of csm_fast.train.optim.rounding.RoundingBits. A program's elements lie in one tile.
         salted = _mix(_mix(step.to(tl.int32).to(tl.uint32, bitcast=True) + salt.to(tl.uint32, bitcast=True)))
         within = (first % TILE).to(tl.uint32) + inside.to(tl.uint32)
         words = _finish(_mix(counters.to(tl.uint32, bitcast=True) + within // 2) ^ salted)

@@ -9,7 +9,7 @@
 namespace {
 
 // The compiler's command line passes the constant of constants.py.
-constexpr int64_t TILE = DRAW_TILE;  // elements whose random bits are hashed: `Draws` in train/optim/rounding.py
+constexpr int64_t TILE = DRAW_TILE;  // elements whose random bits are hashed: `RoundingBits` in train/optim/rounding.py
 constexpr int64_t PIECE = 1024;      // elements whose random bits are made at once
 constexpr int64_t ROWS = 32;         // consecutive rows of a table for one thread
 
@@ -22,7 +22,7 @@ INLINE uint32_t finished(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-// The random bits of `Draws` in csm_fast/train/optim/rounding.py, bit for bit: 16 for every element of a parameter.
+// The random bits of `RoundingBits` in csm_fast/train/optim/rounding.py, bit for bit: 16 for every element of a parameter.
 class Draws {
   public:
     Draws(uint32_t counters_, uint32_t salt, uint32_t tiles_, float step)

@@ -14,7 +14,7 @@ from csm_fast import ops
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
-class LiveParts:
+class MovingRows:
     """Marks of an optimizer's tables; nothing here keeps a parameter or its state alive.
 
     A part (``ops.adamw_part``: a row on a CPU) whose moments are zero is left as it is by an update without a gradient,
