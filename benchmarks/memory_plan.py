@@ -5,7 +5,7 @@
 
 Each case builds a model as the trainer does, takes one optimizer step so that the optimizer's state is there, and
 follows a second one with ``benchmarks.common.tracked``: exact bytes of tensors, not resident memory. What was made
-before the step (weights, moments, kept gradients of the tables) is counted from its storages and added. The weights
+before the step (weights, moments) is counted from its storages and added. The weights
 are random and the packs synthetic: ragged segments of 50 to 300 rows, four fifths of them audio.
 
 ``peak`` is all of it; ``step`` what the step adds to what is there before. The second is the harder figure to
@@ -171,8 +171,7 @@ def _tracked(model: Any, update: Update, batch: StepBatch) -> tuple[int, int]:
     quantised = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     scales = [t for q in quantised for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)]
     state = [t for values in update.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
-    kept = [rows.dense for _, rows in update.tables.kept]
-    there = sum(map(_bytes, ([*model.parameters(), *scales], state, kept)))
+    there = sum(map(_bytes, ([*model.parameters(), *scales], state)))
     with Tracked() as tracked:
         update(batch, 1)
     return there, tracked.peak + _bytes(t for t in batch.packs[0] if isinstance(t, Tensor))

@@ -41,7 +41,6 @@ from csm_fast.model.adapters import attach
 from csm_fast.model.compile import compile_layers
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
-from csm_fast.train.optim.table_gradients import TableGradients
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.
 MIXES: dict[str, list[tuple[int, int]]] = {
@@ -134,21 +133,18 @@ class Case:
         self.model.to(device)
         if compiled:
             compile_layers(self.model, "on")
-        self.tables = TableGradients(self.model)
         pack = make_pack(config, point)
         self.flops, self.pack = step_flops(config, pack), pack.to(device)
         self.seconds: list[float] = []
 
     def step(self) -> None:
         around = torch.autocast(self.device.type, torch.bfloat16) if self.adapted else contextlib.nullcontext()
-        with self.tables:
-            with around:
-                value = loss.packed_loss(self.model, self.pack, 0.5, 0.5)[0]
-            value.backward()
+        with around:
+            value = loss.packed_loss(self.model, self.pack, 0.5, 0.5)[0]
+        value.backward()
 
     def drop(self) -> None:
         self.model.zero_grad(set_to_none=True)
-        self.tables.clear(whole=False)
 
     def time(self) -> float:
         self._wait()

@@ -23,7 +23,6 @@ from csm_kernels.adamw import Moments, adamw_, adamw_part
 from csm_kernels.adamw import Settings as AdamWSettings
 from csm_kernels.choice import IMPLS, Choice, resolve
 from csm_kernels.dtypes import wide_dtype
-from csm_kernels.frame_embed import RowGradient
 from csm_kernels.gpu import depth_attention as _gpu_depth_attention
 from csm_kernels.segments import plan_segments
 from torch import Tensor
@@ -42,7 +41,6 @@ __all__ = [
     "LayerSetup",
     "Moments",
     "Order",
-    "RowGradient",
     "adamw_",
     "adamw_part",
     "asked",
@@ -210,18 +208,11 @@ def frame_embed_with_codes(
     text_table: Tensor,
     audio_table: Tensor,
     impl: str | None = None,
-    into: tuple[RowGradient | None, RowGradient | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """``frame_embed`` and the codes of some frames one by one, [N, D] and [M, K - 1, D], with one gradient for both.
-
-    ``into`` counts where PyTorch's form runs on a CPU.
-    """
+    """``frame_embed`` and the codes of some frames one by one, [N, D] and [M, K - 1, D], with one gradient for both."""
     dtype = torch.promote_types(text_table.dtype, audio_table.dtype)
-    chosen = choose("frame_embed", audio_table.device, dtype, impl=impl)
-    into = into if chosen.impl == "cpu" else (None, None)
-    return _frame_embed.frame_embed_with_codes(
-        tokens, is_audio, frames, text_table, audio_table, chosen.impl, into=into
-    )
+    chosen = choose("frame_embed", audio_table.device, dtype, impl=impl).impl
+    return _frame_embed.frame_embed_with_codes(tokens, is_audio, frames, text_table, audio_table, chosen)
 
 
 def linear_cross_entropy(
@@ -232,7 +223,8 @@ def linear_cross_entropy(
     Shapes, results and errors as in ``csm_kernels.linear_cross_entropy``.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_cast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -264,10 +256,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return _pointwise.rms_norm(x, scale, eps, choose("pointwise", x.device, x.dtype).impl)
 
 
-def sum_of_squares(x: Tensor, rows: Tensor | None = None) -> Tensor | None:
-    """[] float64, of all of x or of its ``rows`` (int64 [n]); None where the caller is to use PyTorch's operators."""
+def sum_of_squares(x: Tensor) -> Tensor | None:
+    """[] float64; None where the caller is to use PyTorch's operators."""
     if choose("sum_of_squares", x.device, x.dtype, x).impl != "cpu":
         return None
     from csm_kernels.cpu import adamw as cpu_adamw
 
-    return cpu_adamw.sum_of_squares(x, rows)
+    return cpu_adamw.sum_of_squares(x)

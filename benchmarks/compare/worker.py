@@ -31,7 +31,6 @@ from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack, pack_padded
 from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.build import clip, gradient_norm, make_optimizer
-from csm_fast.train.optim.table_gradients import TableGradients
 
 SHAPES = {"tiny": CSMConfig.tiny, "small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
 HEADS = 5.0  # widens the heads
@@ -74,7 +73,6 @@ class Running:
             self.form.enter_context(ops.using("torch"))
         self.subset = asked_for(args, self.config)
         self.model = self._model()
-        self.tables = TableGradients(self.model) if self.system.code == "csm_fast" else None
         self.compiled = self.system.compiled and compile_layers(self.model, "on")
         if args.checkpointing:
             self._checkpoint()
@@ -156,16 +154,13 @@ class Running:
         # Not torch.manual_seed: without a GPU it writes down the stack for the day that one is there, 0.5 ms.
         seed_with = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
         seed_with(seed)
-        with self.tables or contextlib.nullcontext():
-            value = self.loss(batch)
-            value.backward()
+        value = self.loss(batch)
+        value.backward()
         return value.detach()
 
     def drop_gradients(self) -> None:
-        """As a step does after its update; csm_fast's trainer clears the tables' gradients and keeps their memory."""
+        """As a step does after its update."""
         self.model.zero_grad(set_to_none=True)
-        if self.tables:
-            self.tables.clear(whole=False)
 
     def run(self, label: str, share: float = 1.0, piece: int = 0, pieces: int = 1) -> float:
         """Seconds of one pass, forward and backward of every batch, gradients dropped in between.
@@ -254,7 +249,7 @@ class Running:
             # A GPU is still at the backward pass, as in a step, while the host launches the update.
             ended = self._clock()
             if own:
-                clip(optimizer, 1.0, gradient_norm(trained, self.tables))
+                clip(optimizer, 1.0, gradient_norm(trained))
             else:
                 nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -273,7 +268,6 @@ class Running:
         self.drop_gradients()
         gc.collect()
         weights = _bytes(self.model.parameters())
-        kept = [] if self.tables is None else [rows.dense for _, rows in self.tables.kept]
         if self.device.type == "cuda":
             self._wait()
             torch.cuda.reset_peak_memory_stats()
@@ -288,7 +282,7 @@ class Running:
             held = [p.grad for p in self.model.parameters() if p.grad is not None]
             born = {tracked.record_of(grad) for grad in held}
             besides, _ = tracked.peak_of(lambda a: a.order not in born)
-            figures = {"peak": weights + _bytes(kept) + tracked.peak, "besides": besides, "gradients": _bytes(held)}
+            figures = {"peak": weights + tracked.peak, "besides": besides, "gradients": _bytes(held)}
         self.drop_gradients()
         return {**figures, "weights": weights, "rows": self._rows(batch)}
 

@@ -54,7 +54,7 @@ def from_case(case: str, system: str, point: Point) -> tuple[Callable[..., Any],
 
 
 def with_codes(point: Point) -> tuple[Callable[..., Any], Inputs]:
-    """``frame_embed_with_codes``, as a training step calls it where nobody keeps the tables' gradients."""
+    """``frame_embed_with_codes``, as a training step calls it."""
     _, held = from_case("frame_embed", "csm_fast", point)
     width, codes = point.config.backbone.embed_dim, point.config.num_codebooks - 1
     frames = held.tensors["audio_rows"][:: round(1 / FRACTION)]

@@ -13,7 +13,6 @@ from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
 from csm_fast.packing.pack import Pack
 from csm_fast.train.optim.build import cast_weights, make_optimizer
-from csm_fast.train.optim.table_gradients import TableGradients
 
 RECORDINGS = 100
 
@@ -27,17 +26,15 @@ def full_pack(rows: int, config: CSMConfig, device: torch.device) -> Pack:
 
 @pytest.mark.parametrize("rows", (448, 2048))
 def test_forward_and_backward(timed, device, dtype, rows):
-    """Weights in the compute type; the tables' gradients are kept from step to step, as the trainer keeps them."""
+    """Weights in the compute type."""
     config = CSMConfig.small()
     model = CSM(config).init_weights(0).to(device, dtype)
     compile_layers(model, "auto")
-    pack, tables = full_pack(rows, config, device), TableGradients(model)
+    pack = full_pack(rows, config, device)
 
     def step() -> None:
-        with tables:
-            packed_loss(model, pack, 0.5, 0.5)[0].backward()
+        packed_loss(model, pack, 0.5, 0.5)[0].backward()
         model.zero_grad(set_to_none=True)
-        tables.clear(whole=False)
 
     timed(step)
 

@@ -53,12 +53,9 @@ def _embed(model: Any, pack: Pack, vocab: int) -> tuple[Tensor, Tensor | None]:
     """The backbone's input [T, D], and the embeddings of the depth decoder's codes [M, K - 1, D] unless it projects the
     table."""
     tables = model.text_embeddings.weight, model.audio_embeddings.weight
-    into = getattr(model, "row_gradients", (None, None))
     frames = pack.target_rows.index_select(0, pack.decoder_index)
     by_table = projects_table(len(frames), vocab)
-    x, embedded = ops.frame_embed_with_codes(
-        pack.tokens, pack.is_audio, frames[:0] if by_table else frames, *tables, into=into
-    )
+    x, embedded = ops.frame_embed_with_codes(pack.tokens, pack.is_audio, frames[:0] if by_table else frames, *tables)
     return x, None if by_table else embedded
 
 

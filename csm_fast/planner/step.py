@@ -43,7 +43,6 @@ class Walk(Layers):
         super().__init__(setup, setup.packs > 1)
         self.shape, self.load = shape, load
         self.weights = {w.name: w for w in every}
-        self.kept_tables = setup.device == "cpu"
         ledger = self.ledger
         ledger.hold(WEIGHTS, sum(w.stored for w in every))
         ledger.hold(ADAPTERS, 4 * sum(w.adapter for w in every))
@@ -51,8 +50,6 @@ class Walk(Layers):
         self.text, self.audio = self.weights["text_embeddings"], self.weights["audio_embeddings"]
         if self.accumulated:
             ledger.hold(GRADIENTS, sum(n * b for w in every for n, b in w.trained_tensors()))
-        elif self.kept_tables:  # the trainer keeps the tables' gradients from step to step
-            ledger.hold(GRADIENTS, sum(w.numel * w.width for w in (self.text, self.audio) if w.learns))
 
     # ---------------------------------------------------------------------------------------------- a stack, a head
 
@@ -240,9 +237,9 @@ class Walk(Layers):
             scratch = ledger.hold(WORKSPACE, keys * TABLE_KEYS)
             if self.setup.device == "cpu" and more:
                 scratch += ledger.hold(WORKSPACE, x + more)  # both gradients end to end
-            if table.masters and not self.kept_tables:
+            if table.masters:
                 ledger.hold(GRADIENTS, table.numel * table.width)
-            elif not self.kept_tables:
+            else:
                 self.gradient(table, cast=False)
             ledger.drop(WORKSPACE, scratch)
         ledger.drop(WORKSPACE, arriving + codes)
@@ -254,4 +251,4 @@ class Walk(Layers):
         for table in (self.text, self.audio):
             if table.masters:  # the gradients of their rows are copied out of the table's, which is freed
                 self.ledger.hold(GRADIENTS, 4 * table.masters * table.inputs)
-                self.ledger.drop(GRADIENTS, table.numel * table.width * (not self.kept_tables))
+                self.ledger.drop(GRADIENTS, table.numel * table.width)

@@ -18,7 +18,6 @@ from csm_fast.system.device import compute_dtype
 from csm_fast.train import checkpoint as ckpt
 from csm_fast.train.optim.build import clip, gradient_norm, in_backward, make_optimizer, warn_without_gradient
 from csm_fast.train.optim.schedule import learning_rate
-from csm_fast.train.optim.table_gradients import TableGradients
 
 MOST_OVERFLOWS = 24  # in a row: the scale starts at 2^16 and is halved each time, so by then it is far below 1
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -68,7 +67,6 @@ class Update:
         self.seed = seed
         self.optimizer: Any = make_optimizer(model, section, seed)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.tables = TableGradients(model)
         # Losses of fp16 are scaled up, or small gradients would be zero; elsewhere this does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.overflows = torch.zeros((), dtype=torch.long, device=device)
@@ -96,24 +94,23 @@ class Update:
         loss: Any = 0.0
         per_codebook: Any = 0.0
         at_once: in_backward | None = None
-        with self.tables:
-            for i, pack in enumerate(batch.packs):
-                with self.autocast():
-                    part, parts = self.loss_function(self.model, pack.to(self.device))
-                loss = loss + part.detach()
-                per_codebook = per_codebook + parts
-                if not part.requires_grad:  # all that this pack would teach is frozen
-                    continue
-                if self.section.optimizer_in_backward and i + 1 == len(batch.packs):
-                    at_once = in_backward(self.optimizer, ~torch.isfinite(loss), self.tables)
-                with at_once or nullcontext():
-                    self.scaler.scale(part).backward()
+        for i, pack in enumerate(batch.packs):
+            with self.autocast():
+                part, parts = self.loss_function(self.model, pack.to(self.device))
+            loss = loss + part.detach()
+            per_codebook = per_codebook + parts
+            if not part.requires_grad:  # all that this pack would teach is frozen
+                continue
+            if self.section.optimizer_in_backward and i + 1 == len(batch.packs):
+                at_once = in_backward(self.optimizer, ~torch.isfinite(loss))
+            with at_once or nullcontext():
+                self.scaler.scale(part).backward()
         rows = getattr(self.model, "embedding_rows", None)
         if rows is not None:
             rows.pull()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm = at_once.norm() if at_once else gradient_norm(self.parameters, self.tables)
+        norm = at_once.norm() if at_once else gradient_norm(self.parameters)
         clip(self.optimizer, self.section.max_grad_norm, norm)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         # The optimizers leave parameters, moments and their step count alone where this flag is 1.
@@ -124,7 +121,6 @@ class Update:
         if step == 0:
             warn_without_gradient(self.optimizer, at_once.updated if at_once else ())
         self.optimizer.zero_grad(set_to_none=True)
-        self.tables.clear(whole=self.device.type == "cpu" and bool(bad))
         if self.scaler.is_enabled():
             self.scaler.update()
             # A gradient that overflows is how the scale is found, and no news; one that always does is no overflow.

@@ -54,11 +54,9 @@ def _cpu_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_tab
 _PIECE_BYTES = 2**21  # of sums between two copies: small enough for a second-level cache
 
 
-def _cpu_backward(
-    grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor, add: bool = False
-) -> Tensor:
+def _cpu_backward(grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor) -> None:
     """Add up the gradient of one table, a bag per touched row of the gradients it gets, and write these rows into
-    ``out`` [n_rows, D] or add them to it. Returns which rows."""
+    ``out`` [n_rows, D]."""
     if more is not None:
         grad = torch.cat([grad, more.to(grad.dtype)])
     touched, counts = torch.unique_consecutive(keys, return_counts=True)
@@ -70,9 +68,7 @@ def _cpu_backward(
         last = min(first + step, live)
         some = source[starts[first] : ends[last - 1]]
         sums = F.embedding_bag(some, grad, starts[first:last] - starts[first], mode="sum")
-        write = out.index_add_ if add else out.index_copy_
-        write(0, touched[first:last].long(), sums.to(out.dtype))
-    return touched[:live]
+        out.index_copy_(0, touched[first:last].long(), sums.to(out.dtype))
 
 
 def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -223,76 +219,6 @@ def _backward(ctx, grad, grad_codes):
 _frame_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
-class RowGradient:
-    """A table's gradient that is kept from step to step on a CPU: a backward pass adds to the rows it touches, and
-    clearing it writes zeros into those. Neither costs anything for the rest of the table.
-
-    Where one is given to ``frame_embed_with_codes``, autograd sees no gradient of that table. Whoever trains with it
-    hands ``dense`` to the optimizer as the table's gradient, and calls ``clear`` after the step.
-
-    Attributes:
-        dense: [rows, D], the gradient so far, in the table's dtype.
-    """
-
-    def __init__(self, table: Tensor):
-        self.dense = _zeros((table.shape[0], table.shape[1]), table.dtype, table.device)
-        self._touched: list[Tensor] = []
-        self._zero = True
-
-    def add(self, grad: Tensor) -> None:
-        """Add a gradient [rows, D] of the whole table, which only ``clear(whole=True)`` takes back."""
-        self.dense.add_(grad)
-        self._zero = False
-
-    def clear(self, whole: bool = False) -> None:
-        """Zero again: the rows that backward passes touched, or, where others may have written too, all of them."""
-        if whole:
-            self.dense.zero_()
-        else:
-            for rows in self._touched:
-                self.dense.index_fill_(0, rows, 0)
-        self._touched.clear()
-        self._zero = True
-
-    def touched(self) -> Tensor:
-        """int64 [n], the rows that backward passes added to, without repeats."""
-        if not self._touched:
-            return torch.empty(0, dtype=torch.int64)
-        return self._touched[0] if len(self._touched) == 1 else torch.cat(self._touched).unique()
-
-    def _add(self, grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor) -> None:
-        # Into zeros, rows are copied: in half the time of adding.
-        touched = _cpu_backward(grad, more, keys, source, len(self.dense), self.dense, add=not self._zero)
-        self._zero = False
-        self._touched.append(touched.long())
-
-
-class _IntoRows(torch.autograd.Function):
-    """The CPU's form, with gradients that go straight into a ``RowGradient`` where there is one."""
-
-    @staticmethod
-    def forward(ctx, tokens, is_audio, frames, text_table, audio_table, text_rows, audio_rows):
-        ctx.save_for_backward(tokens, is_audio, frames)
-        ctx.text = (False, text_table.shape[0], text_table.dtype)
-        ctx.audio = (True, audio_table.shape[0], audio_table.dtype)
-        ctx.rows = text_rows, audio_rows
-        return _embed(tokens, is_audio, frames, text_table, audio_table, False, False)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        tokens, is_audio, frames = ctx.saved_tensors
-        found: list[Tensor | None] = []
-        wanted = zip(ctx.needs_input_grad[3:5], (ctx.text, ctx.audio), ctx.rows, strict=True)
-        for wants, (of_audio, n_rows, dtype), rows in wanted:
-            if wants and rows is not None:
-                grad, codes = grads
-                more = codes.flatten(0, 1) if of_audio and codes.numel() else None
-                rows._add(grad, more, *_sorted_keys(tokens, is_audio, frames, of_audio, n_rows))
-            of_table = tokens, is_audio, frames, of_audio, n_rows, dtype
-            found.append(_table_gradient(*grads, *of_table, False) if wants and rows is None else None)
-        return None, None, None, *found, None, None
-
-
 # --- public functions ---------------------------------------------------------------------------------------------
 
 
@@ -336,7 +262,6 @@ def frame_embed_with_codes(
     audio_table: Tensor,
     impl: str = "auto",
     sparse: bool = False,
-    into: tuple[RowGradient | None, RowGradient | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """``frame_embed``, and the embeddings of some rows' codes one by one, as the depth decoder reads them.
 
@@ -344,7 +269,6 @@ def frame_embed_with_codes(
 
     Args:
         frames: [M] int32 or int64, rows of ``tokens`` that are audio.
-        into: what takes the gradients of the text table and of the audio table, on a CPU with ``impl="torch"``.
         The others as in ``frame_embed``.
 
     Returns:
@@ -352,10 +276,6 @@ def frame_embed_with_codes(
     """
     dtype = torch.promote_types(text_table.dtype, audio_table.dtype)
     impl = resolve(impl, audio_table.device, dtype).impl
-    if any(rows is not None for rows in into):
-        if impl != "cpu" or sparse:
-            raise ValueError("frame_embed: a RowGradient is for impl='torch' on a CPU, without sparse gradients")
-        return _IntoRows.apply(tokens, is_audio, frames, text_table, audio_table, *into)
     if impl == "reference":
         return _reference(tokens, is_audio, frames, text_table, audio_table, sparse)
     return _frame_embed(tokens, is_audio, frames, text_table, audio_table, sparse, impl == "triton")

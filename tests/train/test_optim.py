@@ -21,7 +21,6 @@ from csm_fast.system.tensors import write_tensors
 from csm_fast.train.checkpoint import load_optimizer, optimizer_tensors
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.train.optim.build import cast_weights, clip, in_backward, make_optimizer
-from csm_fast.train.optim.table_gradients import TableGradients
 
 BF16, F32 = torch.bfloat16, torch.float32
 KINDS = {  # what a run can choose, as (optimizer, weights)
@@ -63,49 +62,46 @@ def make(kind, **changes):
         skip_without_bitsandbytes()
     model = random_model(MICRO)
     cast_weights(model, section(kind))
-    return model, make_optimizer(model, section(kind, **changes), seed=3), TableGradients(model)
+    return model, make_optimizer(model, section(kind, **changes), seed=3)
 
 
-def learn(model, optimizer, tables, steps, at_once=False, bad=False):
+def learn(model, optimizer, steps, at_once=False, bad=False):
     """Weights after, and the gradient norm of each step."""
     norms = []
     for packs in steps:
         hooks = None
-        with tables:
-            for i, pack in enumerate(packs):
-                with torch.autocast("cpu", BF16):
-                    loss = packed_loss(model, pack, 0.5, 0.5)[0]
-                if at_once and i + 1 == len(packs):
-                    hooks = in_backward(optimizer, ~torch.isfinite(loss) | bad, tables)
-                    with hooks:
-                        loss.backward()
-                else:
+        for i, pack in enumerate(packs):
+            with torch.autocast("cpu", BF16):
+                loss = packed_loss(model, pack, 0.5, 0.5)[0]
+            if at_once and i + 1 == len(packs):
+                hooks = in_backward(optimizer, ~torch.isfinite(loss) | bad)
+                with hooks:
                     loss.backward()
+            else:
+                loss.backward()
         if hooks:
-            left = {id(p) for p in model.parameters() if p.grad is not None}
-            assert left == {id(model.text_embeddings.weight), id(model.audio_embeddings.weight)}
+            assert all(p.grad is None for p in model.parameters())
             norms.append(hooks.norm())
             optimizer.found_inf = hooks.bad.float()
         else:
             norms.append(torch.nn.utils.get_total_norm([p.grad.float() for p in model.parameters()]))
         optimizer.step()
         optimizer.zero_grad()
-        tables.clear(whole=False)
     return {n: p.detach().clone() for n, p in model.named_parameters()}, norms
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_an_uninterrupted_one(kind, cpu_form, tmp_path):
     steps = batches()
-    model, optimizer, tables = make(kind)
-    want, _ = learn(model, optimizer, tables, steps)
-    first, interrupted, tables = make(kind)
-    learn(first, interrupted, tables, steps[:3])
+    model, optimizer = make(kind)
+    want, _ = learn(model, optimizer, steps)
+    first, interrupted = make(kind)
+    learn(first, interrupted, steps[:3])
     write_tensors(tmp_path / "optimizer.safetensors", optimizer_tensors(interrupted), None)
-    second, resumed, tables = make(kind)
+    second, resumed = make(kind)
     second.load_state_dict(first.state_dict())
     load_optimizer(resumed, tmp_path)
-    got, _ = learn(second, resumed, tables, steps[3:])
+    got, _ = learn(second, resumed, steps[3:])
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert any(not torch.equal(p, first.get_parameter(name)) for name, p in want.items())
     saved, other = optimizer_tensors(resumed), optimizer_tensors(optimizer)
@@ -117,16 +113,16 @@ def test_a_resumed_run_is_an_uninterrupted_one(kind, cpu_form, tmp_path):
 
 @pytest.mark.parametrize("saved, loaded", [("fused", "8 bits"), ("8 bits", "fused"), ("Kahan", "stochastic")])
 def test_the_state_of_another_optimizer_is_refused(saved, loaded, tmp_path):
-    model, optimizer, tables = make(saved)
-    learn(model, optimizer, tables, batches(1))
+    model, optimizer = make(saved)
+    learn(model, optimizer, batches(1))
     write_tensors(tmp_path / "optimizer.safetensors", optimizer_tensors(optimizer), None)
     with pytest.raises(InputError, match="another optimizer.*--optimizer and --weights"):
         load_optimizer(make(loaded)[1], tmp_path)
 
 
 def test_moments_that_do_not_fit_are_refused(tmp_path):
-    model, optimizer, tables = make("8 bits")
-    learn(model, optimizer, tables, batches(1))
+    model, optimizer = make("8 bits")
+    learn(model, optimizer, batches(1))
     tensors = optimizer_tensors(optimizer)
     key = next(key for key in tensors if key.startswith("exp_avg_absmax/"))
     tensors[key] = tensors[key][:-1].clone()
@@ -146,7 +142,7 @@ def test_updates_inside_the_backward_pass_are_the_ordinary_ones(kind, cpu_form):
 
 
 def test_updates_inside_the_backward_pass_where_the_table_is_projected():
-    """Then a part of the audio table's gradient comes through autograd, and the rest is kept."""
+    """Then the audio table's gradient has two parts: each update waits for both."""
     steps = batches(4, rows=120, fraction=1.0)
     vocabulary = (MICRO.num_codebooks - 1) * MICRO.audio_vocab_size
     assert max(len(p.decoder_index) * (MICRO.num_codebooks - 1) for packs in steps for p in packs) > vocabulary
@@ -170,17 +166,17 @@ def test_updates_inside_the_backward_pass_and_recomputed_activations(recomputed)
     """A layer that runs again must do so with the weights of its first run."""
     steps = batches(2)
     want, _ = learn(*make("8 bits, stochastic"), steps)
-    model, optimizer, tables = make("8 bits, stochastic")
+    model, optimizer = make("8 bits, stochastic")
     model.activation_checkpointing = recomputed
-    got, _ = learn(model, optimizer, tables, steps, at_once=True)
+    got, _ = learn(model, optimizer, steps, at_once=True)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_loss_updates_nothing_inside_the_backward_pass(kind):
-    model, optimizer, tables = make(kind)
+    model, optimizer = make(kind)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    after, _ = learn(model, optimizer, tables, batches(1), at_once=True, bad=True)
+    after, _ = learn(model, optimizer, batches(1), at_once=True, bad=True)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(not state["step"] for state in optimizer.state.values())
 
@@ -220,7 +216,7 @@ def test_what_is_made_of_a_section(caplog):
     if native.is_built():
         assert type(make("fused")[1]) is AdamW
     for kind, (optimizer, weights) in KINDS.items():
-        model, made, _ = make(kind)
+        model, made = make(kind)
         assert all(p.dtype == (F32 if weights == "fp32" else BF16) for p in model.parameters())
         if kind != "fused":
             assert made.bits == (8 if "8bit" in optimizer else 32) and made.seed == 3 and not made.paged

@@ -1,10 +1,13 @@
 """A run for which memory does not suffice: refused beforehand, stopped in the middle, or killed."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
-from train_cases import config, make_trainer, prepare
+from train_cases import config, environment, make_trainer, prepare
 
 from csm_fast.cli import main
 from csm_fast.system.errors import OutOfMemory
@@ -91,3 +94,11 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
         train(settings)
     (line,) = [r.getMessage() for r in caplog.records if "without a word" in r.getMessage()]
     assert "after step 4" in line and "--activation-checkpointing" in line
+
+
+def test_a_process_keeps_freed_memory():
+    """In a process of its own: the setting is for the whole process."""
+    code = "import sys; from csm_fast.machine import keep_freed_memory as f; print(f() == (sys.platform == 'linux'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    # Other C libraries than glibc know no such setting.
+    assert done.stdout.strip() == "True" or "glibc" not in platform.libc_ver()[0]

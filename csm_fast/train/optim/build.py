@@ -15,7 +15,6 @@ from csm_fast.config.train import OptimizerSection
 from csm_fast.system.errors import InputError
 from csm_fast.train.optim.adamw import AdamW, can_page
 from csm_fast.train.optim.schedule import peak_learning_rate
-from csm_fast.train.optim.table_gradients import TableGradients
 
 log = logging.getLogger("csm_fast")
 
@@ -79,19 +78,14 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(pieces))
 
 
-def gradient_norm(parameters: Iterable[Tensor], tables: TableGradients | None = None) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """[] float32 (float64 where gradients are): the norm of all gradients together, summed up in that type also where
-    they are in bf16.
-
-    Args:
-        tables: whose gradients are zero but for some rows, if they are kept from step to step.
-    """
-    few = tables.touched() if tables else {}
+    they are in bf16."""
     squares, others = [], []
     for p in parameters:
         if p.grad is None:
             continue
-        if (square := ops.sum_of_squares(p.grad, few.get(p))) is not None:
+        if (square := ops.sum_of_squares(p.grad)) is not None:
             squares.append(square)
         else:
             others.append(p.grad)
@@ -120,7 +114,7 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
     """Within it, a backward pass updates each parameter as soon as its gradient is complete, and drops the gradient.
 
     For the last backward pass of an optimizer step; earlier ones accumulate as usual. Clips nothing. What has no
-    gradient in it, or keeps it elsewhere (``TableGradients``), is left for ``optimizer.step()``:
+    gradient in it is left for ``optimizer.step()``:
 
         at_once = in_backward(optimizer, ~torch.isfinite(loss))
         with at_once:
@@ -132,16 +126,14 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
     Args:
         optimizer: PyTorch's fused AdamW or ``csm_fast.train.optim.adamw.AdamW``.
         bad: [] bool on the device; where it is true, nothing is updated.
-        tables: whose gradients it leaves alone, though parts of them may come through autograd.
 
     Attributes:
         bad: [] bool: as given, or a gradient was not finite. Whose gradient came before that one is updated already.
         updated: the parameters whose gradients came.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, bad: Tensor, tables: TableGradients | None = None):
+    def __init__(self, optimizer: torch.optim.Optimizer, bad: Tensor):
         self.optimizer, self.bad = optimizer, bad
-        self._kept = {id(weight) for weight, _ in tables.kept} if tables else set()
         self.updated: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._hooks: list[Any] = []
@@ -150,8 +142,6 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
         clip(self.optimizer, 0.0, self.bad)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) in self._kept:
-                    continue
                 hook = partial(self._update, group)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         return self
@@ -161,8 +151,7 @@ class in_backward:  # noqa: N801 - reads as the statement that it is used in
             self._hooks.pop().remove()
 
     def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
-        if parameter.grad is None:  # it is kept elsewhere (``TableGradients``)
-            return
+        assert parameter.grad is not None
         norm = _norm(parameter.grad)
         self._norms.append(norm)
         self.bad = self.bad | ~torch.isfinite(norm)

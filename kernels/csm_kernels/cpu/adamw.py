@@ -3,8 +3,6 @@ Without the library the callers use PyTorch's operators."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from csm_kernels.cpu import native
 from csm_kernels.cpu.passes import nothing, operator
 
 BF16, FP32 = torch.bfloat16, torch.float32
+MATRIX_ROWS = 2**13  # of a linear layer's weight at most; a matrix with more is an embedding table
 
 
 def supports_update(weight: torch.dtype, grad: torch.dtype | None = None, moments: torch.dtype = FP32) -> bool:
@@ -87,13 +86,13 @@ def adamw_(
     )
 
 
-@operator("sum_of_squares(Tensor x, Tensor? rows) -> Tensor", fake=lambda x, _: x.new_empty((), dtype=torch.float64))
-def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
-    """[] float64, the same for any number of threads.
+@operator("sum_of_squares(Tensor x) -> Tensor", fake=lambda x: x.new_empty((), dtype=torch.float64))
+def sum_of_squares(x: Tensor) -> Tensor:
+    """[] float64, the same for any number of threads: float32 sums of pieces, added up in float64. A piece is a row of
+    an embedding table's gradient, where most rows are zero, and else ``PARTIAL_SUM`` numbers.
 
     Args:
         x: contiguous, bf16 or float32 (``supports_sums``).
-        rows: int64 [n], the rows of x [rows, d] to add up; None: all of x.
 
     Raises:
         RuntimeError: another type, or not contiguous.
@@ -101,11 +100,9 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
     run = native.library_function("sums_of_squares", x.dtype)
     if run is None or not x.is_contiguous():
         raise RuntimeError(f"there is no sum_of_squares for {x.dtype}, or it is not contiguous")
-    width = x.shape[-1] if rows is not None else 1
-    count = x.numel() if rows is None else len(rows)
-    sums = torch.empty(-(-count // PARTIAL_SUM) if rows is None else count, dtype=torch.float64, device=x.device)
-    index: Any = None if rows is None else rows.contiguous().data_ptr()
-    run(x.data_ptr(), index, count, width, sums.data_ptr(), native.threads(count * width))
+    piece = x.shape[1] if x.dim() == 2 and len(x) > MATRIX_ROWS else PARTIAL_SUM
+    sums = torch.empty(-(-x.numel() // piece), dtype=torch.float64, device=x.device)
+    run(x.data_ptr(), x.numel(), piece, sums.data_ptr(), native.threads(x.numel()))
     return sums.sum()
 
 

@@ -52,7 +52,7 @@ SIGNATURES = {
     "causal_softmax_backward": (_VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _INT),
     "cross_entropy": (_VOID,) * 4 + (_FLOAT, _INT, _LONG, _LONG, _INT),
     "adamw": (_VOID,) * 6 + (_LONG, _LONG) + (_VOID,) * 3 + (_DOUBLE,) * 5 + (_INT,) + (_LONG,) * 3 + (_INT,),
-    "sums_of_squares": (_VOID, _VOID, _LONG, _LONG, _VOID, _INT),
+    "sums_of_squares": (_VOID, _LONG, _LONG, _VOID, _INT),
     "attention_forward": (_VOID,) * 5 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 3 + (_LONG, _INT),
     "attention_scratch": (_LONG, _LONG, _INT),
     "attention_backward": (_VOID,) * 9 + (_LONG, _FLOAT, _VOID) + (_LONG,) * 4 + (_VOID,) * 4 + (_LONG, _INT),

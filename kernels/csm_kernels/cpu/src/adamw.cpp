@@ -1,5 +1,6 @@
-// An update of AdamW on a CPU, one pass over memory: weights, gradient and moments are read once and written once. And the
-// squares that a gradient's norm is made of. Built on first use by native.py; cpu_adamw.py says what each function computes.
+// An update of AdamW on a CPU in one pass over memory, which reads weights, gradient and moments once and writes them once;
+// and the sums of squares for the norm of gradients. native.py builds this on first use. adamw.py says what each function
+// computes.
 
 #include <cmath>
 
@@ -7,11 +8,10 @@
 
 namespace {
 
-// From constants.py, by the compiler's command line.
-constexpr int64_t TILE = DRAW_TILE;      // places with draws of their own: `Draws` in csm_fast/rounding.py
-constexpr int64_t SUMMED = PARTIAL_SUM;  // numbers of a partial sum
-constexpr int64_t PIECE = 1024;          // places whose draws are made at once
-constexpr int64_t ROWS = 32;             // rows of a table that a thread takes at once
+// The compiler's command line passes the constant of constants.py.
+constexpr int64_t TILE = DRAW_TILE;  // elements whose random bits are hashed: `Draws` in train/optim/rounding.py
+constexpr int64_t PIECE = 1024;      // elements whose random bits are made at once
+constexpr int64_t ROWS = 32;         // consecutive rows of a table for one thread
 
 enum Rounding { NEAREST, STOCHASTIC, KAHAN };
 
@@ -22,13 +22,14 @@ INLINE uint32_t finished(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-// The draws of `Draws` in csm_fast/rounding.py, bit for bit: 16 bits for every place of a parameter.
+// The random bits of `Draws` in csm_fast/train/optim/rounding.py, bit for bit: 16 for every element of a parameter.
 class Draws {
   public:
     Draws(uint32_t counters_, uint32_t salt, uint32_t tiles_, float step)
         : counters(counters_), tiles(tiles_), moment(mixed(mixed(static_cast<uint32_t>(static_cast<int32_t>(step)) + salt))) {}
 
-    // Of `count` places from `first`, all of one tile; returned is where in `out`, which has room for two more, they begin.
+    // The bits of `count` elements from `first`, all in one tile. Returns where they begin in `out`, which has room for two
+    // elements more.
     INLINE const uint16_t* of(int64_t first, int64_t count, uint16_t* out) const {
         const int64_t tile = first / TILE, begin = first % TILE / 2, end = (first % TILE + count - 1) / 2 + 1;
         const uint32_t start = counters + static_cast<uint32_t>(begin), key = key_of(tile);
@@ -42,7 +43,7 @@ class Draws {
     }
 
   private:
-    // Of both draws of a word.
+    // The key of both halves of a word.
     uint32_t key_of(int64_t tile) const {
         if (!tile) return 0;
         const uint32_t word = finished(mixed(tiles + static_cast<uint32_t>(tile / 2)) ^ mixed(moment));
@@ -66,7 +67,7 @@ struct Settings {
     float size;         // lr / (1 - beta1^t)
 };
 
-// `count` numbers, one after the other.
+// Updates `count` neighbouring elements.
 template <class T, Rounding ROUNDING>
 INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_t* drawn, int64_t count, const Settings& s) {
 #pragma omp simd
@@ -79,7 +80,7 @@ INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_
         v[i] = v[i] * s.beta2 + s.fresh_square * slope * slope;
         x -= s.size * m[i] / (__builtin_sqrtf(v[i]) / s.root + s.eps);
         if constexpr (ROUNDING == STOCHASTIC) {
-            // Cut after noise below one spacing was added to the magnitude.
+            // Truncate after adding noise of less than one spacing to the magnitude.
             uint32_t bits;
             std::memcpy(&bits, &x, sizeof bits);
             w[i].bits = static_cast<uint16_t>((bits + drawn[i]) >> 16);
@@ -90,7 +91,7 @@ INLINE void advance(T* w, const T* g, float* m, float* v, bf16* c, const uint16_
     }
 }
 
-// The places [first, last).
+// Updates the elements [first, last).
 template <class T, Rounding ROUNDING>
 void update(T* weight, const T* grad, Moments moments, bf16* rest, int64_t first, int64_t last, Settings s, const Draws& draws) {
     alignas(64) uint16_t room[PIECE + 2];
@@ -103,7 +104,7 @@ void update(T* weight, const T* grad, Moments moments, bf16* rest, int64_t first
     }
 }
 
-// Whether a number of a row is not zero. NaN is not.
+// Whether a row has an element other than zero; NaN counts.
 template <class T>
 INLINE bool any(const T* row, int64_t width) {
     int found = 0;
@@ -112,7 +113,7 @@ INLINE bool any(const T* row, int64_t width) {
     return found;
 }
 
-// All rows; with `live` those that are marked in it, and those whose gradient is not zero, which it marks.
+// Updates all rows; with `live` those that are marked there and those whose gradient is not zero, which it marks.
 template <class T, Rounding ROUNDING>
 void updates(T* weight, const T* grad, Moments moments, bf16* rest, uint8_t* live, int64_t rows, int64_t width,
              Settings s, const Draws& draws, int threads) {
@@ -124,7 +125,7 @@ void updates(T* weight, const T* grad, Moments moments, bf16* rest, uint8_t* liv
         });
         return;
     }
-    // Common tokens are neighbours: the threads take turns.
+    // Rows of common tokens lie close together, so blocks of rows go to the threads in turn.
     parallel(threads, threads, [=, &draws](int thread, int64_t, int64_t) {
         for (int64_t block = thread * ROWS; block < rows; block += threads * ROWS) {
             for (int64_t row = block; row < block + ROWS && row < rows; ++row) {
@@ -174,19 +175,13 @@ INLINE float squares(const T* x, int64_t count) {
     return sum;
 }
 
-// Of rows `index`, or, where that is null, of all `count` numbers; partial sums do not depend on the threads.
+// A partial sum for every `piece` of the `count` numbers, so that the sums do not depend on the number of threads.
 template <class T>
-void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t width, double* sums, int threads) {
-    if (index) {
-        parallel(count, threads, [=](int, int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) sums[i] = squares(x + index[i] * width, width);
-        });
-        return;
-    }
-    parallel((count + SUMMED - 1) / SUMMED, threads, [=](int, int64_t first, int64_t last) {
+void sums_of_squares(const T* x, int64_t count, int64_t piece, double* sums, int threads) {
+    parallel((count + piece - 1) / piece, threads, [=](int, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
-            const int64_t left = count - i * SUMMED;
-            sums[i] = squares(x + i * SUMMED, left < SUMMED ? left : SUMMED);
+            const int64_t left = count - i * piece;
+            sums[i] = squares(x + i * piece, left < piece ? left : piece);
         }
     });
 }
@@ -202,9 +197,8 @@ void sums_of_squares(const T* x, const int64_t* index, int64_t count, int64_t wi
               width, step, found_inf, grad_scale, lr, beta1, beta2, weight_decay, eps, stochastic, counters, salt, tiles,    \
               threads);                                                                                                      \
     }                                                                                                                        \
-    extern "C" void sums_of_squares_##NAME(const void* x, const int64_t* index, int64_t count, int64_t width, double* sums,  \
-                                           int threads) {                                                                    \
-        sums_of_squares(static_cast<const T*>(x), index, count, width, sums, threads);                                       \
+    extern "C" void sums_of_squares_##NAME(const void* x, int64_t count, int64_t piece, double* sums, int threads) {         \
+        sums_of_squares(static_cast<const T*>(x), count, piece, sums, threads);                                              \
     }
 
 UPDATES(bf16, bf16)

@@ -1,10 +1,10 @@
 // Causal grouped-query attention inside the segments of a pack on a CPU, with the rotation: forward and backward.
 //
-// A thread takes a segment and a key-value head at a time. Scores exist for a few dozen rows at once, in float32, in the
-// first-level cache; the backward pass forms them again from the logarithms of the rows' sums (Dao et al., FlashAttention).
+// A thread takes a segment and a key-value head at a time. Scores exist for a few dozen rows at a time, in float32, in the
+// first-level cache. The backward pass recomputes them from the logarithms of the rows' sums (Dao et al., FlashAttention).
 // With S = q k^T, P = softmax(S), O = P v: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
-// The backward pass works on transposed scores, keys down and queries across, so that dV and dK read them as they lie, and
-// dQ^T = K^T dS^T reads them as pairs of rows.
+// The backward pass uses transposed scores, [keys, queries]: dV and dK then read them as they lie in memory, and dQ^T = K^T dS^T
+// reads them as pairs of rows.
 
 #include <omp.h>
 
@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 32;      // rows of scores at once
+constexpr int64_t BLOCK_ROWS = 32;      // rows of scores at a time
 constexpr int64_t BLOCK_COLUMNS = 128;  // and, in the backward pass, columns
 
 struct Pack {
@@ -35,7 +35,7 @@ struct Pack {
     int64_t rows() const { return bounds[segments]; }
 };
 
-// work(first row, rows, kv head, its Place) for every segment and key-value head, long segments first.
+// Calls work(first row, rows, kv head, its Place) for every segment and key-value head, long segments first.
 template <class Place, class Work>
 void each(const Pack& pack, Work work) {
     const int64_t* bounds = pack.bounds;
@@ -61,13 +61,13 @@ void each(const Pack& pack, Work work) {
 
 // --- rotation --------------------------------------------------------------------------------------------------------
 
-// A register of a row's numbers from j on, neighbours (2 i, 2 i + 1) turned by the angles (sign -1: back), times a factor.
+// A register of a row from element j on: pairs (2 i, 2 i + 1) rotated by the angles (sign -1: back), times a factor.
 INLINE Floats turned(Floats x, const float* cosine, const float* sine, int64_t j, float sign, float factor) {
     const Floats left = twice_each(sine + j / 2) * (sign * factor);
     return x * factor * twice_each(cosine + j / 2) + neighbours_swapped(x) * even_negative(left);
 }
 
-// A row of gradients in float32, scaled and turned back, to memory.
+// Stores a float32 row of gradients, scaled and rotated back.
 inline void put_row(const Pack& pack, const float* row, int64_t index, float factor, bf16* to) {
     const int64_t at = pack.cosine ? index % pack.angles * (pack.width / 2) : 0;
     for (int64_t j = 0; j < pack.width; j += LANE) {
@@ -76,7 +76,7 @@ inline void put_row(const Pack& pack, const float* row, int64_t index, float fac
     }
 }
 
-// Rows of heads, turned and scaled in place.
+// Rotates and scales rows of heads in place.
 void rotate(const Pack& pack, bf16* x, int64_t heads, float factor) {
     if (!pack.cosine && factor == 1.0f) return;
     const int64_t half = pack.width / 2;
@@ -101,12 +101,12 @@ struct Total {
     float highest, sum;
 };
 
-// e^(score - highest) of a row's first `live` scores as bf16, zeros behind them; `columns` are whole registers.
+// e^(score - highest) of the first `live` scores of a row as bf16, then zeros; `columns` are whole registers.
 INLINE Total softmax_row(const float* scores, int64_t live, int64_t columns, bf16* out) {
     const Floats lowest = Floats{} - std::numeric_limits<float>::infinity();
     const int64_t full = live / LANE * LANE;
     Floats most = lowest;
-    for (int64_t j = 0; j < full; j += LANE) most = larger(most, load(scores + j));  // NaN is kept
+    for (int64_t j = 0; j < full; j += LANE) most = larger(most, load(scores + j));  // keeps NaN
     if (full < live) most = larger(most, chosen(before(full, live), load(scores + full), lowest));
     const float highest = highest_of(most);
     Floats sum = Floats{};
@@ -165,7 +165,7 @@ void forward(const Pack& pack, const bf16* q, const bf16* k, const bf16* v, bf16
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// Memory of one segment and key-value head. "Columns" and "rows" are pairs along those.
+// Memory of one segment and key-value head. "_columns" and "_rows" are pairs along these.
 struct BackwardPlace {
     uint32_t *q_columns, *grad_columns;  // [width / 2, padded]
     uint32_t *q_rows, *grad_rows;        // [padded / 2, width]
@@ -178,7 +178,7 @@ struct BackwardPlace {
     uint32_t* ds_rows;                   // [BLOCK_ROWS / 2, columns]
     int64_t padded, key_stride;
 
-    // Where others lie before or after their time.
+    // These share memory with others, and are used before or after them.
     uint32_t* k_rows;  // [padded / 2, width], before q_rows
     bf16* grad;        // [rows, width], before dq_transposed
     float* dq;         // [padded, width], after q_columns and grad_columns
@@ -201,7 +201,7 @@ struct BackwardPlace {
     }
 };
 
-// A head's gradient of its segment, row by row; zeros for rows without a place.
+// The gradient of one head and segment, row by row; zeros for rows without a place.
 inline void gather(const bf16* grad, const int64_t* places, int64_t first, int64_t rows, int64_t stride, int64_t width,
                    bf16* to) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -220,12 +220,12 @@ inline float dot(const bf16* a, const bf16* b, int64_t width) {
     return sum_of(sum);
 }
 
-// P^T and dS^T of a block, [keys, columns]: keys from `key` on against queries from `query` on.
+// P^T and dS^T of a block, [keys, columns]: keys from `key` on, queries from `query` on.
 inline void score_gradients(const BackwardPlace& w, int64_t key, int64_t keys, int64_t query, int64_t columns) {
     for (int64_t i = 0; i < keys; ++i) {
         const int64_t row = i * BLOCK_COLUMNS;
         for (int64_t j = 0; j < columns; j += LANE) {
-            // A query sees the keys up to itself.
+            // A query sees the keys up to its own position.
             const Mask sees = others(before(query + j, key + i));
             const Floats p = chosen(sees, exponential(load(w.scores + row + j) - load(w.logs + query + j)), Floats{});
             const Floats ds = p * (load(w.dp + row + j) - load(w.sums + query + j));
@@ -235,7 +235,7 @@ inline void score_gradients(const BackwardPlace& w, int64_t key, int64_t keys, i
     }
 }
 
-// What one query head adds to dk and dv, and its dq, of a segment. k, v: at the segment's first row.
+// Adds the part of one query head to dk and dv of a segment, and computes its dq. k, v: at the first row of the segment.
 void backward_of_head(const BackwardPlace& w, const bf16* q, int64_t q_stride, const bf16* k, const bf16* v, int64_t k_stride,
                       int64_t rows, int64_t width) {
     const int64_t padded = w.padded;
@@ -304,7 +304,7 @@ void backward(const Pack& pack, const bf16* grad, const bf16* out, const int64_t
 
 }  // namespace
 
-// Bytes of scratch that a thread needs for segments of at most so many rows.
+// Bytes of scratch that a thread needs for segments of at most `longest` rows.
 extern "C" int64_t attention_scratch_bf16(int64_t longest, int64_t width, int is_backward) {
     Scratch counted(nullptr);
     if (is_backward) {
@@ -316,10 +316,10 @@ extern "C" int64_t attention_scratch_bf16(int64_t longest, int64_t width, int is
 }
 
 // bounds: [segments + 1], from 0 to the number of rows T. q, out, grad, dq: [T, heads, width]; k, v, dk, dv: [T, kv_heads,
-// width]; logs: [heads, T]; width a multiple of 16. cosine, sine: [angles, width / 2], row t has the angles t modulo their
-// number; or null. The forward pass turns q and k where they lie, and multiplies q by the factor; the backward pass takes
-// them so, and gives the gradients of what they were before. places: [T], the row of grad and out that belongs to each row,
-// -1 for one without a gradient; or null, their own. scratch: for each thread so many bytes.
+// width]; logs: [heads, T]; width a multiple of 16. cosine, sine: [angles, width / 2], or null; row t has the angles t modulo
+// their number. The forward pass rotates q and k in place, and multiplies q by the factor. The backward pass takes these, and
+// computes the gradients of the original q and k. places: [T], for each row the index of its row in grad and out, -1 for one
+// without a gradient; null: its own index. scratch: `bytes` for each thread.
 extern "C" void attention_forward_bf16(void* q, void* k, const void* v, const float* cosine, const float* sine, int64_t angles,
                                        float factor, const int64_t* bounds, int64_t segments, int64_t heads, int64_t kv_heads,
                                        int64_t width, void* out, float* logs, void* scratch, int64_t bytes, int threads) {

@@ -1,7 +1,7 @@
-// What the CPU's sources share: bf16, registers of floats, e^x, threads.
+// Shared by the sources of the CPU library: bf16, registers of floats, e^x, threads.
 //
-// Values are float32 or bf16 in memory and float32 in registers. Nothing here depends on PyTorch's headers, so building
-// takes a few seconds and serves every version of it.
+// Values are float32 or bf16 in memory and float32 in registers. Nothing here includes PyTorch's headers, so the library
+// builds in a few seconds and works with every version of PyTorch.
 
 #pragma once
 
@@ -42,7 +42,7 @@ inline float rounded(float x) {
     return wide(stored);
 }
 
-// Registers of floats, in the compiler's own vector types.
+// Registers of floats, as vector types of the compiler.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -67,8 +67,8 @@ INLINE float as_float(int32_t bits) {
 }
 INLINE Floats as_float(Ints bits) { return reinterpret_cast<Floats>(bits); }
 
-// e^x, of a float or a register of them, with an error of 2 ulp: 2^n times a polynomial over [-ln(2)/2, ln(2)/2] (Cephes'
-// expf); under -87 it stays at the smallest normal number, over 88.7 it is infinite.
+// e^x of a float or a register of floats, with an error of 2 ulp: 2^n times a polynomial over [-ln(2)/2, ln(2)/2] (expf of
+// Cephes). Below -87 the result is the smallest normal number, above 88.7 it is infinite.
 template <class F>
 INLINE F exponential(F x) {
     const F most = F{} + 88.8f, least = F{} - 87.3f;
@@ -85,13 +85,13 @@ INLINE F exponential(F x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    // In two factors, because 2^128 is none.
+    // In two factors, because float32 cannot hold 2^128.
     const auto whole = whole_of(n);
     const auto half = whole >> 1;
     return p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
 }
 
-// [first, last) of a thread's share.
+// The items [first, last) of a thread.
 struct Share {
     int64_t first, last;
 };
@@ -100,14 +100,14 @@ inline Share share(int64_t items, int part, int parts) {
     return {items * part / parts, items * (part + 1) / parts};
 }
 
-// One copy of a body for one thread and for several: compiled twice, its multiplications and additions could be fused in
-// another way, and a result would depend on the threads.
+// Not inlined, so that one and several threads run the same machine code. The compiler could fuse multiplications and
+// additions of two copies in different ways, and results would depend on the number of threads.
 template <class Body>
 __attribute__((noinline)) void run_share(const Body& body, int thread, int64_t first, int64_t last) {
     body(thread, first, last);
 }
 
-// body(thread, first, last) over `items`.
+// Calls body(thread, first, last) for the share of each thread in `items`.
 template <class Body>
 void parallel(int64_t items, int threads, Body body) {
     if (threads <= 1) {
@@ -157,7 +157,7 @@ INLINE float sum_of(Floats x) {
     return out;
 }
 
-// `width` numbers, and room for the registers of a row of them.
+// Memory for `width` floats, rounded up to whole registers.
 class Buffer {
   public:
     explicit Buffer(int64_t width)
@@ -174,7 +174,7 @@ INLINE void clear(T* to, int64_t count) {
     if (count > 0) std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// A thread's memory, given out piece by piece, each on cache lines of its own. Of null: only counts what is taken.
+// Hands out a thread's memory piece by piece, each on cache lines of its own. Constructed from null, it only counts.
 class Scratch {
   public:
     explicit Scratch(void* data_) : data(static_cast<char*>(data_)) {}
@@ -192,8 +192,8 @@ class Scratch {
     char* const data;
 };
 
-// Weighted cross-entropy of a row of logits; its gradient, times `scale`, overwrites them where it is wanted. e: `vocab`
-// numbers of scratch.
+// Weighted cross-entropy of a row of logits. Its gradient times `scale` overwrites them where it is wanted. e: scratch for
+// `vocab` floats.
 template <class T>
 INLINE float cross_entropy_row(T* row, int64_t vocab, int64_t target, float weight, float scale, bool wants_grad, float* e) {
     float highest = wide(row[0]), sum = 0.0f;

@@ -1,5 +1,5 @@
-// Many linear heads over the same few rows and their cross-entropies on a CPU, with gradients: a thread takes a head at a
-// time, and reads its weight from memory once, where it goes in pieces of columns to float32 registers.
+// Many linear heads over the same few rows, their cross-entropies and gradients on a CPU. A thread takes a head at a time, and
+// reads its weight from memory once; products are computed in pieces of columns, in float32 registers.
 //
 // With p = softmax(h W): d(loss)/d(logits) = G = w (p - onehot(target)), dh = G W^T, dW = h^T G.
 
@@ -13,12 +13,12 @@
 
 namespace {
 
-constexpr int64_t PIECE = 256;         // columns of the weight at once, about
-constexpr int64_t AHEAD = 2;           // pairs of the weight's rows that are asked for ahead of their use
+constexpr int64_t PIECE = 256;         // about so many columns of the weight at a time
+constexpr int64_t AHEAD = 2;           // pairs of the weight's rows from a prefetch to its use
 #ifdef HAS_TILES
 constexpr int64_t GRADIENT_ROWS = BLOCK_SIDE;
 #else
-constexpr int64_t GRADIENT_ROWS = 12;  // rows of the weight's gradient at once
+constexpr int64_t GRADIENT_ROWS = 12;  // rows of the weight's gradient at a time
 #endif
 
 struct Heads {
@@ -26,7 +26,7 @@ struct Heads {
     int64_t hidden_row, hidden_head;  // strides
 };
 
-// Pieces of columns of about the same number of registers.
+// Pieces of columns with about equally many registers.
 struct Pieces {
     int64_t count, vocab;
     explicit Pieces(int64_t vocab_) : count(std::max<int64_t>(1, vocab_ / PIECE)), vocab(vocab_) {}
@@ -38,16 +38,16 @@ struct Pieces {
 };
 
 struct Place {
-    bf16* logits;           // [rows, stride], the gradient afterwards
+    bf16* logits;           // [rows, stride], afterwards their gradient
     uint32_t* weight;       // as pairs along its rows, piece by piece [width / 2, piece]; or its columns [vocab / 2, width]
     uint32_t* gradient;     // as pairs along its rows, [row pairs, stride]
     uint32_t* hidden_rows;  // [row pairs, width]
-    uint32_t* hidden;       // h^T, its rows in pairs: [width, pair stride]
+    uint32_t* hidden;       // h^T with its rows in pairs, [width, pair stride]
     float* dh;              // [rows, width]
-    bf16* dw;               // [GRADIENT_ROWS, vocab], and a register
+    bf16* dw;               // [GRADIENT_ROWS, vocab], and one register more
     float* exponentials;    // [vocab]
     int64_t stride, pairs, pair_stride;
-    int64_t weight_stride;  // of pairs along columns: no power of two, or a column of them would fall into one cache set
+    int64_t weight_stride;  // of pairs along columns; not a power of two, because a column would then map to one cache set
 
     Place(Scratch& scratch, const Heads& sizes) {
         const int64_t width = sizes.width;
@@ -67,7 +67,7 @@ struct Place {
 void logits_of(const Heads& sizes, const Place& at, const bf16* hidden, const bf16* weight) {
     const Pieces pieces(sizes.vocab);
     const int64_t pairs = sizes.width / 2;
-    // Row by row, because memory is read fastest from one end to the other.
+    // Row by row, because memory is read fastest sequentially.
     for (int64_t pair = 0; pair < pairs; ++pair) {
         for (int64_t i = 0; i < pieces.count; ++i) {
             const Share piece = pieces.at(i);
@@ -130,7 +130,8 @@ extern "C" int64_t heads_scratch_bf16(int64_t rows, int64_t heads, int64_t width
 
 // hidden [rows, heads, width] with strides, weight [heads, width, vocab], targets and weights [rows, heads]; losses [heads],
 // weighted sums over rows; grad_hidden [rows, heads, width], grad_weight like weight, null where not wanted. width is a
-// multiple of 16. scratch: for each thread `heads_scratch_bf16` bytes. -1, or the first row with a target that is none of the classes: then nothing was computed.
+// multiple of 16. scratch: `heads_scratch_bf16` bytes for each thread. Returns the first row with a target that is out of
+// bounds (then nothing is computed), or -1.
 extern "C" int64_t heads_cross_entropy_bf16(const void* hidden, int64_t hidden_row, int64_t hidden_head, const void* weight,
                                             const int64_t* targets, const float* weights, float scale, int64_t rows,
                                             int64_t heads, int64_t width, int64_t vocab, float* losses, void* grad_hidden,

@@ -1,7 +1,7 @@
-// Registers of integers and floats for products of bf16, on processors that add up products of bf16 pairs in one instruction
-// (AVX512-BF16).
+// Registers of integers and floats for products of bf16, on processors with an instruction that multiplies bf16 pairs and
+// adds up the products (AVX512-BF16).
 //
-// A "pair" is a 32-bit number with two bf16, neighbours along the inner dimension of a product: the first in the low half.
+// A "pair" is a 32-bit number that holds two neighbouring bf16 of a product's inner dimension, the first in its low half.
 
 #pragma once
 
@@ -9,9 +9,9 @@
 
 #include "common.h"
 
-// Where this process may use tiles (AMX), which a processor can have and a system refuse, whoever builds defines MAY_USE_TILES.
-// A compiler that does not know them then leaves all products to PyTorch, whose tiles are several times as fast as registers.
-// Without AVX512-BF16 they are PyTorch's, too.
+// The build defines MAY_USE_TILES if this process may use tiles (AMX): the system can refuse them although the processor has
+// them. If the compiler does not support tiles, there are no products here, because PyTorch's products in tiles are several
+// times as fast as products in registers. Without AVX512-BF16 there are none either.
 #if defined(MAY_USE_TILES) && !(defined(__AMX_TILE__) && defined(__AMX_BF16__))
 #elif defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_PRODUCTS 1
@@ -27,7 +27,7 @@ namespace {
 constexpr int64_t LANE = LANES;  // 32-bit numbers of a register
 constexpr int64_t LINE = 32;     // bf16 of a cache line
 
-// The first `count` of the bits, all of them or none where it is outside.
+// The lowest `count` of 32 bits; `count` may lie outside of [0, 32].
 INLINE uint32_t first_bits(int64_t count) { return count >= 32 ? ~0u : (1u << (count > 0 ? count : 0)) - 1; }
 
 typedef __m512i Bits;
@@ -36,10 +36,10 @@ INLINE Bits load_bits(const void* from) { return _mm512_loadu_si512(from); }
 INLINE void store_bits(void* to, Bits x) { _mm512_storeu_si512(to, x); }
 INLINE void stream_bits(void* to, Bits x) { _mm512_stream_si512(static_cast<__m512i*>(to), x); }
 
-// The first `count` numbers of 16 bits, zeros behind them.
+// The first `count` 16-bit numbers, then zeros.
 INLINE Bits load_some(const void* from, int64_t count) { return _mm512_maskz_loadu_epi16(first_bits(count), from); }
 
-// Numbers of 16 bits, each in a lane of 32: a register's lanes of them, or the first `count` and zeros behind them.
+// 16-bit numbers, each in a 32-bit lane: a full register, or the first `count`, then zeros.
 INLINE Bits spread(const bf16* x) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
@@ -49,7 +49,7 @@ INLINE Bits spread_some(const bf16* x, int64_t count) {
 
 INLINE Bits paired(Bits low, Bits high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
 
-// Pairs of the same columns of two rows, in each quarter of a register the first four of its eight columns or the others.
+// Pairs of two rows, column by column. Each quarter of a register has eight columns: of these the first or the last four.
 INLINE Bits paired_low(Bits first, Bits second) { return _mm512_unpacklo_epi16(first, second); }
 INLINE Bits paired_high(Bits first, Bits second) { return _mm512_unpackhi_epi16(first, second); }
 
@@ -67,7 +67,7 @@ INLINE void transpose(Bits (&r)[LANE]) {
         u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
         u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
-    // Of u[4 i + j], the quarter l has column 4 l + j of the rows 4 i to 4 i + 3.
+    // Quarter l of u[4 i + j] now holds column 4 l + j of the rows 4 i to 4 i + 3.
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
         const Bits even_low = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
@@ -86,22 +86,22 @@ INLINE Floats twice_each(const float* half) {
     return (Floats)_mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(half)));
 }
 INLINE Floats neighbours_swapped(Floats x) { return (Floats)_mm512_permute_ps((__m512)x, 0xb1); }
-// Minus the numbers in even places.
+// The numbers at even places negated.
 INLINE Floats even_negative(Floats x) {
     return (Floats)_mm512_mask_sub_ps((__m512)x, 0x5555, _mm512_setzero_ps(), (__m512)x);
 }
 
-// Lanes that count.
+// A set of lanes.
 typedef __mmask16 Mask;
 
 INLINE Ints numbered() { return (Ints)_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
-// The lanes of the columns from `first` on that lie before `live`.
+// Lane i stands for column `first` + i: the lanes whose columns lie before `live`.
 INLINE Mask before(int64_t first, int64_t live) {
     return _mm512_cmplt_epi32_mask((__m512i)numbered(), _mm512_set1_epi32(static_cast<int32_t>(live - first)));
 }
 INLINE Mask others(Mask mask) { return static_cast<Mask>(~mask); }
 INLINE Floats chosen(Mask mask, Floats x, Floats other) { return (Floats)_mm512_mask_mov_ps((__m512)other, mask, (__m512)x); }
-INLINE Floats larger(Floats x, Floats y) {  // y where one is NaN
+INLINE Floats larger(Floats x, Floats y) {  // y if one of them is NaN
     return chosen(_mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ), x, y);
 }
 

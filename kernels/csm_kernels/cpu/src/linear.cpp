@@ -1,8 +1,8 @@
-// Matrix products of bf16 on a CPU, as linear layers need them forward and backward.
+// Matrix products of bf16 on a CPU, for linear layers forward and backward.
 //
-// A thread takes a panel of the right matrix at a time, 64 columns or more, brings them into pairs (products.h) that its
-// second-level cache holds, and goes down the rows of the left one, together with others at the end. Where the left matrix comes
-// transposed, as for the gradient of a weight, the smaller of both is brought into its order once for all threads.
+// A thread takes a panel of the right matrix at a time, 64 columns or more, stores it as pairs (products.h) that fit its
+// second-level cache, and multiplies the rows of the left matrix by it; at the end threads help each other. If the left matrix
+// is transposed, as for the gradient of a weight, the smaller of both matrices is reordered once for all threads.
 
 #include <omp.h>
 
@@ -18,14 +18,14 @@
 namespace {
 
 #ifdef HAS_TILES
-constexpr int64_t STRIP = BLOCK_SIDE;        // columns of the right matrix that lie together as pairs
-constexpr int64_t PANEL_BYTES = 1 << 20;     // of so many strips, half of a second-level cache
-constexpr int64_t AHEAD = 4;                 // pairs of rows that are asked for ahead of their use
-constexpr int64_t PART = 2048;               // of the inner dimension at once, about
-constexpr int64_t PIECE = 4 * BLOCK_SIDE;    // rows of a panel's product that a thread takes at once
-constexpr int64_t BLOCK = 2 * PIECE;         // rows of a transposed left matrix at once
+constexpr int64_t STRIP = BLOCK_SIDE;        // columns of the right matrix that are stored together as pairs
+constexpr int64_t PANEL_BYTES = 1 << 20;     // of the strips of a panel: half of a second-level cache
+constexpr int64_t AHEAD = 4;                 // pairs of rows from a prefetch to its use
+constexpr int64_t PART = 2048;               // about so much of the inner dimension at a time
+constexpr int64_t PIECE = 4 * BLOCK_SIDE;    // rows of a panel's product that a thread takes at a time
+constexpr int64_t BLOCK = 2 * PIECE;         // rows of a transposed left matrix at a time
 #else
-constexpr int64_t PANEL = 64;                // columns of the right matrix at once
+constexpr int64_t PANEL = 64;                // columns of the right matrix at a time
 constexpr int64_t PIECE = 96;                // as above; whole tiles
 constexpr int64_t BLOCK = PIECE;
 #endif
@@ -33,7 +33,7 @@ constexpr int64_t BLOCK = PIECE;
 struct Matrix {
     const bf16* data;
     int64_t stride;
-    bool is_turned;  // lies as its transpose
+    bool is_turned;  // stored as its transpose
 };
 
 struct Product {
@@ -42,8 +42,8 @@ struct Product {
     const bf16* plus;              // [rows, columns], added, or null; may be c
     bf16* c;                       // [rows, columns]
     int threads;
-    float* sums = nullptr;  // [rows, sums_stride], where only a part of the inner dimension is multiplied at once
-    bool is_first = true, is_last = true;  // of those parts
+    float* sums = nullptr;  // [rows, sums_stride], if the inner dimension is multiplied in parts
+    bool is_first = true, is_last = true;  // whether this is the first or the last part
 
     // A turned matrix is filled up with zeros to whole steps of tiles.
 #ifdef HAS_TILES
@@ -53,9 +53,10 @@ struct Product {
     int64_t pairs() const { return (inner + 1) / 2; }
     int64_t depth() const { return inner; }
 #endif
-    // Of a turned left matrix's rows, in pairs: no power of two, or a column of it would fall into one set of a cache.
+    // Stride of the rows of a turned left matrix, in pairs. Not a power of two, because a column would then map to one set of
+    // a cache.
     int64_t left_stride() const { return whole_lanes(pairs()) + LANE; }
-    // Columns of the right matrix at once.
+    // Columns of the right matrix at a time.
 #ifdef HAS_TILES
     int64_t panel() const {
         const int64_t strips = (columns + STRIP - 1) / STRIP, each = (strips + threads - 1) / threads;
@@ -66,16 +67,16 @@ struct Product {
 #endif
     int64_t panels() const { return (columns + panel() - 1) / panel(); }
     int64_t panel_size() const { return pairs() * whole_lanes(std::min(panel(), columns)); }
-    // A piece of the result in a panel's columns, which lies together until it is done: lines that are a power of two apart
-    // fall into one set of a cache.
+    // Stride of a piece of the result in the columns of a panel. A piece is stored compactly until it is complete, because
+    // lines that are a power of two apart map to one set of a cache.
     int64_t piece_stride() const { return whole_lanes(std::min(panel(), columns)) + LINE; }
 #ifdef HAS_TILES
-    // Whole strips need none, but for a row where the inner dimension comes in parts.
+    // Whole strips need no piece, except for one row if the inner dimension is multiplied in parts.
     int64_t piece_size() const { return (columns % STRIP ? std::min(PIECE, rows) : 1) * piece_stride() / 2; }
 #else
     int64_t piece_size() const { return 0; }
 #endif
-    // As many as give each thread the same, of at most `most` rows.
+    // The number of blocks of at most `most` rows that gives each thread equally many.
     int64_t blocks(int64_t most) const {
         const int64_t least = (rows + most - 1) / most;
         return std::min(rows, (least + threads - 1) / threads * threads);
@@ -88,7 +89,7 @@ struct Product {
 #endif
     int64_t sums_stride() const { return whole_lanes(columns) + LANE; }
     int64_t sums_size() const { return parts() > 1 ? rows * sums_stride() : 0; }
-    // Of the inner dimension, in whole steps of tiles.
+    // Part i of the inner dimension, in whole steps of tiles.
     Product part(int64_t i) const {
         const int64_t steps = (inner + LINE - 1) / LINE;
         const Share mine = share(steps, static_cast<int>(i), static_cast<int>(parts()));
@@ -145,13 +146,13 @@ void pack(const Product& p, int64_t i, uint32_t* out) {
 
 #endif
 
-// Columns [first, last) of a turned matrix as rows, their pairs along it: [last - first, left stride].
+// Columns [first, last) of a turned matrix as rows of pairs, [last - first, left stride].
 void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
     const int64_t stride = p.a.stride, to_stride = p.left_stride();
     for (int64_t pair = 0; pair < p.pairs(); pair += LANE) {
         const bf16* rows = p.a.data + 2 * pair * stride;
         const int64_t left = std::min<int64_t>(2 * LANE, p.inner - 2 * pair);
-        // Rows are far apart, which no processor foresees.
+        // Rows are far apart, so hardware prefetchers do not find them.
         for (int64_t k = 2 * LANE; k < 4 * LANE && 2 * pair + k < p.inner; ++k) {
             for (int64_t column = first; column < last; column += LINE) __builtin_prefetch(rows + k * stride + column, 0, 2);
         }
@@ -179,14 +180,14 @@ void turn(const Product& p, int64_t first, int64_t last, uint32_t* out) {
     }
 }
 
-// Rows of the result, of `width` columns, from one place to another.
+// Copies rows of `width` columns.
 void copy_rows(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t to_stride) {
     for (int64_t i = 0; i < rows; ++i) {
         std::memcpy(static_cast<void*>(to + i * to_stride), from + i * stride, static_cast<size_t>(width) * sizeof(bf16));
     }
 }
 
-// Rows [first, last) of c in the columns of a panel, at most PIECE of them. a: at row `first`. piece: scratch.
+// Computes the rows [first, last) of c, at most PIECE, in the columns of a panel. a: at row `first`. piece: scratch.
 void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf16* a, int64_t a_stride, int64_t first,
                    int64_t last, uint32_t* piece) {
     const int64_t column = panel * p.panel(), width = std::min(p.panel(), p.columns - column), padded = whole_lanes(width);
@@ -232,8 +233,8 @@ void panel_product(const Product& p, int64_t panel, const uint32_t* b, const bf1
 #endif
 }
 
-// Deals out panels, and at the end the pieces of those that others are still at: a processor that is held up for a while,
-// or panels that are too few for the threads, would have all others wait.
+// Distributes panels over threads, and at the end the remaining pieces of other threads' panels. Otherwise all threads would
+// wait for one whose processor is interrupted, or if there are fewer panels than threads.
 class Panels {
   public:
     Panels(int64_t panels, int64_t rows, int threads)
@@ -241,19 +242,19 @@ class Panels {
         for (Taken& each : taken) each.pieces.store(pieces);
     }
 
-    // For every thread to call once: prepare(panel) brings it to where others find it, body(panel, thread, first row, last
-    // row) multiplies with what that thread has prepared.
+    // Every thread calls this once. prepare(panel) stores a panel where other threads find it; body(panel, thread, first row,
+    // last row) multiplies rows by the panel that `thread` has prepared.
     template <class Prepare, class Body>
     void run(int thread, Prepare prepare, Body body) {
         Taken& own = taken[static_cast<size_t>(thread)];
         for (int64_t panel; (panel = next.fetch_add(1)) < panels;) {
             prepare(panel);
-            own.pieces.store(panel * MOST);  // only now, so that nobody takes of what is not there yet
+            own.pieces.store(panel * MOST);  // only now, so that no thread takes pieces of an unprepared panel
             ready.fetch_add(1);
             take(own, thread, body);
         }
         while (ready.load() < panels) _mm_pause();
-        // From here on nobody prepares anything, so what they have prepared stays.
+        // From here on no thread prepares a panel, so the prepared ones remain valid.
         const int threads = static_cast<int>(taken.size());
         for (int other = 1; other < threads; ++other) {
             const int from = (thread + other) % threads;
@@ -262,10 +263,10 @@ class Panels {
     }
 
   private:
-    static constexpr int64_t MOST = int64_t{1} << 32;  // pieces of a panel, and more
+    static constexpr int64_t MOST = int64_t{1} << 32;  // more than the pieces of a panel
 
     struct alignas(64) Taken {
-        std::atomic<int64_t> pieces;  // MOST times the panel, and how many pieces of it are taken
+        std::atomic<int64_t> pieces;  // MOST times the panel, plus the number of its pieces that are taken
     };
 
     template <class Body>
@@ -282,7 +283,7 @@ class Panels {
     std::vector<Taken> taken;
 };
 
-// 32-bit numbers that all threads share, and those that each has for itself.
+// Scratch of 32-bit numbers: what all threads share, and what each has for itself.
 struct Room {
     uint32_t* shared;
     uint32_t* first;
@@ -332,7 +333,7 @@ void product(const Product& p, Panels& panels, const Room& room) {
     }
 }
 
-// Of a `Room`, for every part of a product.
+// Sizes of a `Room` that is large enough for every part of a product.
 struct Sizes {
     int64_t shared = 0, own = 0;
 
@@ -366,8 +367,8 @@ extern "C" int64_t product_scratch_bf16(int64_t rows, int64_t inner, int64_t col
     return 4 * (whole_lanes(p.sums_size()) + sizes.shared + threads * sizes.own);
 }
 
-// c [rows, columns] = a b, or plus + a b (`plus` may be c). a is [rows, inner], or lies as [inner, rows] (`turned_a`); b is
-// [inner, columns], or lies as [columns, inner]. Rows have strides, and are contiguous in c and plus.
+// c [rows, columns] = a b, or plus + a b (`plus` may be c). a is [rows, inner], or stored as [inner, rows] (`turned_a`); b is
+// [inner, columns], or stored as [columns, inner]. The rows of a and b have strides; c and plus are contiguous.
 extern "C" void product_bf16(const void* a, int64_t a_stride, int turned_a, const void* b, int64_t b_stride, int turned_b,
                              int64_t rows, int64_t inner, int64_t columns, const void* plus, void* c, void* scratch,
                              int threads) {
@@ -385,7 +386,7 @@ extern "C" void product_bf16(const void* a, int64_t a_stride, int turned_a, cons
 #pragma omp parallel num_threads(threads)
     for (size_t i = 0; i < panels.size(); ++i) {
         product(p.part(static_cast<int64_t>(i)), panels[i], room);
-        _mm_sfence();  // for what went past the caches
+        _mm_sfence();  // for stores past the caches
 #pragma omp barrier
     }
 }

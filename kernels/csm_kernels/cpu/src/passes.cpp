@@ -1,5 +1,5 @@
-// What lies between the matrix products of a layer on a CPU, one pass over memory each. Built on first use by native.py;
-// cpu_passes.py says what each function computes, and has the same in PyTorch's operators.
+// The operators between the matrix products of a layer on a CPU, one pass over memory each. native.py builds this on first
+// use. passes.py says what each function computes, and has the same in PyTorch's operators.
 
 #include <limits>
 
@@ -37,7 +37,7 @@ void norm_backward(const Y* grad, const X* x, const float* r, const float* scale
             const Y* g = grad + i * width;
             const X* in = x + i * width;
             const float factor = r[i];
-            // Registers written out: what the compiler makes of these loops over bf16 takes 2.8 times as long.
+            // Explicit registers: the code that the compiler generates for loops over bf16 takes 2.8 times as long.
             const int64_t whole = width / LANES * LANES;
             Floats part[2] = {};
             for (int64_t j = 0; j < whole; j += LANES) {
@@ -92,7 +92,7 @@ void swiglu_backward(const T* up, const T* a, const T* b, T* product, T* da, T* 
     });
 }
 
-// out[i] = in[index[i]], rotated by the angles of in's row (`of_source`) or of out's. A row has `heads` heads.
+// out[i] = in[index[i]], rotated by the angles of the row of `in` (`of_source`) or of `out`. A row has `heads` heads.
 template <class T>
 void gather_rotated(const T* in, const int64_t* index, const float* cosine, const float* sine, float factor, float sign,
                     int of_source, int64_t heads, int64_t angles, int64_t width, T* out, int64_t count, int threads) {
@@ -119,14 +119,14 @@ void gather_rotated(const T* in, const int64_t* index, const float* cosine, cons
     });
 }
 
-// Rows of scores are short and end anywhere, and numbers left over behind whole registers would take longer than all
-// others. So these go by registers, of which a row's last ends where the row does and overlaps its neighbour.
+// Rows of scores are short and of any length. The numbers after the last whole register would take longer than all others
+// one by one, so the last register of a row ends with the row, and overlaps the one before it.
 
-// Where the registers of a row lie: `whole` of them one after the other, and one more that ends with the row.
+// Where the registers of a row lie: `whole` registers one after the other, and one more that ends with the row.
 struct Cut {
     int64_t whole, tail;
 
-    // Of the first `live` numbers of a row of `width` (at least LANES).
+    // For the first `live` numbers of a row of `width` (at least LANES).
     Cut(int64_t live, int64_t width) : whole((live + LANES - 1) / LANES), tail(-1) {
         if (whole * LANES > width) {
             --whole;
@@ -135,7 +135,7 @@ struct Cut {
     }
     int64_t count() const { return whole + (tail >= 0); }
     int64_t at(int64_t i) const { return i < whole ? i * LANES : tail; }
-    // The first number that no register before this one has.
+    // The first number that no earlier register holds.
     int64_t fresh(int64_t i) const { return i * LANES; }
 };
 
@@ -149,7 +149,7 @@ struct Sum {
     float highest, sum;
 };
 
-// e^(x - highest) of the first `live` numbers of a row, register by register, and their sum; zero behind them.
+// e^(x - highest) of the first `live` numbers of a row, register by register, then zeros; and their sum.
 template <class T>
 INLINE Sum exponentials(const T* row, int64_t live, Cut cut, float* out) {
     const Floats lowest = Floats{} - std::numeric_limits<float>::infinity();
@@ -227,7 +227,7 @@ void causal_softmax_backward(T* grad, const T* p, int64_t rows, int64_t block, i
             const float sum = sum_of(sums);
             for (int64_t k = 0; k < cut.count(); ++k) {
                 const int64_t at = cut.at(k);
-                // p is zero behind the row's own end.
+                // p is zero after the row's live scores.
                 store(g + at, load(products + k * LANES) - load(q + at) * sum);
             }
             if (cut.tail < 0) clear(g + cut.whole * LANES, width - cut.whole * LANES);
@@ -235,7 +235,7 @@ void causal_softmax_backward(T* grad, const T* p, int64_t rows, int64_t block, i
     });
 }
 
-// The first row whose target is none of the classes (nothing is computed then), or -1.
+// Returns the first row whose target is out of bounds (then nothing is computed), or -1.
 template <class T>
 int64_t cross_entropy(T* logits, const int64_t* targets, const float* weights, float* losses, float scale, int wants_grad,
                       int64_t rows, int64_t vocab, int threads) {
@@ -253,7 +253,7 @@ int64_t cross_entropy(T* logits, const int64_t* targets, const float* weights, f
 
 }  // namespace
 
-// One name per pair of types: the residual stream's and the products'.
+// One function per pair of types: that of the residual stream and that of the matrix products.
 #define NORMS(NAME, X, Y)                                                                                                    \
     extern "C" void norm_##NAME(const void* x, const float* scale, float eps, float* r, void* y, int64_t rows,               \
                                 int64_t width, int given, int threads) {                                                     \

@@ -1,8 +1,8 @@
-// Products of small bf16 matrices in float32 registers, and the layouts that they read.
+// Products of small bf16 matrices in float32 registers, and the layouts of their operands.
 //
-// The left operand is read in pairs of neighbours along the inner dimension, as rows lie in memory; the right one comes as
-// "pairs", [inner / 2, columns] numbers of 32 bits, each the two bf16 that one column has there. A transposed matrix becomes
-// pairs by transposing 32-bit numbers (`pairs_of_columns`), a plain one by interleaving two rows (`pairs_of_rows`).
+// The left matrix is read in pairs of neighbours along the inner dimension, as its rows lie in memory. The right matrix is
+// stored as "pairs", [inner / 2, columns] 32-bit numbers, each with the two bf16 of one column. A transposed matrix becomes
+// pairs by transposing 32-bit numbers (`pairs_of_columns`), another one by interleaving two rows (`pairs_of_rows`).
 
 #pragma once
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int TILE_ROWS = 6, TILE_LANES = 4;
 
-// sum[i][j] += the products of row i's pair at `a` with the pairs at `b`.
+// sum[i][j] += the product of the pair of row i at `a` and the pairs at `b`.
 template <int R, int C>
 INLINE void add_products(Floats (&sum)[R][C], const bf16* a, int64_t a_stride, const uint32_t* b) {
     Bits right[C];
@@ -37,8 +37,8 @@ INLINE void add_products(Floats (&sum)[R][C], const bf16* a, int64_t a_stride, c
     }
 }
 
-// c[R, C registers] = a b, or plus + a b; plus has c's stride, and may be c. Strides count numbers of their own type.
-// Where `inner` is odd, what lies behind a's rows is not read.
+// c[R, C registers] = a b, or plus + a b; plus has the stride of c, and may be c. Strides count elements. If `inner` is odd,
+// the memory after the rows of a is not read.
 template <int R, int C, class T>
 inline __attribute__((noinline)) void tile(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
                                            int64_t inner, T* c, int64_t c_stride, const T* plus) {
@@ -78,7 +78,7 @@ constexpr std::array<std::array<Tile<T>, TILE_LANES>, TILE_ROWS> all_tiles(std::
     return {tiles_of<T, R + 1>(std::make_integer_sequence<int, TILE_LANES>{})...};
 }
 
-// By rows and registers, each less one.
+// Indexed by rows - 1 and registers - 1.
 template <class T>
 constexpr auto TILES = all_tiles<T>(std::make_integer_sequence<int, TILE_ROWS>{});
 
@@ -89,16 +89,16 @@ INLINE void run_tile(Share row, Share lane, const bf16* a, int64_t a_stride, con
         a, a_stride, b, b_stride, inner, c, c_stride, plus);
 }
 
-// c[rows, columns] = a b, or plus + a b, with a [rows, inner] and b [inner / 2, columns] of pairs, the last with a zero where
-// inner is odd; columns a multiple of a register. What a row writes too much behind itself is the next row's, and written
-// again: of a row, the last columns are written first.
+// c[rows, columns] = a b, or plus + a b, with a [rows, inner] and pairs b [inner / 2, columns], the last filled up with zeros
+// if `inner` is odd; `columns` is a multiple of a register. Rows of c may be closer than `columns`: the last columns of a row
+// are written first, and what they write over the next row is then overwritten.
 template <class T>
 inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t columns,
                      int64_t inner, T* c, int64_t c_stride, const T* plus = nullptr) {
 #ifdef HAS_TILES
     multiply_in_tiles(a, a_stride, rows, b, b_stride, columns, inner, c, c_stride, plus);
 #else
-    // Tiles of about the same size: a small one at the end would wait for its own results.
+    // Tiles of about the same size: a small one at the end would be bound by the latency of its additions.
     const int64_t lanes = columns / LANE, across = (lanes + TILE_LANES - 1) / TILE_LANES;
     const int64_t down = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const auto row_of = [=](int64_t y) { return share(rows, static_cast<int>(y), static_cast<int>(down)); };
@@ -115,8 +115,8 @@ inline void multiply(const bf16* a, int64_t a_stride, int64_t rows, const uint32
 #endif
 }
 
-// Rows as columns of 32-bit numbers: out[j, i] = in[i, j]. A row has `halves` numbers of 16 bits, the last 32-bit number is
-// filled up with zeros; so are the columns of `out` from `rows` to the next whole register. `in_stride` counts halves.
+// Transposes a matrix of 32-bit numbers: out[j, i] = in[i, j]. A row has `halves` 16-bit numbers; the last 32-bit number is
+// filled up with zeros, and so are the columns of `out` from `rows` to the next whole register. `in_stride` counts halves.
 inline void transposed(const void* in, int64_t in_stride, int64_t rows, int64_t halves, uint32_t* out, int64_t out_stride) {
     const uint16_t* from = static_cast<const uint16_t*>(in);
     for (int64_t i = 0; i < rows; i += LANE) {
@@ -139,13 +139,13 @@ inline void transposed(const void* in, int64_t in_stride, int64_t rows, int64_t 
     }
 }
 
-// x^T as pairs along x's columns, [width / 2, rows]: x is bf16 [rows, width].
+// x^T as pairs along the columns of x, [width / 2, rows]; x is bf16 [rows, width].
 inline void pairs_of_columns(const bf16* x, int64_t stride, int64_t rows, int64_t width, uint32_t* out, int64_t out_stride) {
     transposed(x, stride, rows, width, out, out_stride);
 }
 
-// x as pairs along its rows, [pairs, width]: x is bf16 [rows, width], with zeros behind its rows, and behind its columns up
-// to the next whole register, which is `out`'s stride.
+// x as pairs along its rows, [pairs, width]; x is bf16 [rows, width]. Zeros follow its rows, and its columns up to the next
+// whole register, which is the stride of `out`.
 inline void pairs_of_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, int64_t pairs, uint32_t* out) {
     const int64_t out_stride = whole_lanes(width), full = width / LANE * LANE;
     for (int64_t i = 0; i < pairs; ++i) {
@@ -162,7 +162,7 @@ inline void pairs_of_rows(const bf16* x, int64_t stride, int64_t rows, int64_t w
     }
 }
 
-// To memory past the caches, which would read a line before they write it.
+// Copies past the caches, which would read a line before they write it.
 inline void stream(const bf16* from, bf16* to, int64_t count) {
     const int64_t before = std::min(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / 2));
     std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(before) * sizeof(bf16));

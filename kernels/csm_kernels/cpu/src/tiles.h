@@ -1,7 +1,7 @@
-// Products of bf16 matrices in tiles (AMX): 16 rows of 64 bytes, of which one instruction adds up 16 x 16 sums of 32 products.
+// Products of bf16 matrices in tiles (AMX): 16 rows of 64 bytes. One instruction adds 32 products to each of 16 x 16 sums.
 //
-// A block of the result, up to 32 x 32, is four tiles of sums; two tiles of the left matrix, whose rows lie as in memory, and
-// two of the right one, which comes as pairs (products.h), are read for it 32 numbers deep.
+// A block of the result, up to 32 x 32, is four tiles of sums. For each step of 32 along the inner dimension it reads two
+// tiles of the left matrix, whose rows lie as in memory, and two of the right matrix, which is stored as pairs (products.h).
 
 #pragma once
 
@@ -17,9 +17,9 @@ namespace {
 #ifdef HAS_TILES
 
 constexpr int64_t TILE = 16;              // rows of a tile, and 32-bit numbers of a row
-constexpr int64_t BLOCK_SIDE = 2 * TILE;  // of a block of sums; and as deep is a step
-constexpr int64_t HIGH = 128;             // rows of the left matrix that meet a strip of the right one's columns at once
-constexpr int64_t DEPTH = 512;            // of that strip, what the first-level cache holds beside the sums
+constexpr int64_t BLOCK_SIDE = 2 * TILE;  // rows and columns of a block of sums, and the depth of a step
+constexpr int64_t HIGH = 128;             // rows of the left matrix that are multiplied by one strip of columns
+constexpr int64_t DEPTH = 512;            // rows of that strip: the first-level cache holds them beside the sums
 
 // Palette 1 of LDTILECFG.
 struct alignas(64) TileShapes {
@@ -28,10 +28,10 @@ struct alignas(64) TileShapes {
     uint8_t rows[16];
 };
 
-// What the tiles of this thread are shaped for, 0 for nothing.
+// The configuration of this thread's tiles; 0: none.
 thread_local int64_t tiles_shaped = 0;
 
-// In every thread that multiplies, for as long as it does: others may shape its tiles before and afterwards.
+// Exists in every thread while it multiplies. Other libraries may configure its tiles before and afterwards.
 struct Tiles {
     Tiles() { tiles_shaped = 0; }
     ~Tiles() {
@@ -39,7 +39,7 @@ struct Tiles {
     }
 };
 
-// Memory that was written so far is written before tiles are read: the instructions' operands do not tell the compiler.
+// Keeps the compiler from moving stores past the tile instructions, whose operands do not show that they read memory.
 INLINE void written() { __asm__ volatile("" ::: "memory"); }
 
 // Tiles 0 to 3 are sums [2, 2], 4 and 5 the left matrix, 6 and 7 the right one.
@@ -56,9 +56,9 @@ inline void shape_tiles(int64_t rows) {
     tiles_shaped = wanted;
 }
 
-// Strides of tiles are bytes. All loads come first: where another thread of the core multiplies too, as on rented machines,
-// that takes 85 ns, loads and products in turns 104, and otherwise the same. A right matrix that is IN_SECOND level's cache
-// passes the first one by (TILELOADDT1), so that the left one stays there.
+// Strides of tiles are bytes. All loads come before the products: if another thread of the core multiplies as well, as on
+// rented machines, a step then takes 85 ns instead of 104, and otherwise as long. A right matrix in the second-level cache
+// (IN_SECOND) is loaded past the first-level cache (TILELOADDT1), where the left matrix stays.
 template <int I, int J, bool IN_SECOND>
 INLINE void add_step(const bf16* a, int64_t a_bytes, const uint32_t* b, int64_t b_bytes) {
     if constexpr (IN_SECOND) {
@@ -76,15 +76,15 @@ INLINE void add_step(const bf16* a, int64_t a_bytes, const uint32_t* b, int64_t 
     if constexpr (I == 2 && J == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// Rows of sums, of a whole block's width or half of it, that are yet to be rounded and written: a few beside each step of the
-// next block, which does not wait for them.
+// Rows of sums, as wide as a block or half of it, that are not yet rounded and written. Each step of the next block writes a
+// few of them, and does not wait for it.
 struct Unwritten {
     const float* sums;  // rows BLOCK_SIDE apart
     int64_t rows, columns;
     bf16* to;
     int64_t stride;  // of `to` and `plus`
     const bf16* plus;
-    bool is_aligned;  // whole cache lines, which are written past the caches
+    bool is_aligned;  // rows are whole cache lines, and are written past the caches
 
     INLINE void write(int64_t count) {
         for (count = std::min(count, rows), rows -= count; count > 0; --count, sums += BLOCK_SIDE, to += stride) {
@@ -105,7 +105,8 @@ struct Unwritten {
     }
 };
 
-// A matrix's part of a step's depth, and what lies behind the last whole step, with zeros, in rows of 64 and 128 bytes.
+// Both matrices, and the part of the inner dimension after its last whole step, filled up with zeros, in rows of 64 and 128
+// bytes.
 struct Operands {
     const bf16 *a, *a_rest;
     const uint32_t *b, *b_rest;
@@ -113,8 +114,8 @@ struct Operands {
     bool has_rest;
 };
 
-// sums [I tiles, J tiles] = from + a b; from null: a b. The rows of both are `stride` floats apart. What was unwritten is written
-// before sums are, so it may lie there.
+// sums [I tiles, J tiles] = from + a b, or a b if `from` is null. The rows of both are `stride` floats apart. Unwritten rows
+// (`before`) are written before the sums are stored, so they may lie in the same memory.
 template <int I, int J, bool IN_SECOND>
 inline __attribute__((noinline)) void block(const Operands& x, float* sums, const float* from, int64_t stride,
                                             Unwritten& before) {
@@ -138,7 +139,7 @@ inline __attribute__((noinline)) void block(const Operands& x, float* sums, cons
     }
     if (x.has_rest) add_step<I, J, false>(x.a_rest, BLOCK_SIDE * 2, x.b_rest, BLOCK_SIDE * 4);
     if constexpr (IN_SECOND) before.write(before.rows);
-    // Of a row, the last columns first.
+    // The last columns of a row first.
     if constexpr (J == 2) _tile_stored(1, sums + TILE, bytes);
     if constexpr (I == 2 && J == 2) _tile_stored(3, sums + TILE * stride + TILE, bytes);
     _tile_stored(0, sums, bytes);
@@ -158,7 +159,8 @@ inline void run_block(int64_t rows, int64_t columns, const Operands& x, float* s
     }
 }
 
-// The last pairs of the right matrix, of `rest` numbers of the inner dimension (none: nothing), as a step with zeros.
+// Copies the last pairs of the right matrix, `rest` numbers of the inner dimension (0: nothing), as a step filled up with
+// zeros.
 inline void copy_rest(const uint32_t* from, int64_t stride, int64_t rest, int64_t width, uint32_t* to) {
     for (int64_t i = 0; rest && i < TILE; ++i) {
         for (int64_t j = 0; j < width; j += TILE) {
@@ -167,7 +169,7 @@ inline void copy_rest(const uint32_t* from, int64_t stride, int64_t rest, int64_
     }
 }
 
-// `multiply` of products.h. The thread has `Tiles`.
+// `multiply` of products.h. The thread must have `Tiles`.
 template <class T>
 inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
                               int64_t columns, int64_t inner, T* c, int64_t c_stride, const T* plus) {
@@ -199,7 +201,7 @@ inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, con
                         run_block<false>(some, width, x, to, k ? to : nullptr, BLOCK_SIDE, before);
                         if (!is_last) continue;
                         before = {to, some, width, c + at, c_stride, plus ? plus + at : nullptr, false};
-                        before.write(some);  // at once: beside the next products it was a fifth slower for the heads
+                        before.write(some);  // now: beside the next products, the heads took a fifth longer
                     }
                 }
             }
@@ -207,10 +209,10 @@ inline void multiply_in_tiles(const bf16* a, int64_t a_stride, int64_t rows, con
     }
 }
 
-// The same with a right matrix of many columns in the second-level cache: strips of 32 columns one after the other, [inner / 2,
-// 32] of pairs each, the last one perhaps of 16, `strip_size` apart. Up to 32 rows of the left matrix meet all strips before
-// the next rows come, so they stay in the first-level cache where they are short enough, and the strips pass it by. `is_aligned`:
-// c's columns are whole cache lines, and are written past the caches. The thread has `Tiles`.
+// The same for a right matrix of many columns in the second-level cache, stored in strips of 32 columns, `strip_size` apart:
+// each is [inner / 2, 32] pairs, the last one may have 16 columns. Up to 32 rows of the left matrix are multiplied by all
+// strips before the next rows, so they stay in the first-level cache if they are short enough, and the strips bypass it.
+// `is_aligned`: the columns of c are whole cache lines, and are written past the caches. The thread must have `Tiles`.
 template <class T>
 inline void multiply_strips(const bf16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t strip_size,
                             int64_t columns, int64_t inner, T* c, int64_t c_stride, const T* plus,
