@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.record import append, environment
+from benchmarks.common.record import Row, append_row, read_rows
+from benchmarks.common.tables import format_text, newest_rows
 from benchmarks.compare.data import Subset, Synthetic
-from benchmarks.compare.worker import SHAPES
 from csm_fast import CSM
+from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.data.token_store import open_split
 from csm_fast.evaluate.validation import Validator
@@ -53,7 +55,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, torch.device(args.device)
-        self.config = SHAPES[args.shape]()
+        self.config = NAMED_SHAPES[args.shape]()
         if args.synthetic:
             store: Any = Synthetic(args.synthetic, self.config)
             held_out = max(1, args.synthetic // 10)
@@ -65,44 +67,35 @@ class Bench:
         self.packer = Packer(store, self.data, self.loss, pad=self.device.type)
         self.validator = Validator(self.val, self.data, self.loss, 1 / 4)
 
-    def batch(self, step: int) -> Any:
-        epoch, index = 0, step
-        while index >= self.packer.steps_in_epoch(epoch):
-            index -= self.packer.steps_in_epoch(epoch)
-            epoch += 1
-        return self.packer.step(epoch, index)
-
     def train(self, model: Any, section: OptimizerSection, steps: int, first: int, name: str) -> dict[str, Any]:
         """Train from batch ``first`` on; returns losses of steps and validations, and which weights had a gradient."""
         a, b = coefficients(self.loss, vocabulary(model)[0])
+        loss = partial(packed_loss, a=a, b=b)
+        update = StepRunner(model, section, self.device, "bf16", loss, steps, self.data.seed)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        reached = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in trained.items()}
 
-        def loss(model: Any, pack: Any) -> Any:
-            return packed_loss(model, pack, a=a, b=b)
-
-        runner = StepRunner(model, section, self.device, "bf16", loss, steps, self.data.seed)
-        reached = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.requires_grad}
-        named = [(reached[n], p) for n, p in model.named_parameters() if n in reached]
-
-        def look(*_: Any) -> None:
-            for seen, p in named:
+        def note_gradients(*_: Any) -> None:
+            for n, p in trained.items():
                 if p.grad is not None:
-                    seen.logical_or_(p.grad != 0)
+                    reached[n].logical_or_(p.grad != 0)
 
-        runner.optimizer.register_step_pre_hook(look)
+        update.optimizer.register_step_pre_hook(note_gradients)
         losses: list[float] = []
         validations: list[tuple[int, float]] = []
+        batches = islice(chain.from_iterable(self.packer.blocks(0, 0)), first, None)
         started = time.monotonic()
         for step in range(steps + 1):
             if step % self.args.val_every == 0 or step == steps:
-                value = self.validator(model, self.device, runner.autocast)["val_loss"]
+                value = self.validator(model, self.device, update.autocast)["val_loss"]
                 validations.append((step, round(value, 5)))
                 print(f"{name:32} step {step:4}  val {value:.4f}  {time.monotonic() - started:.0f} s", flush=True)
             if step < steps:
-                losses.append(round(float(runner.run(self.batch(first + step), step).loss), 5))
-        return {"train_loss": losses, "val_loss": validations, "reached": reached, "runner": runner}
+                losses.append(round(float(update.run(next(batches), step).loss), 5))
+        return {"train_loss": losses, "val_loss": validations, "reached": reached, "update": update}
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_ways(args: argparse.Namespace) -> list[Row]:
     """A row per way."""
     bench = Bench(args)
     base: Any = CSM(bench.config).init_weights(0).to(bench.device)
@@ -111,29 +104,22 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     section = OptimizerSection(learning_rate=args.base_lr, lr_decay="cosine", warmup_ratio=0.05)
     bench.train(base, section, args.base_steps, 0, "base")
     base.to(torch.bfloat16).float()  # every way starts from weights that bf16 can hold
-    found = []
+    common = {name: getattr(args, name) for name in ("lr", "steps", "shape", "batch_size", "base_lr", "base_steps")}
+    common["data"] = f"{args.synthetic} random recordings" if args.synthetic else bench.val.codec["name"]
+    found: list[Row] = []
     for name, (optimizer, weights, *_) in WAYS.items():
         model = copy.deepcopy(base)
-        section = OptimizerSection(
-            optimizer=optimizer,  # type: ignore[arg-type]
-            weights=weights,  # type: ignore[arg-type]
-            learning_rate=args.lr,
-            lr_decay="constant",
-            warmup_steps=0,
-        )
+        chosen: dict[str, Any] = {"optimizer": optimizer, "weights": weights}
+        section = OptimizerSection(**chosen, learning_rate=args.lr, lr_decay="constant", warmup_steps=0)
         cast_weights(model, section)
         run = bench.train(model, section, args.steps, args.base_steps, name)
-        row: dict[str, Any] = {"benchmark": "bf16_updates", "way": name, "optimizer": optimizer, "weights": weights}
-        row.update({key: run[key] for key in ("train_loss", "val_loss")})
-        row.update(unmoved(model, base, run["reached"]), bytes_per_weight=bytes_per_weight(run["runner"]))
-        row.update(lr=args.lr, steps=args.steps, shape=args.shape, batch_size=args.batch_size)
-        row.update(base_lr=args.base_lr, base_steps=args.base_steps)
-        row.update(data=f"{args.synthetic} random recordings" if args.synthetic else bench.val.codec["name"])
-        found.append({**row, **environment()})
+        row = {"way": name, **chosen, "train_loss": run["train_loss"], "val_loss": run["val_loss"], **common}
+        row["bytes_per_weight"] = bytes_per_weight(run["update"])
+        found.append({**row, **count_unmoved(model, base, run["reached"])})
     return found
 
 
-def unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str, float]:
+def count_unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str, float]:
     """Of the weights that had a gradient, the share that never changed: of all, and of the norms' scales."""
     still, counted = {"all": 0, "scales": 0}, {"all": 0, "scales": 0}
     for name, seen in reached.items():
@@ -148,20 +134,20 @@ def unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str
     }
 
 
-def bytes_per_weight(runner: StepRunner) -> float:
+def bytes_per_weight(update: StepRunner) -> float:
     """Bytes of the weights and of the optimizer's state, as they are stored, per weight."""
-    tensors = [t for state in runner.optimizer.state.values() for t in state.values()] + runner.parameters
-    return round(sum(t.nbytes for t in tensors) / sum(p.numel() for p in runner.parameters), 2)
+    tensors = [t for state in update.optimizer.state.values() for t in state.values()] + update.parameters
+    return round(sum(t.nbytes for t in tensors) / sum(p.numel() for p in update.parameters), 2)
 
 
-def smoothed(losses: list[float]) -> tuple[list[float], list[float]]:
+def smooth(losses: list[float]) -> tuple[list[float], list[float]]:
     """Means of ``SMOOTHING`` consecutive steps, at the middle of each stretch."""
     window = min(SMOOTHING, len(losses))
     means = torch.tensor(losses).unfold(0, window, 1).mean(1).tolist()
     return [i + (window + 1) / 2 for i in range(len(means))], means
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -170,7 +156,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     for row in rows:
         *_, colour, width = WAYS[row["way"]]
-        left.plot(*smoothed(row["train_loss"]), color=colour, lw=width)
+        left.plot(*smooth(row["train_loss"]), color=colour, lw=width)
         middle.plot(*zip(*row["val_loss"], strict=True), color=colour, lw=width, label=row["way"])
     left.set(xlabel="step", ylabel=f"training loss, mean of {min(SMOOTHING, rows[0]['steps'])} steps [nats]")
     middle.set(xlabel="step", ylabel="validation loss [nats]")
@@ -191,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="demo/tokens", help="a token store with both splits")
     parser.add_argument("--synthetic", type=int, metavar="N", help="N random recordings take the place of --data")
-    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--shape", choices=list(NAMED_SHAPES), default="tiny")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-5)
@@ -204,21 +190,21 @@ def main() -> int:
     parser.add_argument("--from", dest="read", type=Path, help="plot the newest rows of this file, measure nothing")
     args = parser.parse_args()
     if args.read:
-        newest = {row["way"]: row for row in map(json.loads, args.read.read_text(encoding="utf-8").splitlines())}
-        rows = list(newest.values())
+        rows = newest_rows(read_rows(args.read), "way")
     else:
         if args.device == "cpu":
             keep_freed_memory()
-        rows = measure(args)
-    print(f"{'':32} {'val at start':>12} {'at end':>8} {'never changed':>14} {'scales':>7} {'bytes':>6}")
+        rows = measure_ways(args)
+    lines = []
     for row in rows:
-        (_, before), (_, after) = row["val_loss"][0], row["val_loss"][-1]
-        shares = f"{row['never_changed']:14.1%} {row['scales_never_changed']:7.1%}"
-        print(f"{row['way']:32} {before:12.4f} {after:8.4f} {shares} {row['bytes_per_weight']:6.2f}")
-        if args.results and not args.read:
-            append(args.results, row)
+        losses = [f"{value:.4f}" for _, value in (row["val_loss"][0], row["val_loss"][-1])]
+        shares = [f"{row[name]:.1%}" for name in ("never_changed", "scales_never_changed")]
+        lines.append([row["way"], *losses, *shares, f"{row['bytes_per_weight']:.2f}"])
+        if not args.read:
+            append_row(args.results, "bf16_updates", row)
+    print(format_text(["", "val at start", "at end", "never changed", "scales", "bytes"], lines, left=1))
     if args.plot:
-        plot(rows, args.plot)
+        draw(rows, args.plot)
     return 0
 
 

@@ -1,23 +1,23 @@
-"""The optimizer's update with clipping, on every weight of a shape, in the ways that one can be made.
+"""The optimizer's update with clipping, on every weight of a shape, by csm_fast's optimizer and by others.
 
     python -m benchmarks.optimizers --results benchmarks/results/optimizers.jsonl
     python -m benchmarks.optimizers --device cuda --shape csm-1b
 
-Weights and gradients are random; of the tables, the rows that a corpus reads have had gradients (--read), the others
-never. On a CPU the updates of all ways take turns; medians are shown. The floor is the time at the rate of a copy
-between two large buffers, for the bytes that an update cannot leave out: gradients read; weights and moments of what
-ever had a gradient read and written. (Below it: a copy also reads what it overwrites, and an update has read it.)
+Weights and gradients are random. Of the tables, the rows that a corpus reads have had gradients (--read), the others
+never. On a CPU all updates take turns; medians are shown. The floor is the time of a copy between two large buffers for
+the bytes that every update must move: it reads the gradients; it reads and writes weights and moments of everything
+that ever had a gradient. (An update can be faster: a copy also reads what it overwrites.)
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from csm_kernels.constants import MOMENT_BLOCK
 from csm_kernels.cpu import native
 from torch import Tensor, nn
 
-from benchmarks.common.device import copy_rate, timed
-from benchmarks.common.record import append, environment
-from benchmarks.compare.table import text
-from benchmarks.compare.worker import SHAPES
-from benchmarks.report.parts import optimizer_lines
+from benchmarks.common.device import copy_rate, take_turns, time_cold_call
+from benchmarks.common.record import Row, append_row, environment
+from benchmarks.common.tables import format_text
+from benchmarks.report.parts import optimizer_table
 from csm_fast import CSM, ops
+from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.system.device import keep_freed_memory
 from csm_fast.train.optim.adamw import AdamW
 from csm_fast.train.optim.build import parameter_groups
@@ -60,7 +60,7 @@ class Way:
 
     @property
     def name(self) -> tuple[str, str]:
-        """Who, and of what."""
+        """Who updates, and which weights."""
         weights = {BF16: "bf16", FP32: "float32"}[self.weights]
         rounding = f", {self.rounding}" if self.weights == BF16 and self.kind.startswith("csm_fast") else ""
         return self.kind, f"{weights}{rounding}" + (", 8-bit moments" if self.bits == 8 else "")
@@ -79,14 +79,7 @@ WAYS = [
 ]
 
 
-@contextlib.contextmanager
-def form(way: Way) -> Iterator[None]:
-    """PyTorch's operators instead of the one pass."""
-    with native.left_out(), ops.using("torch"):
-        yield
-
-
-def optimizer_of(way: Way, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(way: Way, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, 0.002)
     if way.kind.startswith("torch"):
         return torch.optim.AdamW(groups, lr=1e-5, fused=True)
@@ -99,26 +92,26 @@ def optimizer_of(way: Way, model: nn.Module) -> torch.optim.Optimizer:
     return AdamW(groups, lr=1e-5, rounding=way.rounding, bits=way.bits)  # type: ignore[arg-type]
 
 
-def update_of(way: Way, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Callable[[], None]:
-    """One update with clipping, as the trainer makes it, or as users of the others do."""
+def make_update(way: Way, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Callable[[], None]:
+    """One update with clipping: csm_fast's as its trainer makes it, the others' as their users do."""
 
     def ours() -> None:
         clip_gradients(optimizer, 1.0, gradient_norm(parameters))
         optimizer.step()
 
-    def without_pass() -> None:
-        with form(way):
+    def without_kernels() -> None:
+        with native.left_out(), ops.using("torch"):
             ours()
 
     def theirs() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    return ours if way.kind == OURS else without_pass if way.kind == PLAIN else theirs
+    return ours if way.kind == OURS else without_kernels if way.kind == PLAIN else theirs
 
 
 def needed_bytes(way: Way, model: Any, read: tuple[float, float]) -> float:
-    """Gradients read, twice with the norm; weight, moments (and what rounding took off) read and written."""
+    """Gradients read, twice with the norm; weight, moments (and Kahan's compensation) read and written."""
     width = way.weights.itemsize
     held = width + way.moment_bytes + 2 * (way.rounding == "kahan")
     total = 0.0
@@ -128,12 +121,12 @@ def needed_bytes(way: Way, model: Any, read: tuple[float, float]) -> float:
     return total
 
 
-def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> Iterator[dict[str, Any]]:
+def measure_updates(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> Iterator[Row]:
     """A row per way, as soon as it is measured."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = CSM(SHAPES[args.shape]())
+        model: Any = CSM(NAMED_SHAPES[args.shape]())
     model.to(dtype)
     parameters = list(model.parameters())
     with torch.no_grad():
@@ -143,14 +136,13 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> It
         tables = model.text_embeddings.weight, model.audio_embeddings.weight
         for table, share in zip(tables, args.read, strict=True):
             table.grad[int(share * len(table)) :] = 0
-    # A CPU's ways take turns, because its speed changes; a GPU would not hold all their moments at once.
-    turns = [ways] if device.type == "cpu" else [[way] for way in ways]
-    for some in turns:
-        updates = [update_of(way, optimizer_of(way, model), parameters) for way in some]
-        took = [[timed(update, device, LAUNCHED) for update in updates] for _ in range(args.repeats + 2)]
-        del updates
-        # The first makes the state, the second is warm.
-        for way, seconds in zip(some, map(list, zip(*took[2:], strict=True)), strict=True):
+    # On a CPU all ways take turns, because its speed changes; a GPU would not hold the moments of all at once.
+    for some in [ways] if device.type == "cpu" else [[way] for way in ways]:
+        updates = [make_update(way, make_optimizer(way, model), parameters) for way in some]
+        calls = [partial(time_cold_call, update, device, LAUNCHED) for update in updates]
+        took = take_turns(calls, args.repeats + 2)
+        del updates, calls
+        for way, (_, _, *seconds) in zip(some, took, strict=True):  # the first makes the state, the second is warm
             yield {
                 "way": way.name,
                 "learns": way.learns,
@@ -164,7 +156,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, ways: list[Way]) -> It
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--shape", choices=list(NAMED_SHAPES), default="small")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
         "--read",
@@ -178,20 +170,18 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cpu":
         keep_freed_memory()
-    about = {**environment(), "shape": args.shape, "read": args.read}
-    run = f"{about['date']} {about['commit']}"
-    copies = copy_rate(torch.device(args.device))
-    there = importlib.util.find_spec("bitsandbytes") is not None
+    about = environment()
+    common = {"shape": args.shape, "read": args.read, "run": f"{about['date']} {about['commit']}"}
+    common["copy_bytes_per_s"] = copy_rate(torch.device(args.device))
+    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     rows = []
     for dtype in (BF16, FP32):
-        ways = [way for way in WAYS if way.weights == dtype and (there or way.bits == 32)]
-        for row in measure(args, dtype, ways):
-            row.update(about, benchmark="optimizers", run=run, copy_bytes_per_s=copies)
-            rows.append(row)
-            if args.results:
-                append(args.results, row)
+        ways = [way for way in WAYS if way.weights == dtype and (has_bitsandbytes or way.bits == 32)]
+        for row in measure_updates(args, dtype, ways):
+            rows.append({**row, **common})
+            append_row(args.results, "optimizers", rows[-1])
     print(f"{about['device']}, {args.shape} shape, {rows[0]['weights'] / 1e6:,.0f} million weights")
-    print(text(*optimizer_lines(rows)))
+    print(format_text(*optimizer_table(rows)))
     return 0
 
 

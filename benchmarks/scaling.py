@@ -4,10 +4,10 @@
     python -m benchmarks.scaling --device cuda --shape csm-1b --rows 512 2048 8192 16384 65536
 
 One axis is varied at a time, from 2,048 rows of 10-second recordings, a sixteenth of the frames, 32 codebooks, bf16
-weights. A point is the median of ``--repeats`` forward and backward passes after one to warm up; every point is
-measured once per round, so that a slow minute of the machine falls on all of them. The exponent of an axis is the slope
-of log time over log value (least squares), and of its upper half. Memory is the most besides weights and gradients, by
-the part of the step that asked for it.
+weights. A point is the median of ``--repeats`` forward and backward passes after one to warm up. The points of an axis
+take turns, so that a slow minute of the machine falls on all of them. The exponent of an axis is the slope of log time
+over log value (least squares), and of its upper half. Memory is the peak besides weights and gradients, divided into
+the parts of the step that allocated it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
 import math
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,17 +27,20 @@ from unittest import mock
 
 import torch
 
+from benchmarks.common.device import take_turns, time_call
+from benchmarks.common.models import quick_model, random_pack
 from benchmarks.common.products import step_flops
-from benchmarks.common.record import append, environment
+from benchmarks.common.record import Row, append_row, environment, start_time
+from benchmarks.common.tables import MIB, format_text
 from benchmarks.common.tracked import Allocation, Tracked
-from benchmarks.compare.worker import SHAPES
-from benchmarks.memory_plan import quick_model
+from benchmarks.report.parts import format_value
 from csm_fast import CSMConfig
+from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.config.train import AdapterSection
 from csm_fast.model import loss
 from csm_fast.model.adapters import attach
 from csm_fast.model.compile import compile_layers
-from csm_fast.packing.pack import Pack, pack_padded
+from csm_fast.packing.pack import Pack
 from csm_fast.system.device import keep_freed_memory
 
 # (text rows, audio rows) of a document: a prompt of 2 s, a recording of 10 s, a conversation of two minutes in turns.
@@ -70,33 +71,17 @@ class Point:
 
 def make_pack(config: CSMConfig, point: Point) -> Pack:
     """As many documents of the mix as the rows hold, the last one cut to fill them, of random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    books = config.num_codebooks
-    text: list[bool] = [is_text for t, a in MIXES[point.mix] for is_text in [True] * t + [False] * a]
-    lengths = [len(text)] * (point.rows // len(text))
-    if point.rows % len(text) > 1:
-        lengths.append(point.rows % len(text))
-    tokens = torch.zeros(len(lengths), max(lengths), books + 1, dtype=torch.int32)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for i, length in enumerate(lengths):
-        is_text = torch.tensor(text[:length])
-        draw = (length, books)
-        codes = torch.randint(config.audio_vocab_size, draw, generator=generator, dtype=torch.int32)
-        words = torch.randint(config.text_vocab_size, (length,), generator=generator, dtype=torch.int32)
-        tokens[i, :length, :-1] = codes * ~is_text.unsqueeze(1)
-        tokens[i, :length, -1] = words * is_text
-        mask[i, :length, :-1] = ~is_text.unsqueeze(1)
-        mask[i, :length, -1] = is_text
-    torch.manual_seed(0)
-    return pack_padded(tokens, mask, point.fraction)
+    document = "".join("t" * text + "a" * audio for text, audio in MIXES[point.mix])
+    whole, left = divmod(point.rows, len(document))
+    return random_pack(config, [document] * whole + [document[:left]] * (left > 1), point.fraction)
 
 
 PARTS = {"_embed": "embedding sum", "run_backbone": "backbone", "run_decoder": "depth decoder"}
 
 
 @contextlib.contextmanager
-def parts_of(tracked: Tracked) -> Iterator[Callable[[Allocation], str]]:
-    """Tells which part of the forward pass asked for an allocation; "backward pass" for all else."""
+def name_parts(tracked: Tracked) -> Iterator[Callable[[Allocation], str]]:
+    """Yields a function that names the part of the forward pass that made an allocation, or "backward pass"."""
     spans: list[tuple[int, int, str]] = []
 
     def watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -121,10 +106,10 @@ def parts_of(tracked: Tracked) -> Iterator[Callable[[Allocation], str]]:
 
 
 class Case:
-    """A model and a pack for a point, and its times."""
+    """A model and a pack for a point."""
 
     def __init__(self, shape: str, point: Point, device: torch.device, compiled: bool):
-        config = dataclasses.replace(SHAPES[shape](), num_codebooks=point.codebooks)
+        config = dataclasses.replace(NAMED_SHAPES[shape](), num_codebooks=point.codebooks)
         self.device, self.adapted = device, point.lora_rank > 0
         self.model: Any = quick_model(config).to(torch.bfloat16)
         if self.adapted:
@@ -133,98 +118,77 @@ class Case:
         self.model.to(device)
         if compiled:
             compile_layers(self.model, "on")
-        pack = make_pack(config, point)
-        self.flops, self.pack = step_flops(config, pack), pack.to(device)
-        self.seconds: list[float] = []
+        self.pack = make_pack(config, point).to(device)
+        self.flops = step_flops(config, self.pack)
 
-    def step(self) -> None:
+    def backward(self) -> None:
+        """A forward and a backward pass; the gradients stay."""
         around = torch.autocast(self.device.type, torch.bfloat16) if self.adapted else contextlib.nullcontext()
         with around:
             value = loss.packed_loss(self.model, self.pack, 0.5, 0.5)[0]
         value.backward()
 
-    def drop(self) -> None:
+    def step(self) -> None:
+        self.backward()
         self.model.zero_grad(set_to_none=True)
 
-    def time(self) -> float:
-        self._wait()
-        started = time.perf_counter()
-        self.step()
-        self.drop()
-        self._wait()
-        return time.perf_counter() - started
+    def time_step(self) -> float:
+        return time_call(self.step, self.device)
 
     def memory(self) -> dict[str, int]:
-        """Bytes besides weights and gradients when they are most, by component."""
+        """Bytes besides weights and gradients at their peak, by part."""
         tracked = Tracked()
-        with parts_of(tracked) as part, tracked:
-            self.step()
+        with name_parts(tracked) as part, tracked:
+            self.backward()
         born = {tracked.record_of(p.grad) for p in self.model.parameters() if p.grad is not None}
         peak, held = tracked.peak_of(lambda a: a.order not in born)
         parts: Counter[str] = Counter()
         for allocation in held:
             parts[part(allocation)] += allocation.bytes
-        self.drop()
         return {"besides": peak, **parts}
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
-
-def exponent(values: list[float], seconds: list[float]) -> float:
+def fit_exponent(values: list[float], seconds: list[float]) -> float:
     """Slope of log seconds over log values."""
-    x, y = [math.log(v) for v in values], [math.log(s) for s in seconds]
-    mx, my = statistics.fmean(x), statistics.fmean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    return statistics.linear_regression([math.log(v) for v in values], [math.log(s) for s in seconds]).slope
 
 
-def points(args: argparse.Namespace) -> dict[str, list[tuple[Any, Point]]]:
+def make_points(args: argparse.Namespace) -> dict[str, list[tuple[Any, Point]]]:
     """(value, point) along each axis."""
-    base = Point()
-    found = {}
-    for axis in args.axes:
-        values = args.rows if axis == "rows" and args.rows else AXES[axis]
-        found[axis] = [(value, dataclasses.replace(base, **{axis: value})) for value in values]
-    return found
+    axes = {axis: args.rows if axis == "rows" and args.rows else AXES[axis] for axis in args.axes}
+    return {axis: [(value, Point(**{axis: value})) for value in values] for axis, values in axes.items()}
 
 
-def measure(args: argparse.Namespace, axis: str, along: list[tuple[Any, Point]]) -> list[dict[str, Any]]:
+def measure_axis(args: argparse.Namespace, axis: str, along: list[tuple[Any, Point]]) -> list[Row]:
     """A row per point of an axis."""
     device = torch.device(args.device)
     cases = [Case(args.shape, point, device, args.compile) for _, point in along]
-    for case in cases:
-        case.time()
-    for _ in range(args.repeats):
-        for case in cases:
-            case.seconds.append(case.time())
-    rows = []
-    for (value, point), case in zip(along, cases, strict=True):
-        row: dict[str, Any] = {"benchmark": "scaling", "axis": axis, "value": value, **dataclasses.asdict(point)}
-        row.update(seconds=case.seconds, median_s=statistics.median(case.seconds), flops=case.flops)
+    times = take_turns([case.time_step for case in cases], 1 + args.repeats)
+    rows: list[Row] = []
+    for (value, point), case, (_, *seconds) in zip(along, cases, times, strict=True):
+        row: Row = {"axis": axis, "value": value, **dataclasses.asdict(point)}
+        row.update(seconds=seconds, median_s=statistics.median(seconds), flops=case.flops)
         row.update(audio_rows=len(case.pack.target_rows), frames=len(case.pack.decoder_index), shape=args.shape)
         row.update(memory=case.memory(), compiled=args.compile)
         rows.append(row)
     if len(along) > 1 and all(isinstance(value, (int, float)) for value, _ in along):
-        medians = [row["median_s"] for row in rows]
-        values = [float(value) for value, _ in along]
+        medians, values = [row["median_s"] for row in rows], [float(value) for value, _ in along]
         half = len(values) // 2
+        upper = fit_exponent(values[half:], medians[half:]) if len(values) - half > 1 else None
         for row in rows:
-            row["exponent"] = exponent(values, medians)
-            row["exponent_upper"] = exponent(values[half:], medians[half:]) if len(values) - half > 1 else None
+            row.update(exponent=fit_exponent(values, medians), exponent_upper=upper)
     return rows
 
 
-def show(axis: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{axis:20} {'ms':>9} {'us/row':>8} {'GFLOP/s':>8} {'MiB':>8}  of which")
+def print_axis(axis: str, rows: list[Row]) -> None:
+    lines = []
     for row in rows:
         memory = {k: v for k, v in sorted(row["memory"].items(), key=lambda kv: -kv[1]) if k != "besides"}
-        parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if size > 2**19)
-        value = f"{row['value']:g}" if isinstance(row["value"], (int, float)) else row["value"]
-        print(
-            f"{value:20} {row['median_s'] * 1e3:9.1f} {row['median_s'] / row['rows'] * 1e6:8.1f} "
-            f"{row['flops'] / row['median_s'] / 1e9:8,.0f} {row['memory']['besides'] / 2**20:8,.0f}  {parts}"
-        )
+        ms, us = row["median_s"] * 1e3, row["median_s"] / row["rows"] * 1e6
+        figures = [f"{ms:.1f}", f"{us:.1f}", f"{row['flops'] / row['median_s'] / 1e9:,.0f}"]
+        parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.items() if size > MIB / 2)
+        lines.append([format_value(row["value"]), *figures, f"{row['memory']['besides'] / MIB:,.0f}", parts])
+    print("\n" + format_text([axis, "ms", "us/row", "GFLOP/s", "MiB", "of which"], lines, left=1))
     if "exponent" in rows[0]:
         upper = rows[0]["exponent_upper"]
         print(f"time ~ {axis}^{rows[0]['exponent']:.2f}" + (f", upper half ^{upper:.2f}" if upper is not None else ""))
@@ -232,7 +196,7 @@ def show(axis: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--shape", choices=list(NAMED_SHAPES), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--rows", type=int, nargs="+", help=f"of that axis; default {AXES['rows']}")
@@ -242,15 +206,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cpu":
         keep_freed_memory()
-    run = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    about = environment()
+    run, about = start_time(), environment()
     print(f"{args.shape} shape; {about['device']}, {about['threads']} threads, torch {about['torch']}")
-    for axis, along in points(args).items():
-        rows = measure(args, axis, along)
-        show(axis, rows)
+    for axis, along in make_points(args).items():
+        rows = measure_axis(args, axis, along)
+        print_axis(axis, rows)
         for row in rows:
-            if args.results:
-                append(args.results, {**row, "run": run, **about})
+            append_row(args.results, "scaling", {**row, "run": run})
         gc.collect()
     return 0
 

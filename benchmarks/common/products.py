@@ -1,20 +1,19 @@
 """The matrix products of a training step, counted from shapes, and the rate at which the device multiplies them.
 
-A step's share of the matmul rate is its FLOPs over its time, against the rate of the same products one by one: what is
-left is everything that is no product. The count is of the work that the loss needs on the live rows, whatever a system
-pads or computes twice, so that all systems are measured by the same.
+A step's share of the matmul rate is its FLOP/s over the FLOP/s of the same products, run one by one. The rest of its
+time goes to everything that is not a product. Only the work that the loss needs on live rows is counted, whatever a
+system pads or computes twice, so that the count is the same for all systems.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from benchmarks.common.device import time_call
 from csm_fast import CSMConfig
 from csm_fast.config.shape import TransformerConfig
 from csm_fast.packing.pack import Pack
@@ -42,7 +41,7 @@ def _linear(found: Counter[Product], rows: int, inputs: int, outputs: int, heads
 
 
 def _stack(found: Counter[Product], config: TransformerConfig, rows: int, last: int) -> None:
-    """The linear layers of a stack whose last layer goes on with ``last`` rows behind its attention."""
+    """The linear layers of a stack. Behind the attention of its last layer, only ``last`` rows are computed."""
     width, kv = config.embed_dim, config.num_kv_heads * config.head_dim
     for layer in range(config.num_layers):
         after = last if layer == config.num_layers - 1 else rows
@@ -68,10 +67,10 @@ def products(config: CSMConfig, pack: Pack) -> Counter[Product]:
 
 
 def attention_flops(config: CSMConfig, pack: Pack) -> int:
-    """Scores and weighted sums below the diagonal, forward, and twice that backward (nothing computed again)."""
+    """FLOPs of scores and weighted sums below the diagonal, forward, and twice as many backward (no recomputation)."""
     live, squares = pack.rows, 0
     for length in pack.segments.lengths:
-        if live <= 0:  # the dummy document behind the live rows
+        if live <= 0:  # a dummy document fills the pack behind the live rows
             break
         squares += length * (length + 1) // 2
         live -= length
@@ -90,19 +89,19 @@ def step_flops(config: CSMConfig, pack: Pack) -> int:
 def matmul_rate(
     found: Counter[Product], device: torch.device, dtype: torch.dtype, rounds: int = 3, repeats: int = 5
 ) -> float:
-    """FLOP/s of the products one after the other, each as fast as it was in any of ``rounds`` times ``repeats`` calls:
-    a ceiling, and whatever else runs on the machine only lowers it."""
-    best = dict.fromkeys(found, math.inf)
+    """FLOP/s of the products one after the other, each at the fastest of ``rounds`` times ``repeats`` calls: a ceiling,
+    because whatever else runs on the machine only lowers it."""
+    fastest = dict.fromkeys(found, math.inf)
     for _ in range(rounds):
         for product in found:
-            best[product] = min(best[product], _seconds(product, device, dtype, repeats))
-    return sum(product.flops * times for product, times in found.items()) / sum(
-        best[product] * times for product, times in found.items()
-    )
+            fastest[product] = min(fastest[product], _fastest_call(product, device, dtype, repeats))
+    flops = sum(product.flops * times for product, times in found.items())
+    return flops / sum(fastest[product] * times for product, times in found.items())
 
 
-def _seconds(product: Product, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
-    """Of the fastest call, after one to warm up."""
+def _fastest_call(product: Product, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    """Seconds of the fastest call, after one to warm up. On CUDA of ten calls at once: launching one and waiting for it
+    takes as long as a small product."""
     heads, m, k, n, kind = product
     shapes = {"forward": ((m, k), (n, k)), "input": ((m, k), (k, n)), "weight": ((k, m), (k, n))}[kind]
     a, b = (torch.randn(heads, *shape, device=device, dtype=dtype) for shape in shapes)
@@ -112,25 +111,11 @@ def _seconds(product: Product, device: torch.device, dtype: torch.dtype, repeats
         a = a.transpose(1, 2)
     if heads == 1:
         a, b = a[0], b[0]
-    if device.type == "cuda":
-        return _seconds_on_cuda(a, b, repeats)
-    timed = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        torch.matmul(a, b)
-        timed.append(time.perf_counter() - started)
-    return min(timed[1:])
+    out, at_once = (torch.matmul(a, b), 10) if device.type == "cuda" else (None, 1)
 
-
-def _seconds_on_cuda(a: Tensor, b: Tensor, repeats: int, at_once: int = 10) -> float:
-    """By events around several products at a time: launching one and waiting for it takes as long as a small one."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    out, timed = torch.matmul(a, b), []
-    for _ in range(repeats):
-        begin.record()
+    def multiply() -> None:
         for _ in range(at_once):
             torch.matmul(a, b, out=out)
-        end.record()
-        end.synchronize()
-        timed.append(begin.elapsed_time(end) / 1e3 / at_once)
-    return min(timed)
+
+    multiply()
+    return min(time_call(multiply, device) for _ in range(repeats)) / at_once

@@ -1,15 +1,15 @@
-"""Which tensor memory a stretch of code asks for: every allocation, and the most bytes alive at once.
+"""Every tensor memory allocation of some code, and the most bytes alive at once.
 
     with Tracked() as t:
         loss = packed_loss(model, pack, 0.5, 0.5)[0]
         loss.backward()
     t.peak, t.current, max(t.allocations), t.peak_of()
 
-What is counted is tensor storage, exactly and in the order of the calls, so the figures do not depend on the machine.
-Not in it: an allocator's rounding, workspaces of BLAS libraries, scratch that a kernel takes without asking for a
-tensor, and what code that ``torch.compile`` has turned into kernels allocates. Under any dispatch mode autograd forgoes
-a few in-place steps (it adds gradients that meet out of place, and indexing's backward copies once), so code that
-depends on those is shown a little above its true peak.
+The bytes are those of tensors' storages, in the order of the calls, so the figures do not depend on the machine. They
+leave out what the allocator rounds up, workspaces of BLAS libraries, scratch memory that a kernel allocates without a
+tensor, and the allocations of code that ``torch.compile`` has compiled. Under any dispatch mode autograd omits a few
+in-place operations (it adds gradients of one tensor out of place, and the backward of indexing copies once), so the
+peak of code with such operations is a little too high.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What is left to choose between once a mode has been asked: the kernels of a device.
+# The dispatch keys below a Python mode: the kernels of a device.
 _KERNELS = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.Python)
 
 
 @dataclass(frozen=True, order=True)
 class Allocation:
-    """A storage that was born, or that grew, as an operator left it. They are ordered by size."""
+    """A new storage, or one that grew, as an operator left it. Allocations are ordered by size."""
 
     bytes: int
     order: int
@@ -40,7 +40,7 @@ class Allocation:
     op: str = field(compare=False)
     """The operator, as in "aten::bmm"; inside others, "csm_kernels::linear_cross_entropy > aten::bmm"."""
     shape: tuple[int, ...] = field(compare=False)
-    """Of the tensor that came with it. A view's, where the operator returned a view of it."""
+    """Of the tensor that the operator returned, which may be a view of the storage."""
     dtype: torch.dtype = field(compare=False)
 
     def __str__(self) -> str:
@@ -48,12 +48,12 @@ class Allocation:
 
 
 class Tracked(TorchDispatchMode):
-    """Follows the storages born inside the ``with``, in backward passes and inside custom operators too.
+    """Follows the storages allocated inside the ``with``, in backward passes and inside custom operators too.
 
     Attributes:
-        peak: most bytes alive at once of the storages born inside.
-        current: bytes alive now; it keeps falling when storages are collected after the ``with``.
-        allocations: every birth, in order.
+        peak: the most bytes of these storages that were alive at once.
+        current: bytes alive now; it keeps falling when storages are freed after the ``with``.
+        allocations: all of them, in order.
     """
 
     def __init__(self) -> None:
@@ -71,10 +71,9 @@ class Tracked(TorchDispatchMode):
         if keys is None or keys.has(torch._C.DispatchKey.Python) or not _can_open(func, args):
             out = func(*args, **kwargs)
         else:
-            # A mode is off while it serves a call, so what an operator allocates on its way would not be seen: custom
-            # operators, and PyTorch's own that consist of others. So it is switched on again and the kernel called
-            # directly, past the place where modes are asked. (Tensors of a Python class, fake ones say, have no kernel
-            # to call.)
+            # PyTorch turns a mode off while the mode handles a call, which would hide the allocations inside custom
+            # operators, and inside PyTorch's own that consist of others. So turn it on again and call the kernel
+            # directly, below the mode. (Tensors of a Python class, fake ones for example, have no kernel to call.)
             self._inside.append(func.name())
             try:
                 with self:
@@ -118,7 +117,7 @@ class Tracked(TorchDispatchMode):
             self._change(record, -size)
 
     def peak_of(self, chosen: Callable[[Allocation], bool] = lambda _: True) -> tuple[int, list[Allocation]]:
-        """Most bytes alive at once of the chosen allocations, and what they were then, the largest first."""
+        """The most bytes of the chosen allocations that were alive at once, and these, the largest first."""
         wanted = [chosen(a) for a in self.allocations]
         changes = [(record, more) for record, more in self._changes if wanted[record]]
         totals = list(itertools.accumulate((more for _, more in changes), initial=0))
@@ -131,15 +130,16 @@ class Tracked(TorchDispatchMode):
 
 def _can_open(func: Any, args: Any) -> bool:
     has_parts, places = _facts(func)
-    # ``x // 2``: only the ordinary call makes a tensor of the 2 again.
+    # ``x // 2``: only the ordinary call turns the 2 into a tensor.
     return has_parts and not any(i < len(args) and isinstance(args[i], (int, float, complex)) for i in places)
 
 
 @functools.cache
 def _facts(func: Any) -> tuple[bool, tuple[int, ...]]:
-    """Whether it may consist of others, and which of its arguments are tensors.
+    """Whether an operator may consist of others, and which of its arguments are tensors.
 
-    Not what works element by element, views, and what looks for its kernels in another way than by its tensors.
+    Elementwise operators and views do not, and an operator that does not choose its kernel by its tensors cannot be
+    called below the mode.
     """
     by_device = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "BackendSelect")
     has_parts = not by_device and not func.is_view and torch.Tag.pointwise not in func.tags
@@ -157,3 +157,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """The tensors that hold the storage of ``x``."""
     return (x._indices(), x._values()) if x.layout == torch.sparse_coo else (x,)
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from csm_fast import CSMConfig
 from csm_fast.config.shape import FRAME_SECONDS
-from csm_fast.config.train import DataSection, LossSection
-from csm_fast.data.token_store import open_split
-from csm_fast.packing.loader import Packer
+from csm_fast.data.token_store import TurnTokens, open_split
+from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.pack import Pack
-
-
-@dataclass
-class Turn:
-    text: np.ndarray
-    codes: np.ndarray
-    speaker: int = 0
 
 
 class Synthetic:
@@ -34,7 +25,10 @@ class Synthetic:
         words = np.maximum(3, frames * FRAME_SECONDS * 3 * 1.3).astype(int)  # 1.3 tokens a word
         codes = [rng.integers(0, config.audio_vocab_size - 3, (n, config.num_codebooks)) for n in frames]
         text = [rng.integers(0, config.text_vocab_size, n) for n in words]
-        self.turns = [[Turn(t.astype(np.int32), c.astype(np.uint16))] for t, c in zip(text, codes, strict=True)]
+        self.turns = [
+            [TurnTokens(t.astype(np.int32), c.astype(np.uint16), 0, i)]
+            for i, (t, c) in enumerate(zip(text, codes, strict=True))
+        ]
         self.num_codebooks, self.num_conversations, self.path = config.num_codebooks, recordings, "synthetic"
         self.conversation_rows = frames + words + 1
 
@@ -65,6 +59,7 @@ class Subset:
     def __init__(self, store: Any, chosen: list[int]):
         self.store, self.chosen = store, chosen
         self.num_codebooks, self.num_conversations, self.path = store.num_codebooks, len(chosen), store.path
+        self.conversation_rows = store.conversation_rows[chosen]
 
     def conversation(self, i: int) -> Any:
         return self.store.conversation(self.chosen[i])
@@ -76,15 +71,14 @@ class Subset:
 
     @property
     def rows(self) -> int:
-        text, frames, _, _ = self.turn_lengths()
-        return int((text + frames + 1).sum())
+        return int(self.conversation_rows.sum())
 
     @property
     def frames(self) -> int:
         return int(self.turn_lengths()[1].sum())
 
 
-def choose(store: Any, share: float, middle: int | None) -> Subset:
+def choose_subset(store: Any, share: float, middle: int | None) -> Subset:
     """A share of the recordings, evenly over their lengths, or only the ``middle`` ones of middle length."""
     chosen = np.argsort(store.conversation_rows, kind="stable")[:: max(1, round(1 / share))].tolist()
     if middle:
@@ -93,46 +87,44 @@ def choose(store: Any, share: float, middle: int | None) -> Subset:
     return Subset(store, chosen)
 
 
-def asked_for(args: argparse.Namespace, config: CSMConfig) -> Subset:
+def open_recordings(args: argparse.Namespace, config: CSMConfig) -> Subset:
     """The recordings that the command's settings name."""
     store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, args.splits)
-    return choose(store, args.share, args.middle)
+    return choose_subset(store, args.share, args.middle)
 
 
-def padded(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:
-    """tokens, tokens_mask [B, S, K + 1] of some conversations, as Sesame's users collate them."""
-    packer = Packer(store, DataSection(), LossSection())
-    rows = []
-    for i in members:
-        layout = packer.layout_conversations([i])
-        assert len(layout.documents) == 1, f"conversation {i} is longer than the model's context"
-        (pack,) = packer.build_step(layout, 0, 0).packs
-        mask = pack.is_audio[:, None].repeat(1, pack.tokens.shape[1])
-        mask[:, -1] = ~pack.is_audio
-        rows.append((pack.tokens.long(), mask))
-    return (
-        nn.utils.rnn.pad_sequence([t for t, _ in rows], batch_first=True),
-        nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True),
-    )
+def pad_conversations(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:
+    """Tokens and their mask, both [B, S, K + 1], of some conversations, as Sesame's users collate them."""
+    size = (len(members), int(store.conversation_rows[members].max()), store.num_codebooks + 1)
+    assert size[1] <= MAX_POSITIONS, f"a conversation has {size[1]} rows, more than the model's context"
+    tokens, mask = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
+    for i, member in enumerate(members):
+        row = 0
+        for turn in store.conversation(member):
+            speech = row + len(turn.text)
+            end = speech + len(turn.codes)
+            tokens[i, row:speech, -1] = torch.from_numpy(turn.text.astype(np.int64))
+            tokens[i, speech:end, :-1] = torch.from_numpy(turn.codes.astype(np.int64))
+            mask[i, row:speech, -1] = mask[i, speech : end + 1, :-1] = True  # a frame of zeros ends the speech
+            row = end + 1
+    return tokens, mask
 
 
-def buckets(store: Subset, size: int) -> list[list[int]]:
+def bucket_conversations(store: Subset, size: int) -> list[list[int]]:
     """Batches of conversations of similar length."""
-    text, frames, _, conversation = store.turn_lengths()
-    order = np.argsort(np.bincount(conversation, text + frames + 1), kind="stable").tolist()
+    order = np.argsort(store.conversation_rows, kind="stable").tolist()
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def every_token_has_a_gradient(model: Any, packs: list[Pack]) -> None:
-    """Gives the tables that are trained gradients: a small one in each row that the packs read, zero elsewhere."""
+def fill_table_gradients(model: Any, packs: list[Pack]) -> None:
+    """Give the tables that are trained gradients: small ones in the rows that the packs read, zeros elsewhere."""
     text, audio = model.text_embeddings.weight, model.audio_embeddings.weight
     for table in (text, audio):
         table.grad = torch.zeros_like(table) if table.requires_grad else None
     for pack in packs:
         tokens, is_audio = pack.tokens[: pack.rows], pack.is_audio[: pack.rows]  # the rest is padding
         books = torch.arange(tokens.shape[1] - 1, device=text.device)
-        vocabulary = audio.shape[0] // len(books)
-        spoken = tokens[is_audio][:, :-1] + books * vocabulary
+        spoken = tokens[is_audio][:, :-1] + books * (audio.shape[0] // len(books))
         for table, keys in ((text, tokens[~is_audio][:, -1]), (audio, spoken)):
             if table.grad is not None:
                 table.grad[keys.flatten().long()] = 1e-3

@@ -1,4 +1,4 @@
-"""The systems that ``benchmarks.compare`` races, by name, and how much of an epoch each of them runs."""
+"""The systems that ``benchmarks.compare`` compares, by name, and how much of an epoch each of them runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class System:
         weights: dtype of the weights.
         autocast: bf16 autocast over them.
         method: "full", "lora" or "qlora".
-        compiled: csm_fast's layers under torch.compile.
+        compiled: csm_fast's layers are compiled by torch.compile.
         fraction: of the frames that the depth decoder sees.
-        kept: in a process set up as csm_fast's own, where that is not csm_fast.
-        operators: csm_fast with PyTorch's operators, without its kernels and its library.
+        kept: another system than csm_fast, in a process that is set up as csm_fast's.
+        operators: csm_fast with PyTorch's operators in place of its kernels and its CPU library.
     """
 
     code: str
@@ -55,42 +55,33 @@ SYSTEMS = {
     "csm_fast-fp32": System("csm_fast", WIDE),
     "csm_fast-lora": System("csm_fast", autocast=True, method="lora"),
     "csm_fast-qlora": System("csm_fast", autocast=True, method="qlora"),
-    "padded": System("padded"),
-    "padded-autocast": System("padded", WIDE, True),
-    "padded-fp32": System("padded", WIDE),
-    "padded-kept": System("padded", kept=True),
-    "padded-kept-fp32": System("padded", WIDE, kept=True),
-    "blog": System("blog"),
-    "blog-autocast": System("blog", WIDE, True),
-    "blog-fp32": System("blog", WIDE),
-    "blog-kept": System("blog", kept=True),
-    "blog-kept-fp32": System("blog", WIDE, kept=True),
-    "transformers": System("transformers"),
-    "transformers-autocast": System("transformers", WIDE, True),
-    "transformers-fp32": System("transformers", WIDE),
-    "transformers-kept": System("transformers", kept=True),
-    "transformers-kept-fp32": System("transformers", WIDE, kept=True),
-    "transformers-all-frames": System("transformers", fraction=1.0),
-    "transformers-all-frames-fp32": System("transformers", WIDE, fraction=1.0),
 }
+for code in ("padded", "blog", "transformers"):
+    SYSTEMS[code] = System(code)
+    SYSTEMS[f"{code}-autocast"] = System(code, WIDE, True)
+    SYSTEMS[f"{code}-fp32"] = System(code, WIDE)
+    SYSTEMS[f"{code}-kept"] = System(code, kept=True)
+    SYSTEMS[f"{code}-kept-fp32"] = System(code, WIDE, kept=True)
+SYSTEMS["transformers-all-frames"] = System("transformers", fraction=1.0)
+SYSTEMS["transformers-all-frames-fp32"] = System("transformers", WIDE, fraction=1.0)
 
 
 def tolerance(name: str) -> float:
-    """Most relative difference of a ranked system's loss from the float32 value."""
+    """The largest relative difference of a ranked system's loss from the float32 value."""
     system = SYSTEMS[name]
     return 1e-2 if system.autocast or system.weights == torch.bfloat16 else 1e-5
 
 
 def keeps_memory(args: argparse.Namespace, name: str) -> bool:
     """Whether a worker's process is set up as ``csm-fast-train`` sets up its own."""
-    own = name in SYSTEMS and (SYSTEMS[name].code == "csm_fast" or SYSTEMS[name].kept)  # not the reference's
+    own = name in SYSTEMS and (SYSTEMS[name].code == "csm_fast" or SYSTEMS[name].kept)  # "reference" is no system
     return args.allocator == "kept" or (args.allocator == "own" and own)
 
 
-def in_precision(name: str, precision: str) -> str:
+def add_precision(name: str, precision: str) -> str:
     """The system that a name without a precision means: csm_fast is the one in bf16."""
-    told = name.startswith("csm_fast") or name.endswith(("-fp32", "-autocast"))
-    return name if told or precision == "bf16" else f"{name}-fp32"
+    has_precision = name.startswith("csm_fast") or name.endswith(("-fp32", "-autocast"))
+    return name if has_precision or precision == "bf16" else f"{name}-fp32"
 
 
 def is_slow(args: argparse.Namespace, name: str) -> bool:
@@ -98,8 +89,8 @@ def is_slow(args: argparse.Namespace, name: str) -> bool:
     return "all-frames" in name or (args.precision == "bf16" and name.endswith("-fp32"))
 
 
-def parts(args: argparse.Namespace, name: str) -> int:
-    """A repetition of a system runs one of so many parts of its batches."""
+def num_parts(args: argparse.Namespace, name: str) -> int:
+    """The number of parts into which a system's batches are divided; a repetition runs one of them."""
     slow, system = is_slow(args, name), SYSTEMS[name]
     if args.precision == "bf16":
         return args.repeats if slow or system.kept or system.code == "transformers" else 1
@@ -108,9 +99,9 @@ def parts(args: argparse.Namespace, name: str) -> int:
 
 
 def runs_longest(args: argparse.Namespace, name: str, label: str) -> bool:
-    """Whether one of the parts runs the longest batch, too.
+    """Whether one of the parts also runs the longest batch.
 
-    In float32 it takes a slow system minutes, and in batches of 32 the others 14 to 17 GiB.
+    In float32 it takes minutes in a slow system, and 14 to 17 GiB in the others in batches of 32.
     """
     if args.precision == "bf16" or SYSTEMS[name].code == "csm_fast":
         return True
@@ -118,5 +109,5 @@ def runs_longest(args: argparse.Namespace, name: str, label: str) -> bool:
 
 
 def runs_alone(args: argparse.Namespace, name: str) -> bool:
-    """When the others have gone, for one that needs the machine's memory, or keeps it."""
+    """Whether a system runs when the others' processes have ended: it needs the machine's memory, or keeps it."""
     return is_slow(args, name) or SYSTEMS[name].kept or (args.shape == "csm-1b" and name.endswith("-fp32"))

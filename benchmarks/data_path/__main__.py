@@ -3,10 +3,9 @@
     python -m benchmarks.data_path --results benchmarks/results/data_path.jsonl
     python -m benchmarks.data_path --hours 1 10 --seconds 1 --repeats 1 --dir /tmp/stores --keep
 
-The stores are synthetic (``synthetic_store``), alike in all but their size. Without ``--dir`` they lie in memory
-(/dev/shm) where that has the room, because some machines take pages back from the page cache though memory is free, and
-the figures would be the disk's. What this run wrote is deleted at its end unless ``--keep``; what is there already is
-used again.
+The stores are synthetic (``synthetic_store``) and differ only in size. Without ``--dir`` they lie in memory (/dev/shm)
+if it has room, because some machines take pages back from the page cache though memory is free, and the figures would
+be the disk's. Stores that this run wrote are deleted at its end unless ``--keep``; existing ones are used again.
 
 *Streaming.* Each case runs in a process of its own that is set up as ``csm-fast-train`` sets up its own; repetitions
 are interleaved and medians shown. The process opens the store, makes the ``Packer``, plans the first epoch, counts the
@@ -17,8 +16,8 @@ of the loader's thread. Times are summed over turns of at least 65,536 rows; a t
 is left out and counted, because another process had the core or a page came from the disk.
 
 "private" are the private pages beyond those after the imports, of /proc/self/smaps_rollup; they include the store's
-mapped pages, which the system takes back when it needs them. "anonymous" is without those. With ``--cold`` the page
-cache forgets the shards before the store is opened and again before the streaming ("disk" is what was read then).
+mapped pages, which the system takes back when it needs them. "anonymous" excludes those. With ``--cold`` the shards are
+dropped from the page cache before the store is opened and again before the streaming ("disk" is what was read then).
 
 *Waiting.* A tiny model trains over ``read_ahead()``, and the time in which it had no step is counted.
 """
@@ -28,10 +27,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,9 +39,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.record import append, environment
-from benchmarks.data_path.synthetic_store import BYTES_PER_HOUR, forget, write_store
-from csm_fast.config.train import DataSection, LossSection
+from benchmarks.common.device import free_memory, take_turns
+from benchmarks.common.processes import run_worker
+from benchmarks.common.record import RESULTS, Row, append_row, read_rows
+from benchmarks.common.tables import MIB, format_text
+from benchmarks.data_path.synthetic_store import BYTES_PER_HOUR, drop_from_cache, write_store
+from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.layout import StepBatch
 from csm_fast.packing.loader import Packer, read_ahead
@@ -54,7 +54,7 @@ from csm_fast.system.errors import InputError
 EPOCHS = 10
 TURN_ROWS, WARM_UP = 65_536, 20
 PARTS = ["stream", "wait"]
-STEP_ROWS = Path(__file__).parents[1] / "results" / "compare.jsonl"
+Case = tuple[str, float, int]  # steps of "rows" or of "conversations", hours, rows of a pack
 
 
 # ------------------------------------------------------------------------------------------- one process, one store
@@ -66,9 +66,10 @@ def disk_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def section(pack_rows: int, by: str) -> DataSection:
-    """Settings for steps of one full pack ("rows"), or of 8 conversations ("conversations")."""
-    return DataSection(pack_rows=pack_rows, batch_rows=pack_rows if by == "rows" else None)
+def make_packer(store: TokenStore, pack_rows: int, by: str) -> Packer:
+    """A packer whose steps are one full pack ("rows"), or 8 conversations ("conversations")."""
+    section = DataSection(pack_rows=pack_rows, batch_rows=pack_rows if by == "rows" else None)
+    return Packer(store, section, LossSection(), pad="cpu")
 
 
 class Turns:
@@ -108,51 +109,51 @@ class Watch:
     def __init__(self) -> None:
         gc.collect()
         self.start = private_memory()
-        self.figures: dict[str, Any] = {}
+        self.figures: Row = {}
         self.at = time.perf_counter()
 
-    def seconds(self, name: str) -> None:
+    def note_seconds(self, name: str) -> None:
         self.figures[f"{name}_s"] = time.perf_counter() - self.at
         self.at = time.perf_counter()
 
-    def memory(self, name: str) -> None:
+    def note_memory(self, name: str) -> None:
         now = private_memory()
         for kind, before, after in zip(("private", "anonymous"), self.start, now, strict=True):
             self.figures[f"{name}_{kind}"] = after - before
         self.at = time.perf_counter()
 
 
-def stream(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dict[str, Any]:
-    """Open, plan and stream; runs in a process of its own."""
+def measure_stream(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> Row:
+    """Open, plan and stream."""
     watch = Watch()
     read = disk_bytes()
     store = TokenStore.open(path)
-    watch.seconds("open")
-    watch.memory("open")
-    packer = Packer(store, section(pack_rows, by), LossSection(), pad="cpu")
-    watch.seconds("packer")
+    watch.note_seconds("open")
+    watch.note_memory("open")
+    packer = make_packer(store, pack_rows, by)
+    watch.note_seconds("packer")
     steps = packer.steps_in_epoch(0)
     packer.layout_steps(0, 0)
-    watch.seconds("plan")
-    watch.memory("plan")
+    watch.note_seconds("plan")
+    watch.note_memory("plan")
     watch.figures.update(steps=steps, conversations=len(store), turns=store.num_turns, frames=store.num_frames)
     for epoch in range(EPOCHS):
         packer.steps_in_epoch(epoch)
-    watch.seconds("count")
+    watch.note_seconds("count")
     built = Turns()
-    batches = read_ahead(timed(packer.blocks(0, 0), built))
+    batches = read_ahead(time_blocks(packer.blocks(0, 0), built))
     next(batches)
-    watch.seconds("first_step")
+    watch.note_seconds("first_step")
     for _ in store.code_blocks():  # blocks are views, so this only checks hashes
         pass
-    watch.seconds("hash")
+    watch.note_seconds("hash")
     watch.figures["open_disk"] = disk_bytes() - read
     if cold:
-        forget(path)
+        drop_from_cache(path)
     for _ in range(WARM_UP):
         next(batches)
     built.ended.clear()
-    watch.memory("warm")
+    watch.note_memory("warm")
     taken, steps, rows = Turns(), 0, 0
     read, started = disk_bytes(), time.perf_counter()
     last = started
@@ -161,21 +162,15 @@ def stream(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> d
         now = time.perf_counter()
         taken.add(now - last, some)
         last, steps, rows = now, steps + 1, rows + some
-    watch.memory("stream")
+    watch.note_memory("stream")
     us_per_row, left_out = taken.us_per_row()
-    watch.figures.update(
-        streamed_rows=rows,
-        streamed_steps=steps,
-        us_per_row=us_per_row,
-        left_out=left_out,
-        cpu_us_per_row=built.us_per_row()[0],
-        stream_disk=disk_bytes() - read,
-    )
+    watch.figures.update(streamed_rows=rows, streamed_steps=steps, us_per_row=us_per_row, left_out=left_out)
+    watch.figures.update(cpu_us_per_row=built.us_per_row()[0], stream_disk=disk_bytes() - read)
     batches.close()
     return watch.figures
 
 
-def timed(blocks: Iterable[list[StepBatch]], built: Turns) -> Iterator[list[StepBatch]]:
+def time_blocks(blocks: Iterable[list[StepBatch]], built: Turns) -> Iterator[list[StepBatch]]:
     """``blocks``; ``built`` gets the processor seconds of the thread that makes them, and their rows."""
     before = time.thread_time()
     for block in blocks:
@@ -184,33 +179,32 @@ def timed(blocks: Iterable[list[StepBatch]], built: Turns) -> Iterator[list[Step
         before = time.thread_time()
 
 
-def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dict[str, Any]:
-    """Train the tiny model for a few steps; returns the share of the time in which it waited for the next step."""
-    from benchmarks.memory_plan import quick_model, settings
+def measure_wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> Row:
+    """Train the tiny model for a few steps, and count the time in which it waited for the next one."""
+    # Imported here because the processes that stream start faster without a model.
+    from benchmarks.common.models import quick_model
     from csm_fast import CSMConfig
     from csm_fast.model.loss import packed_loss
     from csm_fast.train.step import StepRunner
 
     store = TokenStore.open(path)
-    packer = Packer(store, section(pack_rows, by), LossSection(), pad="cpu")
+    packer = make_packer(store, pack_rows, by)
     for _ in store.code_blocks():
         pass
-    config = settings("full", "off")
-    model = quick_model(CSMConfig.tiny()).train()
-    loss = partial(packed_loss, a=0.5, b=0.5)
     device = torch.device("cpu")
     precision = resolve_precision("auto", device)
-    runner = StepRunner(model, config.optimizer, device, precision, loss, 1000, 0)
+    model = quick_model(CSMConfig.tiny()).train()
+    update = StepRunner(model, OptimizerSection(), device, precision, partial(packed_loss, a=0.5, b=0.5), 1000, 0)
     waited: list[float] = []
     batches, rows = read_ahead(packer.blocks(0, 0)), 0
     for number in range(2):  # warm up: the first steps build kernels for new shapes
-        runner.run(next(batches), number)
+        update.run(next(batches), number)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(waited) < 5:
         asked = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - asked)
-        runner.run(batch, len(waited) + 1)
+        update.run(batch, len(waited) + 1)
         rows += batch.rows
     took = time.perf_counter() - started
     batches.close()
@@ -221,26 +215,22 @@ def wait(path: Path, pack_rows: int, by: str, seconds: float, cold: bool) -> dic
 # ------------------------------------------------------------------------------------------------------ the whole run
 
 
-def ask(kind: str, **case: Any) -> Any:
-    """The figures of one case, from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.data_path", "--worker", json.dumps({"kind": kind, **case})]
-    variables = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables)
-    if done.returncode:
-        raise SystemExit(f"error: a case stopped with status {done.returncode}; what it said is above")
-    return json.loads(done.stdout.splitlines()[-1])
+def ask_worker(kind: str, path: Path, **case: Any) -> Row:
+    """The figures of one case, from a new process."""
+    question = json.dumps({"kind": kind, "path": str(path), **case})
+    return run_worker("benchmarks.data_path", "--worker", question, keep_memory=True)
 
 
-def work(case: dict[str, Any]) -> None:
+def answer_question(case: dict[str, Any]) -> None:
     keep_freed_memory()
-    kind = case.pop("kind")
+    measure = {"stream": measure_stream, "wait": measure_wait}[case.pop("kind")]
     path = Path(case.pop("path"))
     if case["cold"]:
-        forget(path)
-    print(json.dumps({"stream": stream, "wait": wait}[kind](path, **case)))
+        drop_from_cache(path)
+    print(json.dumps(measure(path, **case)))
 
 
-def middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
+def take_medians(answers: list[Row]) -> Row:
     """The median of each figure; values that are not numbers are the same in all answers."""
     return {
         name: statistics.median(a[name] for a in answers) if isinstance(value, (int, float)) else value
@@ -250,34 +240,15 @@ def middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 def newest_step() -> tuple[float, str]:
     """Rows per second of csm_fast's newest training step in benchmarks/results/compare.jsonl, and that row's name."""
-    rows = [json.loads(line) for line in STEP_ROWS.read_text().splitlines()] if STEP_ROWS.is_file() else []
+    rows = read_rows(RESULTS / "compare.jsonl")
     ours = [row for row in rows if row["system"].startswith("csm_fast") and "median_s" in row]
     if not ours:
         return 0.0, ""
-    row = ours[-1]
-    return row["rows"] / row[
-        "median_s"
-    ], f"{row['system']}, {row['label']}, {row['shape']}, {row['device']}, {row['date']}"
+    names = ("system", "label", "shape", "device", "date")
+    return ours[-1]["rows"] / ours[-1]["median_s"], ", ".join(ours[-1][name] for name in names)
 
 
-def mib(value: float) -> str:
-    return f"{value / 2**20:7.1f}"
-
-
-COLUMNS = "open s,packer,plan,count,first,hash,private,anon.,planned,anon.,us/row,cpu,grown,anon.,disk,share"
-HEADER = f"{'hours':>6} {'by':>13} {'pack':>6} " + " ".join(f"{name:>7}" for name in COLUMNS.split(","))
-
-
-def line(hours: float, by: str, rows: int, f: dict[str, Any]) -> str:
-    seconds = " ".join(f"{f[name + '_s']:7.3f}" for name in ("open", "packer", "plan", "count", "first_step", "hash"))
-    memory = " ".join(mib(f[name]) for name in ("open_private", "open_anonymous", "plan_private", "plan_anonymous"))
-    times = " ".join(f"{f[name]:7.3f}" for name in ("us_per_row", "cpu_us_per_row"))
-    grown = " ".join(mib(f[f"stream_{kind}"] - f[f"warm_{kind}"]) for kind in ("private", "anonymous"))
-    share = f"{f['loader_share']:7.2%}" if "loader_share" in f else "      -"
-    return f"{hours:6g} {by:>13} {rows:6} {seconds} {memory} {times} {grown} {mib(f['stream_disk'])} {share}"
-
-
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, nargs="+", default=[1.0, 10.0, 100.0, 1000.0])
     parser.add_argument("--pack-rows", type=int, nargs="+", default=[2048, 16384])
@@ -295,80 +266,80 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_streams(found: dict[tuple[str, float, int], dict[str, Any]], rate: float, where: str) -> None:
-    """Print a line per case, and add to the figures the share of a training step that the loader's time would take."""
-    if rate:
-        print(f"share: the loader's time per row of a training step at {rate:,.0f} rows/s ({where})")
-    print(HEADER)
-    for (by, hours, rows), figures in found.items():
-        if rate:
-            figures.update(loader_share=figures["us_per_row"] * 1e-6 * rate, step_rows_per_s=rate, step=where)
-        print(line(hours, by, rows, figures), flush=True)
+def print_streams(found: dict[Case, Row]) -> None:
+    """Print a line per case: seconds, memory in MiB, and the loader's time per row."""
+    head = "hours,by,pack,open s,packer,plan,count,first,hash,private,anon.,planned,anon.,us/row,cpu,grown,anon.,disk"
+    lines = []
+    for (by, hours, rows), f in found.items():
+        seconds = [f"{f[name + '_s']:.3f}" for name in ("open", "packer", "plan", "count", "first_step", "hash")]
+        memory = [f[name] for name in ("open_private", "open_anonymous", "plan_private", "plan_anonymous")]
+        grown = [f[f"stream_{kind}"] - f[f"warm_{kind}"] for kind in ("private", "anonymous")]
+        planned, after = ([f"{size / MIB:.1f}" for size in sizes] for sizes in (memory, [*grown, f["stream_disk"]]))
+        times = [f"{f[name]:.3f}" for name in ("us_per_row", "cpu_us_per_row")]
+        share = f"{f['loader_share']:.2%}" if "loader_share" in f else "-"
+        lines.append([f"{hours:g}", by, str(rows), *seconds, *planned, *times, *after, share])
+    print(format_text([*head.split(","), "share"], lines), flush=True)
     most = max(found.values(), key=lambda f: f["turns"])
-    opened, warm = (most[name] / 2**20 for name in ("open_private", "warm_private"))
+    opened, warm = (most[name] / MIB for name in ("open_private", "warm_private"))
     print(f"{most['turns']:,} turns: opened in {most['open_s']:.3f} s, {opened:.0f} MiB private", end="")
     print(f"; {warm:.0f} MiB with the Packer, its plans and {WARM_UP} steps")
 
 
-def run(args: argparse.Namespace, paths: dict[float, Path]) -> None:
-    rate, where = newest_step()
-    if args.step_rows_per_second:
-        rate, where = args.step_rows_per_second, "--step-rows-per-second"
+def measure_cases(args: argparse.Namespace, paths: dict[float, Path]) -> None:
     common = {"seconds": args.seconds, "cold": args.cold}
-    place = place_of(next(iter(paths.values())))
-
-    def record(kind: str, hours: float, by: str, rows: int, figures: dict[str, Any]) -> None:
-        if args.results:
-            case = {"hours": hours, "by": by, "pack_rows": rows, **common, "repeats": args.repeats, "stores": place}
-            append(args.results, {"benchmark": "data_path", "kind": kind, **case, **figures, **environment()})
-
-    cases = [("rows", h, rows) for rows in args.pack_rows for h in paths]
-    cases += [("conversations", h, max(args.pack_rows)) for h in paths]
-    answers: dict[tuple[str, float, int], list[dict[str, Any]]] = {case: [] for case in cases}
-    for _ in range(args.repeats):
-        for by, hours, rows in cases if "stream" in args.parts else ():
-            answer = ask("stream", path=str(paths[hours]), pack_rows=rows, by=by, **common)
-            answers[by, hours, rows].append(answer)
-    print(
-        f"{'cold' if args.cold else 'warm'} page cache, stores in {next(iter(paths.values())).parent} | memory in MiB"
-    )
+    first = next(iter(paths.values()))
+    about = {**common, "repeats": args.repeats, "stores": find_place(first)}
+    print(f"{'cold' if args.cold else 'warm'} page cache, stores in {first.parent} | memory in MiB")
     if "stream" in args.parts:
-        found = {case: middle(some) for case, some in answers.items()}
-        show_streams(found, rate, where)
+        cases: list[Case] = [("rows", hours, rows) for rows in args.pack_rows for hours in paths]
+        cases += [("conversations", hours, max(args.pack_rows)) for hours in paths]
+        calls = [
+            partial(ask_worker, "stream", paths[hours], pack_rows=rows, by=by, **common) for by, hours, rows in cases
+        ]
+        found = dict(zip(cases, map(take_medians, take_turns(calls, args.repeats)), strict=True))
+        rate, where = (args.step_rows_per_second, "--step-rows-per-second")
+        if not rate:
+            rate, where = newest_step()
+        if rate:
+            print(f"share: the loader's time per row of a training step at {rate:,.0f} rows/s ({where})")
+            for figures in found.values():
+                figures.update(loader_share=figures["us_per_row"] * 1e-6 * rate, step_rows_per_s=rate, step=where)
+        print_streams(found)
         for (by, hours, rows), figures in found.items():
-            record("stream", hours, by, rows, figures)
+            case = {"kind": "stream", "hours": hours, "by": by, "pack_rows": rows}
+            append_row(args.results, "data_path", {**case, **about, **figures})
     for hours, path in paths.items() if "wait" in args.parts else ():
         rows = min(args.pack_rows)
-        figures = ask("wait", path=str(path), pack_rows=rows, by="rows", **common)
+        figures = ask_worker("wait", path, pack_rows=rows, by="rows", **common)
         print(
             f"{hours:g} hours, {figures['model']}, packs of {rows:,}: {figures['waited_share']:.3%} of the time waited "
             f"for a step, {figures['longest_wait_s'] * 1e3:.1f} ms at most, at {figures['rows_per_s']:,.0f} rows/s"
         )
-        record("wait", hours, "rows", rows, figures)
+        case = {"kind": "wait", "hours": hours, "by": "rows", "pack_rows": rows}
+        append_row(args.results, "data_path", {**case, **about, **figures})
 
 
-def in_memory(hours: float) -> str | None:
-    """A file system in memory, if it and the memory have room for twice the stores of so many hours."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or shutil.disk_usage(memory).free < 2 * BYTES_PER_HOUR * hours:
-        return None
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return str(memory) if available > 2 * BYTES_PER_HOUR * hours else None
+MEMORY = Path("/dev/shm")  # a file system in memory
 
 
-def place_of(path: Path) -> str:
+def find_room(hours: float) -> Path | None:
+    """``MEMORY``, if it and the memory have room for twice the stores of so many hours."""
+    needed = 2 * BYTES_PER_HOUR * hours
+    has_room = MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, free_memory(torch.device("cpu"))) > needed
+    return MEMORY if has_room else None
+
+
+def find_place(path: Path) -> str:
     """Whether a store lies in "memory" or on "disk"."""
-    memory = Path("/dev/shm")
-    return "memory" if memory.is_dir() and path.stat().st_dev == memory.stat().st_dev else "disk"
+    return "memory" if MEMORY.is_dir() and path.stat().st_dev == MEMORY.stat().st_dev else "disk"
 
 
 def main() -> int:
-    args = arguments()
+    args = parse_arguments()
     if args.worker:
-        work(json.loads(args.worker))
+        answer_question(json.loads(args.worker))
         return 0
-    where = None if args.cold else in_memory(sum(args.hours))
+    where = None if args.cold else find_room(sum(args.hours))
     folder = args.dir or Path(tempfile.mkdtemp(prefix="csm_fast-data-path-", dir=where))
     paths, written = {hours: folder / f"synthetic-{hours:g}-hours" for hours in args.hours}, []
     try:
@@ -378,7 +349,7 @@ def main() -> int:
                 written.append(path)
                 write_store(path, hours)
                 print(f"{path}: written in {time.perf_counter() - started:.1f} s", flush=True)
-        run(args, paths)
+        measure_cases(args, paths)
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
     finally:

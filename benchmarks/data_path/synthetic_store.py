@@ -11,22 +11,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
-from csm_fast.data.store_writer import TokenStoreWriter
+from benchmarks.common.stores import open_writer
+from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME, CSMConfig
 from csm_fast.data.token_store import TurnTokens
 from csm_fast.system.errors import InputError
 
-CODEBOOKS, CODES, TEXT_IDS, SPEAKERS = 32, 2048, 128_256, 16
+SHAPE, CODES, SPEAKERS = CSMConfig.csm_1b(), 2048, 16
 FRAMES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_FRAME
 FRAMES_PER_HOUR = round(3600 * FRAMES_PER_SECOND)
-BYTES_PER_HOUR = FRAMES_PER_HOUR * (CODEBOOKS * 2 + 2)  # codes, and the rest roughly
+BYTES_PER_HOUR = FRAMES_PER_HOUR * (SHAPE.num_codebooks * 2 + 2)  # codes, and the rest roughly
 
 
-def an_hour() -> list[list[int]]:
+def draw_hour() -> list[list[int]]:
     """Frames of each turn of each conversation of one hour (the last turn is cut to it)."""
     rng, left, hour = np.random.default_rng(0), FRAMES_PER_HOUR, []
     while left > 0:
@@ -40,22 +39,22 @@ def an_hour() -> list[list[int]]:
     return hour
 
 
-def conversations(hours: float, seed: int = 0) -> Iterator[list[TurnTokens]]:
+def draw_conversations(hours: float, seed: int = 0) -> Iterator[list[TurnTokens]]:
     """Random conversations of ``hours`` hours together (a little more, where that is no whole number)."""
     rng = np.random.default_rng([seed, round(hours * 1000)])
     left, source, block = round(hours * FRAMES_PER_HOUR), 0, 1 << 16
-    codes, text = np.zeros((0, CODEBOOKS), np.uint16), np.zeros(0, np.int32)
+    codes, text = np.zeros((0, SHAPE.num_codebooks), np.uint16), np.zeros(0, np.int32)
     at, word = block, block
-    hour: list[list[int]] = an_hour()
+    hour: list[list[int]] = draw_hour()
     while left > 0:
         for number in rng.permutation(len(hour)).tolist():
             turns = []
             for frames in hour[number]:
                 words = 12 + int(2 * frames / FRAMES_PER_SECOND)
-                if at + frames > block:  # numbers are drawn in blocks: a draw per turn costs more than the writing
-                    codes, at = rng.integers(0, CODES, (block, CODEBOOKS), dtype=np.uint16), 0
+                if at + frames > block:  # a draw per turn would take longer than the writing
+                    codes, at = rng.integers(0, CODES, (block, SHAPE.num_codebooks), dtype=np.uint16), 0
                 if word + words > block:
-                    text, word = rng.integers(0, TEXT_IDS, block, dtype=np.int32), 0
+                    text, word = rng.integers(0, SHAPE.text_vocab_size, block, dtype=np.int32), 0
                 piece = codes[at : at + frames]
                 turns.append(TurnTokens(text[word : word + words], piece, int(rng.integers(SPEAKERS)), source))
                 at, word, source, left = at + frames, word + words, source + 1, left - frames
@@ -65,7 +64,7 @@ def conversations(hours: float, seed: int = 0) -> Iterator[list[TurnTokens]]:
 
 
 def write_store(path: Path, hours: float) -> None:
-    """A synthetic store at ``path``.
+    """Write a synthetic store to ``path``.
 
     Raises:
         InputError: the disk has no room for it.
@@ -75,17 +74,13 @@ def write_store(path: Path, hours: float) -> None:
     if needed > 0.9 * free:
         what = f"{hours:g} hours need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise InputError(what, file=path.parent, mend="choose another --dir, or fewer --hours")
-    identity: dict[str, Any] = {"name": "synthetic", "fingerprint": "0" * 64}
-    codec = {**identity, "num_codebooks": CODEBOOKS, "codebook_size": CODES}
-    with TokenStoreWriter(
-        path, codec=codec, text_tokenizer={**identity, "vocab_size": TEXT_IDS}, resampler="none"
-    ) as writer:
-        for turns in conversations(hours):
+    with open_writer(path, SHAPE) as writer:
+        for turns in draw_conversations(hours):
             writer.add_conversation(turns)
 
 
-def forget(path: Path) -> None:
-    """Have the page cache forget the store's files, but for pages that a process has mapped."""
+def drop_from_cache(path: Path) -> None:
+    """Drop the store's files from the page cache, except for pages that a process has mapped."""
     for shard in path.glob("*.safetensors"):
         with open(shard, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,28 +1,26 @@
 """Every operator against what one would write or pick instead, in one run.
 
     python -m benchmarks.kernels --results kernels.jsonl --plot kernels.png
-    python -m benchmarks.kernels --from kernels.jsonl --plot kernels.png        # tables and plot, nothing
-    measured
+    python -m benchmarks.kernels --from kernels.jsonl --plot kernels.png        # tables and plot of recorded rows
 
 A point is an operator, a number of backbone rows, an amortization fraction where it matters, and a direction: forward
-alone (no_grad) or forward+backward. Repetitions of all systems alternate; medians, least and most are shown. On CUDA a
-buffer larger than the caches is overwritten before every call, so nothing is measured out of a warm cache.
+alone (no_grad) or forward+backward. Repetitions of all systems alternate; median, least and most are shown. On CUDA a
+buffer larger than the caches is overwritten before every call, so that no input is in the cache.
 
 "of limit" is the time that the work would take at the rates measured in the same run (a copy, a large matrix product;
-whichever is slower for this operator) over the time taken. The work is counted by the formulas of ``kernel_cases``,
-the same for every system, and is what no implementation can leave out; small sizes on a CPU come out of its caches and
-may exceed it. Memory is the most held beyond the inputs,
-gradients included: the allocator's on CUDA, storages followed call by call on a CPU.
+whichever is slower for this operator) over the time taken. The work is counted by the formulas of the cases: it is the
+same for every system, and no implementation can do with less. Small sizes on a CPU are in its caches and may exceed the
+limit. Memory is the most held beyond the inputs, gradients included: the allocator's on CUDA, storages followed call by
+call on a CPU.
 
-A system whose results differ from a float64 reference by more than the tolerance is shown as wrong and not ranked. One
-that would not fit in memory or in the time of a point is skipped, and the reason is recorded.
+A system whose results differ from a float64 reference by more than the tolerance is shown as wrong and not ranked. A
+system that would not fit in memory or in the time of a point is skipped, and the reason is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
@@ -33,12 +31,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.device import ceilings, free_memory, peak_memory, timed, wait
-from benchmarks.common.record import append, environment
+from benchmarks.common.device import ceilings, free_memory, peak_memory, time_cold_call, wait
+from benchmarks.common.record import Row, append_row, environment, read_rows
 from benchmarks.kernels.cases import CASES, DECODER_OPS
 from benchmarks.kernels.plot import draw, print_tables
-from benchmarks.kernels.points import BOTH, DTYPES, MODES, SHAPES, Case, Inputs, Point, Results, System, Work, perform
-from csm_fast.config.shape import CSMConfig
+from benchmarks.kernels.points import BOTH, DTYPES, MODES, Case, Inputs, Point, Results, System, Work, perform
+from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.system.device import resolve_device
 
 # ||got - reference|| / ||reference|| of the output and of each gradient; a few roundings of the dtype.
@@ -68,7 +66,7 @@ class Run:
         return self.limit_seconds - (time.monotonic() - self.started)
 
     def points(self) -> Iterator[Point]:
-        """Small sizes of every operator first: they predict the large ones, and a short run sees them all."""
+        """Small sizes of every operator first: they predict the large ones, and a short run covers every operator."""
         for rows in sorted(self.rows):
             for op in self.ops:
                 for fraction in self.fractions if op in DECODER_OPS else [None]:
@@ -78,27 +76,22 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------- check
 
 
-def check(op: str, run: Run) -> dict[str, dict[str, Any]]:
+def check_op(op: str, run: Run) -> dict[str, Row]:
     """By system, the relative errors at a small size: {"errors": {name: error}, "agrees": bool}, or {"reason": why}.
 
     The reference is the operator's formula in float64 on the same inputs.
     """
     config = run.config
-    if run.device.type == "cpu":  # dense gradients of the whole text table in float64 take longer than all the rest
+    if run.device.type == "cpu":  # the whole text table's gradient in float64 would take longer than all the rest
         config = replace(config, text_vocab_size=min(config.text_vocab_size, 4096))
     point = Point(op, CHECK_ROWS, CHECK_FRACTION, config, run.dtype, run.device, run.compile)
     return check_case(CASES[op](point))
 
 
-def check_case(case: Case) -> dict[str, dict[str, Any]]:
+def check_case(case: Case) -> dict[str, Row]:
     torch.manual_seed(0)
     inputs = case.make()
-    wide = {
-        n: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-        for n, x in inputs.tensors.items()
-    }
-    truth = perform(case.truth, Inputs(wide, inputs.wanted, tuple(g.double() for g in inputs.upstream)), BOTH)
-    del wide
+    truth = perform(case.truth, inputs.widened(), BOTH)
     found = {}
     for system in case.systems:
         if system.unavailable:
@@ -108,12 +101,12 @@ def check_case(case: Case) -> dict[str, dict[str, Any]]:
             mine = system.prepare(inputs) if system.prepare else inputs
             results = perform(system.run, mine, BOTH)
             found[system.name] = _compare(system.restore(results) if system.restore else results, truth, case, inputs)
-        except Exception as error:  # another's package may fail in any way; that is a finding, not an end
+        except Exception as error:  # another project's package may fail in any way; the run goes on
             found[system.name] = {"reason": first_line(error), "status": "failed"}
     return found
 
 
-def _compare(got: Results, truth: Results, case: Case, inputs: Inputs) -> dict[str, Any]:
+def _compare(got: Results, truth: Results, case: Case, inputs: Inputs) -> Row:
     names = [*case.outputs, *(f"d{name}" for name in inputs.wanted)]
     errors = {}
     for name, mine, exact in zip(names, [*got[0], *got[1]], [*truth[0], *truth[1]], strict=True):
@@ -134,7 +127,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Clock:
-    """Seconds per call that were measured, which predict larger sizes: they grow as the counted work does."""
+    """Predicts the seconds of a call from those of the last size: they grow as the counted work does."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[Any, ...], tuple[Work, float]] = {}
@@ -149,53 +142,48 @@ class Clock:
         return seconds * max(work.bytes / before.bytes, work.flops / before.flops if before.flops else 0.0)
 
 
-def measure_case(
-    case: Case, run: Run, rates: dict[str, float], checks: dict[str, dict[str, Any]], clock: Clock
-) -> list[dict[str, Any]]:
+def measure_case(case: Case, run: Run, rates: dict[str, float], checks: dict[str, Row], clock: Clock) -> list[Row]:
     """Rows of both directions at one point, one per system, whatever became of it."""
     point, free = case.point, free_memory(run.device)
-    common: dict[str, Any] = {"op": point.op, "rows": point.rows, "fraction": point.fraction}
-    common |= {"audio_rows": point.layout().audio, "segments": len(point.layout().lengths)}
-    common["frames"] = None if point.fraction is None else point.frames()
-    found: list[dict[str, Any]] = []
+    common: Row = {"op": point.op, "rows": point.rows, "fraction": point.fraction, "audio_rows": point.layout().audio}
+    common |= {"segments": len(point.layout().lengths), "frames": None if point.fraction is None else point.frames()}
+    found: list[Row] = []
     inputs: Inputs | None = None
     for i, mode in enumerate(MODES):
         rows = {s.name: {**common, "mode": mode, "system": s.name, "group": s.group} for s in case.systems}
         found += rows.values()
-        ready: dict[str, tuple[System, Callable[[], Callable[[], Any]]]] = {}
+        ready: dict[str, Callable[[], Callable[[], Any]]] = {}
+        work = {s.name: (s.work or case.work)[i] for s in case.systems}
         for system in case.systems:
-            row = rows[system.name]
-            row |= {k: v for k, v in checks[system.name].items() if k in ("errors", "tolerance")}
+            row, checked = rows[system.name], checks[system.name]
+            row |= {k: v for k, v in checked.items() if k in ("errors", "tolerance")}
             row["predicted_bytes"] = case.input_bytes + system.memory[i]
-            key = (point.op, point.fraction, mode, system.name)
-            predicted = clock.predict(key, (system.work or case.work)[i])
-            status, reason = _gate(row["predicted_bytes"], free, checks[system.name], run, predicted)
-            row |= {"status": status, "reason": reason}
-            if status:
+            predicted = clock.predict((point.op, point.fraction, mode, system.name), work[system.name])
+            row["status"], row["reason"] = _gate(row["predicted_bytes"], free, checked, run, predicted)
+            if row["status"]:
                 continue
             if inputs is None:
                 torch.manual_seed(0)
                 inputs = case.make()
-            outcome = _warm_up(system, inputs, mode, run)
-            row |= outcome[0]
-            if outcome[1] is not None:
-                ready[system.name] = system, outcome[1]
+            outcome, prepared = _warm_up(system, inputs, mode, run)
+            row |= outcome
+            if prepared is not None:
+                ready[system.name] = prepared
         seconds: dict[str, list[float]] = {name: [] for name in ready}
         for _ in range(run.repeats):
-            for name, (_, prepared) in list(ready.items()):
+            for name, prepared in list(ready.items()):
                 try:
-                    seconds[name].append(timed(prepared(), run.device))
+                    seconds[name].append(time_cold_call(prepared(), run.device))
                 except Exception as error:
                     rows[name] |= {"status": "failed", "reason": first_line(error)}
                     del ready[name]
-        for name, (system, _) in ready.items():
-            work = (system.work or case.work)[i]
-            clock.learn((point.op, point.fraction, mode, name), work, statistics.median(seconds[name]))
-            rows[name] |= {"status": "ok", **figures(seconds[name], work, rates)}
+        for name in ready:
+            clock.learn((point.op, point.fraction, mode, name), work[name], statistics.median(seconds[name]))
+            rows[name] |= {"status": "ok", **summarize_times(seconds[name], work[name], rates)}
     return found
 
 
-def _gate(needed: float, free: float, checked: dict[str, Any], run: Run, predicted: float | None) -> tuple[str, str]:
+def _gate(needed: float, free: float, checked: Row, run: Run, predicted: float | None) -> tuple[str, str]:
     """("", "") for a system that may run; otherwise its status and the reason."""
     if "reason" in checked:
         return checked.get("status", "skipped"), checked["reason"]
@@ -205,21 +193,17 @@ def _gate(needed: float, free: float, checked: dict[str, Any], run: Run, predict
     if needed > 0.9 * free:
         return "skipped", f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
     calls = run.repeats + 2
-    if predicted is not None and predicted * calls > run.point_seconds:
-        return "skipped", f"{calls} calls would take about {predicted * calls:.0f} s, at most {run.point_seconds:g}"
-    if predicted is not None and predicted * calls > run.left():
-        return (
-            "left out",
-            f"{calls} calls would take about {predicted * calls:.0f} s, {max(0, run.left()):.0f} are left",
-        )
+    whole = (predicted or 0.0) * calls
+    if whole > run.point_seconds:
+        return "skipped", f"{calls} calls would take about {whole:.0f} s, at most {run.point_seconds:g}"
+    if predicted is not None and whole > run.left():
+        return "left out", f"{calls} calls would take about {whole:.0f} s, {max(0, run.left()):.0f} are left"
     return "", ""
 
 
-def _warm_up(
-    system: System, inputs: Inputs, mode: str, run: Run
-) -> tuple[dict[str, Any], Callable[[], Callable[[], Any]] | None]:
-    """Run a system twice, the second time for its memory. Gives what is known of it and, if it is to be timed, a
-    function that readies a call outside the clock."""
+def _warm_up(system: System, inputs: Inputs, mode: str, run: Run) -> tuple[Row, Callable[[], Callable[[], Any]] | None]:
+    """Run a system twice, the second time for its memory. Returns fields of its row and, if it is to be timed, a
+    function that prepares a call, which is not timed itself."""
 
     def ready() -> Callable[[], Any]:
         mine = system.prepare(inputs) if system.prepare and system.fresh else own
@@ -236,15 +220,14 @@ def _warm_up(
             reason = f"one call took {took:.1f} s, and {run.repeats + 1} more have {run.point_seconds:g} s"
             return {"status": "skipped", "reason": reason}, None
         return {"peak_bytes": peak_memory(ready(), run.device, system.compiled)}, ready
-    except Exception as error:  # out of memory, or another's package failing at this size
+    except Exception as error:  # out of memory, or another project's package fails at this size
         return {"status": "failed", "reason": first_line(error)}, None
 
 
-def figures(seconds: list[float], work: Work, rates: dict[str, float]) -> dict[str, Any]:
+def summarize_times(seconds: list[float], work: Work, rates: dict[str, float]) -> Row:
     """Median and spread of the raw seconds, achieved rates, and the share of the slower ceiling."""
     median = statistics.median(seconds)
-    bounds = {"copy": work.bytes / rates["copy"], "matmul": work.flops / rates["matmul"]}
-    ceiling = max(bounds, key=lambda name: bounds[name])
+    bound, ceiling = max((work.bytes / rates["copy"], "copy"), (work.flops / rates["matmul"], "matmul"))
     return {
         "seconds": seconds,
         "median_s": median,
@@ -255,18 +238,18 @@ def figures(seconds: list[float], work: Work, rates: dict[str, float]) -> dict[s
         "bytes_per_s": work.bytes / median,
         "flops_per_s": work.flops / median,
         "ceiling": ceiling,
-        "share": bounds[ceiling] / median,
+        "share": bound / median,
     }
 
 
-def unmeasured(case: Case, status: str, reason: str) -> list[dict[str, Any]]:
+def make_unmeasured_rows(case: Case, status: str, reason: str) -> list[Row]:
     point = case.point
     base = {"op": point.op, "rows": point.rows, "fraction": point.fraction, "status": status, "reason": reason}
     return [{**base, "mode": mode, "system": s.name, "group": s.group} for mode in MODES for s in case.systems]
 
 
 def _answers(device: torch.device) -> bool:
-    """Some errors of a GPU's program end every later call of the process too."""
+    """Whether a device still works: after some errors of a kernel, every later call of the process fails."""
     try:
         wait(device)
         torch.ones(1, device=device).sum().item()
@@ -275,20 +258,15 @@ def _answers(device: torch.device) -> bool:
     return True
 
 
-def measure(run: Run, write: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
-    """All points of a run, each row passed on as soon as it is known. Out of time, the rest is recorded as left out."""
+def measure_points(run: Run, write: Callable[[Row], None]) -> list[Row]:
+    """Measure all points of a run and write each row at once. Out of time, the rest is recorded as left out."""
     rates = ceilings(run.device, run.dtype)
     print(f"copies {rates['copy'] / 1e9:,.1f} GB/s, matrix products {rates['matmul'] / 1e12:,.2f} TFLOP/s", flush=True)
-    setting: dict[str, Any] = {
-        "benchmark": "kernels",
-        "shape": run.shape,
-        "config": run.config.to_dict(),
-        "on": run.device.type,
-    }
-    setting |= {"dtype": next(name for name, dtype in DTYPES.items() if dtype == run.dtype), "repeats": run.repeats}
-    setting |= {"copy_bytes_per_s": rates["copy"], "matmul_flops_per_s": rates["matmul"], "compile": run.compile}
-    setting |= {"point_seconds": run.point_seconds, **environment()}
-    checks: dict[str, dict[str, dict[str, Any]]] = {}
+    setting: Row = {"benchmark": "kernels", "shape": run.shape, "config": run.config.to_dict(), "on": run.device.type}
+    setting["dtype"] = next(name for name, dtype in DTYPES.items() if dtype == run.dtype)
+    setting |= {"repeats": run.repeats, "compile": run.compile, "point_seconds": run.point_seconds}
+    setting |= {"copy_bytes_per_s": rates["copy"], "matmul_flops_per_s": rates["matmul"], **environment()}
+    checks: dict[str, dict[str, Row]] = {}
     clock, found = Clock(), []
     over = ""
     for point in run.points():
@@ -296,16 +274,16 @@ def measure(run: Run, write: Callable[[dict[str, Any]], None]) -> list[dict[str,
         if not over and run.left() <= 0:
             over = f"the {run.limit_seconds:g} s were over"
         if over:
-            rows = unmeasured(case, "left out", over)
+            rows = make_unmeasured_rows(case, "left out", over)
         else:
             try:
                 if point.op not in checks:
-                    checks[point.op] = check(point.op, run)
+                    checks[point.op] = check_op(point.op, run)
                 rows = measure_case(case, run, rates, checks[point.op], clock)
                 wait(run.device)
-            except Exception as error:  # no memory for the inputs, or a device that no longer answers
-                rows = unmeasured(case, "failed", first_line(error))
-                over = "" if _answers(run.device) else f"the device no longer answers: {first_line(error)}"
+            except Exception as error:  # no memory for the inputs, or a device that no longer works
+                rows = make_unmeasured_rows(case, "failed", first_line(error))
+                over = "" if _answers(run.device) else f"the device no longer works: {first_line(error)}"
             done = sum(row["status"] == "ok" for row in rows)
             where = f"{point.rows:,} rows" + (f", fraction {point.fraction:g}" if point.fraction else "")
             spent = time.monotonic() - run.started
@@ -333,16 +311,12 @@ def _rows(text: str) -> int:
     return int(text)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ops", nargs="+", choices=list(CASES), default=list(CASES))
     p.add_argument("--rows", nargs="+", type=_rows, default=ROWS, help="rows of the backbone")
     p.add_argument("--fractions", nargs="+", type=_fraction, default=FRACTIONS, help="as in 1/16 or 0.5")
-    p.add_argument("--shape", choices=list(SHAPES), help="default: csm-1b on CUDA, small elsewhere")
+    p.add_argument("--shape", choices=list(NAMED_SHAPES), help="default: csm-1b on CUDA, small elsewhere")
     p.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     p.add_argument("--device", default="auto")
     p.add_argument("--repeats", type=int, help="default: 20 on CUDA, 5 elsewhere")
@@ -352,15 +326,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append a row per point and system")
     p.add_argument("--plot", type=Path, metavar="FILE.png")
     p.add_argument("--from", dest="source", type=Path, metavar="FILE.jsonl", help="show these rows; measure nothing")
-    return p
+    return p.parse_args()
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = parse_arguments()
     if args.source:
         try:
-            lines = args.source.read_text(encoding="utf-8").splitlines()
-            rows = [row for row in map(json.loads, lines) if row.get("benchmark") == "kernels"]
+            args.source.stat()
+            rows = [row for row in read_rows(args.source) if row.get("benchmark") == "kernels"]
         except (OSError, ValueError, AttributeError) as error:
             print(f"error: {args.source} is no file of results ({error}); give what --results wrote", file=sys.stderr)
             return 2
@@ -368,15 +342,15 @@ def main() -> int:
         device = resolve_device(args.device)
         cuda = device.type == "cuda"
         shape = args.shape or ("csm-1b" if cuda else "small")
-        run = Run(SHAPES[shape](), shape, DTYPES[args.dtype], device, args.ops, args.rows, args.fractions)
-        run = replace(
-            run,
+        setting = NAMED_SHAPES[shape](), shape, DTYPES[args.dtype], device, args.ops, args.rows, args.fractions
+        run = Run(
+            *setting,
             repeats=args.repeats or (20 if cuda else 5),
             compile=not args.no_compile,
             point_seconds=args.point_seconds or (10 if cuda else 20),
             limit_seconds=args.limit_seconds,
         )
-        rows = measure(run, functools.partial(append, args.results) if args.results else lambda row: None)
+        rows = measure_points(run, functools.partial(append_row, args.results, "kernels"))
     print_tables(rows)
     if args.plot:
         draw(rows, args.plot)

@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from csm_kernels.depth_attention import depth_attention
 from torch import Tensor
 
-from benchmarks.kernels.points import Case, Inputs, Point, Results, System, Work, _rows, bound, compiled, random_tensor
+from benchmarks.kernels.points import (
+    Case,
+    Inputs,
+    Point,
+    Results,
+    System,
+    Work,
+    bound,
+    compiled,
+    mark_rows,
+    random_tensor,
+)
 from csm_fast import ops
 from csm_fast.model.rope import RopeSpec, rope_table
 
@@ -74,7 +85,7 @@ def depth_case(point: Point) -> Case:
     def make() -> Inputs:
         q, k, v = (random_tensor(point, m, length, x, d, leaf=True) for x in (h, g, g))
         cos, sin = rope_table(RopeSpec(d, c.rope_base, c.rope_scale_factor), length, torch.float32, point.device)
-        _rows(q=q, k=k, v=v)
+        mark_rows(q=q, k=k, v=v)
         held = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
         return Inputs(held, ("q", "k", "v"), (random_tensor(point, m, length, h, d),))
 

@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from csm_kernels.frame_embed import frame_embed
 from torch import Tensor
 
+from benchmarks.common.tables import MIB
 from benchmarks.kernels.attention_cases import depth_case, packed_case
 from benchmarks.kernels.points import (
-    MIB,
     Case,
     Inputs,
     Point,
     System,
     Work,
-    _rows,
     bound,
     compiled,
     liger,
+    mark_rows,
     random_tensor,
 )
 from benchmarks.kernels.pointwise_cases import norm_case, rope_case, swiglu_case
@@ -86,7 +86,7 @@ def embed_case(point: Point) -> Case:
         rows = {"audio_rows": is_audio.nonzero().squeeze(1), "text_rows": (~is_audio).nonzero().squeeze(1)}
         held = {"tokens": tokens, "is_audio": is_audio, **rows}
         held = {name: x.to(point.device) for name, x in held.items()}
-        _rows(**held)
+        mark_rows(**held)
         tables = {"text_table": text_vocab, "audio_table": k * v}
         held |= {name: random_tensor(point, size, d, leaf=True) for name, size in tables.items()}
         return Inputs(held, ("text_table", "audio_table"), (random_tensor(point, n, d),))
@@ -160,7 +160,7 @@ def heads_case(point: Point, audio: bool) -> Case:
             weight = random_tensor(point, v, d, scale=d**-0.5).t().unsqueeze(0).requires_grad_()
         targets = torch.randint(v, (m, heads), device=point.device)
         weights = torch.full((m, 1), 1 / (m * heads), device=point.device)
-        _rows(hidden=hidden, targets=targets, weights=weights)
+        mark_rows(hidden=hidden, targets=targets, weights=weights)
         upstream = torch.ones((), device=point.device)
         held = {"hidden": hidden, "weight": weight, "targets": targets, "weights": weights}
         return Inputs(held, ("hidden", "weight"), (upstream,))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
-MODES = ("forward", "forward+backward")
+from benchmarks.common.record import Row
+from benchmarks.common.tables import newest_rows, select_rows
+from benchmarks.kernels.points import BOTH, MODES
+
 OURS = "csm_fast"
 
 
-def by_setting(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
+def group_by_setting(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     """Rows of each device, dtype and shape: only these may be compared."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -20,25 +21,20 @@ def by_setting(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
 
 def latest(rows: list[Row]) -> list[Row]:
     """One row per point and system: of a file with several runs, the last, in the order of their first appearance."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        found[(row["op"], row["fraction"], row["rows"], row["mode"], row["group"], row["system"])] = row
-    return list(found.values())
+    return newest_rows(rows, "op", "fraction", "rows", "mode", "group", "system")
 
 
 def is_ours(row: Row) -> bool:
     return row["system"].startswith(OURS)
 
 
-def versus(rows: list[Row], op: str, mode: str, group: str = "dense") -> tuple[Row, Row] | None:
-    """csm_fast and the fastest alternative that agrees, at the most work at which both were measured."""
-    points: dict[tuple[int, float], list[Row]] = {}
-    for row in latest(rows):
-        if (row["op"], row["mode"], row["group"], row["status"]) == (op, mode, group, "ok"):
-            points.setdefault((row["rows"], row["fraction"] or 0.0), []).append(row)
-    for _, here in sorted(points.items(), key=lambda item: item[0], reverse=True):
-        mine = [row for row in here if is_ours(row)]
-        others = [row for row in here if not is_ours(row)]
+def best_pair(rows: list[Row], op: str, mode: str, group: str = "dense") -> tuple[Row, Row] | None:
+    """csm_fast's row and that of the fastest alternative that agrees, at the largest point at which both ran."""
+    some = select_rows(latest(rows), op=op, mode=mode, group=group, status="ok")
+    points = {(row["rows"], row["fraction"]) for row in some}
+    for count, fraction in sorted(points, key=lambda point: (point[0], point[1] or 0.0), reverse=True):
+        here = select_rows(some, rows=count, fraction=fraction)
+        mine, others = [*filter(is_ours, here)], [row for row in here if not is_ours(row)]
         if mine and others:
             return mine[0], min(others, key=lambda row: row["median_s"])
     return None
@@ -79,28 +75,27 @@ def print_tables(rows: list[Row]) -> None:
     """One table per operator, then the summary; for each setting among the rows."""
     if not rows:
         print("no rows")
-    for some in by_setting(rows).values():
+    for some in group_by_setting(rows).values():
         _print_tables(latest(some))
 
 
 def _print_tables(rows: list[Row]) -> None:
     for op in dict.fromkeys(row["op"] for row in rows):
-        some = [row for row in rows if row["op"] == op]
+        some = select_rows(rows, op=op)
         print(f"\n{op}: {heading(some)}")
         print(
             f"  {'':31} {'median ms':>9} {'least to most':>19} {'peak MiB':>10} {'achieved':>14} {'of limit':>7}"
             f" {'/csm_fast':>8} {'error':>8}"
         )
-        points = dict.fromkeys((row["rows"], row["fraction"], row["mode"]) for row in some)
-        for point in points:
-            here = [row for row in some if (row["rows"], row["fraction"], row["mode"]) == point]
-            fraction = "" if point[1] is None else f", fraction {point[1]:g}"
+        for count, fraction, mode in dict.fromkeys((row["rows"], row["fraction"], row["mode"]) for row in some):
+            here = select_rows(some, rows=count, fraction=fraction, mode=mode)
+            where = f" {count:,} rows" + ("" if fraction is None else f", fraction {fraction:g}") + f", {mode}"
             if all(row["status"] == "left out" for row in here):
-                print(f" {point[0]:,} rows{fraction}, {point[2]}: left out, {here[0]['reason']}")
+                print(f"{where}: left out, {here[0]['reason']}")
                 continue
-            print(f" {point[0]:,} rows{fraction}, {point[2]}")
+            print(where)
             for row in here:
-                group = [r for r in here if r["group"] == row["group"] and r["status"] == "ok" and is_ours(r)]
+                group = [*filter(is_ours, select_rows(here, group=row["group"], status="ok"))]
                 print(_line(row, group[0]["median_s"] if group else None))
     print("\ncsm_fast against the fastest alternative, at the largest point that both reached")
     for line in summary(rows):
@@ -111,10 +106,10 @@ def summary(rows: list[Row]) -> list[str]:
     """A line per operator, direction and group; and everything that was not measured, by reason."""
     lines = []
     for op in dict.fromkeys(row["op"] for row in rows):
-        for group in dict.fromkeys(row["group"] for row in rows if row["op"] == op):
+        for group in dict.fromkeys(row["group"] for row in select_rows(rows, op=op)):
             for mode in MODES:
                 name = op + ("" if group == "dense" else f", {group} gradient")
-                pair = versus(rows, op, mode, group)
+                pair = best_pair(rows, op, mode, group)
                 if pair is None:
                     lines.append(f"  {name:30} {mode:17} nothing to compare")
                     continue
@@ -149,10 +144,10 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    settings = list(by_setting(rows).values())
+    settings = list(group_by_setting(rows).values())
     if len(settings) > 1:
         print(f"{path}: the rows come from {len(settings)} settings; the last one is drawn")
-    rows = [row for row in latest(settings[-1] if settings else []) if row["mode"] == "forward+backward"]
+    rows = select_rows(latest(settings[-1] if settings else []), mode=BOTH)
     panels = list(dict.fromkeys((row["op"], row["fraction"]) for row in rows))
     if not panels:
         raise SystemExit("no rows to draw")
@@ -162,16 +157,12 @@ def draw(rows: list[Row], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (op, fraction) in zip(axes.flat, panels, strict=False):
-        here = [row for row in rows if (row["op"], row["fraction"]) == (op, fraction)]
+        here = select_rows(rows, op=op, fraction=fraction)
         sizes = sorted({row["rows"] for row in here})
         for system in dict.fromkeys(row["system"] for row in here):
-            points = sorted(
-                (r["rows"], r["median_s"] * 1e3) for r in here if r["system"] == system and r["status"] == "ok"
-            )
-            if points:
-                bold = (
-                    {"color": "black", "linewidth": 2.2, "zorder": 3} if system.startswith(OURS) else {"linewidth": 1.4}
-                )
+            some = select_rows(here, system=system, status="ok")
+            if points := sorted((row["rows"], row["median_s"] * 1e3) for row in some):
+                bold = {"color": "black", "linewidth": 2.2, "zorder": 3} if is_ours(some[0]) else {"linewidth": 1.4}
                 style = "--" if "sparse" in system else "-"
                 axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=system, **bold)
         axis.set_title(op if fraction is None else f"{op}, fraction {fraction:g}", fontsize=11)

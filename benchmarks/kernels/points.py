@@ -1,5 +1,4 @@
-"""What a measurement of ``benchmarks.kernels`` is made of: a point, a case, its systems, their inputs and
-work."""
+"""What a measurement of ``benchmarks.kernels`` consists of: a point, a case, its systems, their inputs and work."""
 
 from __future__ import annotations
 
@@ -19,8 +18,6 @@ from csm_fast.config.shape import CSMConfig
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHAPES: dict[str, Callable[[], CSMConfig]] = {"small": CSMConfig.small, "csm-1b": CSMConfig.csm_1b}
-MIB = 2**20
 
 # ------------------------------------------------------------------------------------------------------ vocabulary
 
@@ -97,6 +94,19 @@ class Inputs:
     wanted: tuple[str, ...]
     upstream: tuple[Tensor, ...]
 
+    def cloned(self) -> Inputs:
+        """Copies of all tensors."""
+        tensors = {n: x.detach().clone().requires_grad_(x.requires_grad) for n, x in self.tensors.items()}
+        return Inputs(tensors, self.wanted, tuple(g.clone() for g in self.upstream))
+
+    def widened(self) -> Inputs:
+        """The numbers in float64."""
+        tensors = {
+            n: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            for n, x in self.tensors.items()
+        }
+        return Inputs(tensors, self.wanted, tuple(g.double() for g in self.upstream))
+
 
 Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # outputs, gradients of ``wanted``
 
@@ -109,8 +119,8 @@ class System:
         memory: predicted peak bytes beyond the inputs, forward and forward+backward; only decides what is skipped.
         group: only systems of one group are ranked against each other.
         unavailable: why it cannot run here.
-        prepare, restore: into the layout that it wants and back, outside the clock.
-        fresh: it overwrites its inputs, so ``prepare`` serves every call anew.
+        prepare, restore: into the layout that it wants and back; neither is timed.
+        fresh: it overwrites its inputs, so ``prepare`` runs before every call.
         work: forward and forward+backward, where it differs from the case's.
     """
 
@@ -170,11 +180,15 @@ def compiled(name: str, run: Callable[..., Any], point: Point, memory: tuple[flo
     return System(name, _compiled(run), memory, unavailable=reason, compiled=True)
 
 
-def ours(run: Callable[..., Any], point: Point, memory: tuple[float, float]) -> System:
-    """The model's own small functions, which the trainer compiles on CUDA."""
+def pointwise_systems(
+    run: Callable[..., Any], eager: Callable[..., Any], point: Point, memory: tuple[float, float]
+) -> tuple[System, ...]:
+    """The model's own small function, which the trainer compiles on CUDA, the eager one, and that compiled."""
     if point.device.type == "cuda" and point.compile:
-        return compiled("csm_fast", run, point, memory)
-    return System("csm_fast", run, memory)
+        ours = compiled("csm_fast", run, point, memory)
+    else:
+        ours = System("csm_fast", run, memory)
+    return ours, System("eager", eager, memory), compiled("eager, compiled", eager, point, memory)
 
 
 def liger(
@@ -200,12 +214,7 @@ def random_tensor(point: Point, *shape: int, scale: float = 1.0, leaf: bool = Fa
     return x.requires_grad_(leaf)
 
 
-def _rows(**tensors: Tensor) -> None:
-    """Their first dimension is the one that changes from pack to pack."""
+def mark_rows(**tensors: Tensor) -> None:
+    """Tell the compiler that the first dimension changes from pack to pack."""
     for x in tensors.values():
         torch._dynamo.maybe_mark_dynamic(x, 0)
-
-
-def clones(inputs: Inputs) -> Inputs:
-    tensors = {n: x.detach().clone().requires_grad_(x.requires_grad) for n, x in inputs.tensors.items()}
-    return Inputs(tensors, inputs.wanted, tuple(g.clone() for g in inputs.upstream))

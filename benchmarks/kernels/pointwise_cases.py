@@ -1,4 +1,4 @@
-"""What lies between the large products, as cases of ``benchmarks.kernels``."""
+"""The operators between the large matrix products, as cases of ``benchmarks.kernels``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ from benchmarks.kernels.points import (
     Point,
     System,
     Work,
-    _rows,
     bound,
-    clones,
-    compiled,
     liger,
-    ours,
+    mark_rows,
+    pointwise_systems,
     random_tensor,
 )
 from csm_fast.model.layer import rms_norm
 from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
-
-# ----------------------------------------------------------------------------------------------- between the GEMMs
 
 
 def eager_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,16 +47,14 @@ def rope_case(point: Point) -> Case:
         cos, sin = (t[positions].unsqueeze(1) for t in table)
         held = {"q": random_tensor(point, n, h, d, leaf=True), "k": random_tensor(point, n, g, d, leaf=True)}
         held |= {"cos": cos, "sin": sin}
-        _rows(**held)
+        mark_rows(**held)
         return Inputs(held, ("q", "k"), (random_tensor(point, n, h, d), random_tensor(point, n, g, d)))
 
     values = n * (h + g) * d
     way, plain = 2 * values * e + n * d * 4, (values * (e + 12), values * (2 * e + 16))
     layout_differs = "its rotary embedding pairs halves; CSM's pairs are interleaved"
     systems = (
-        ours(our_rope, point, plain),
-        System("eager", eager_rope, plain),
-        compiled("eager, compiled", eager_rope, point, plain),
+        *pointwise_systems(our_rope, eager_rope, point, plain),
         System("Liger", eager_rope, plain, unavailable=layout_differs),
     )
     return Case(point, make, 2 * values * e + n * d * 4, eager_rope, systems, (Work(way), Work(2 * way)), ("q", "k"))
@@ -92,7 +86,7 @@ def norm_case(point: Point) -> Case:
 
     def make() -> Inputs:
         held = {"x": random_tensor(point, n, d, leaf=True), "branch": random_tensor(point, n, d, leaf=True)}
-        _rows(**held)
+        mark_rows(**held)
         held["scale"] = random_tensor(point, d, scale=0.1).add_(1).requires_grad_()
         return Inputs(held, tuple(held), (random_tensor(point, n, d), random_tensor(point, n, d)))
 
@@ -102,18 +96,16 @@ def norm_case(point: Point) -> Case:
 
     unit = n * d * e
     way, plain = Work(4 * unit), (n * d * (2 * e + 8), n * d * (4 * e + 16))
+    truth = bound(eager_norm, eps=eps)
     systems = (
-        ours(bound(our_norm, eps=eps), point, plain),
-        System("eager", bound(eager_norm, eps=eps), plain),
-        compiled("eager, compiled", bound(eager_norm, eps=eps), point, plain),
+        *pointwise_systems(bound(our_norm, eps=eps), truth, point, plain),
         liger("Liger", "liger_rms_norm", liger_norm, point, plain),
     )
-    truth = bound(eager_norm, eps=eps)
     return Case(point, make, 4 * unit, truth, systems, (way, Work(2 * way.bytes)), ("sum", "norm"))
 
 
 def eager_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Also how the model's layer spells it."""
+    """The model's layer computes the same."""
     return F.silu(gate) * up
 
 
@@ -123,16 +115,14 @@ def swiglu_case(point: Point) -> Case:
 
     def make() -> Inputs:
         held = {"gate": random_tensor(point, n, width, leaf=True), "up": random_tensor(point, n, width, leaf=True)}
-        _rows(**held)
+        mark_rows(**held)
         return Inputs(held, ("gate", "up"), (random_tensor(point, n, width),))
 
     unit = n * width * e
     plain = 2 * unit, 6 * unit
+    anew: dict[str, Any] = {"prepare": Inputs.cloned, "fresh": True}  # its backward overwrites gate and up
     systems = (
-        ours(eager_swiglu, point, plain),
-        System("eager", eager_swiglu, plain),
-        compiled("eager, compiled", eager_swiglu, point, plain),
-        # Its backward writes the gradients over gate and up.
-        liger("Liger", "liger_swiglu", lambda f, **x: f(x["gate"], x["up"]), point, plain, prepare=clones, fresh=True),
+        *pointwise_systems(eager_swiglu, eager_swiglu, point, plain),
+        liger("Liger", "liger_swiglu", lambda f, gate, up: f(gate, up), point, plain, **anew),
     )
     return Case(point, make, 3 * unit, eager_swiglu, systems, (Work(3 * unit), Work(8 * unit)))

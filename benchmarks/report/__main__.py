@@ -10,20 +10,19 @@ several times in the same configuration, the last run is shown, with its device,
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.table import Row, is_free, markdown, memory_table, rows_of, summary, time_tables
+from benchmarks.common.record import RESULTS, ROOT, Row, read_rows
+from benchmarks.common.tables import MIB, format_markdown, last_run, select_rows
+from benchmarks.compare.table import is_free, memory_table, summary_table, time_tables
 from benchmarks.report import parts as report_parts
-from benchmarks.report.parts import MIB, NOT_MEASURED, provenance
+from benchmarks.report.parts import NOT_MEASURED, describe_provenance
 from csm_fast.config.shape import FRAME_SECONDS
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md")
 PART = re.compile(r"(<!-- report: ([a-z0-9-]+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
 IN_SUMMARY = ("csm_fast is faster", "audio s/s", "GFLOP/s", "with optimizer s")  # omitted from the second table
@@ -31,36 +30,26 @@ FIRST_PAGE = ("csm_fast", "blog", "transformers")  # systems in README's table
 RUNS = 4  # newest runs whose ratios README gives
 
 
-def read_rows(results: Path, name: str) -> list[Row]:
-    """The rows of a results file; an empty list if there is no such file."""
-    path = results / f"{name}.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def last_run(rows: list[Row]) -> list[Row]:
-    """The rows of the newest run; ``run`` is the time at which a run began."""
-    newest = max((row["run"] for row in rows), default=None)
-    return rows_of(rows, run=newest)
+def read_results(results: Path, name: str) -> list[Row]:
+    return read_rows(results / f"{name}.jsonl")
 
 
 # ------------------------------------------------------------------------------------------- the comparison's tables
 
 
-def describe(rows: list[Row]) -> str:
+def describe_data(rows: list[Row]) -> str:
     """One line: the data, the shape, and where the figures come from."""
     first = rows[0]
     minutes = first["frames"] * FRAME_SECONDS / 60
     return (
         f"{first['recordings']} recordings, {minutes:.1f} minutes, {first['rows']:,} rows; `{first['shape']}` shape. "
-        f"{provenance(first)}.\n"
+        f"{describe_provenance(first)}.\n"
     )
 
 
 def write_summary(rows: list[Row]) -> str:
     """Time and memory of one run in one table, one line per system."""
-    return f"{describe(rows)}\n{markdown(*summary(rows))}\n" if rows else NOT_MEASURED
+    return f"{describe_data(rows)}\n{format_markdown(*summary_table(rows))}\n" if rows else NOT_MEASURED
 
 
 def write_comparison(rows: list[Row]) -> str:
@@ -69,37 +58,37 @@ def write_comparison(rows: list[Row]) -> str:
     head: list[str] = []
     lines: list[list[str]] = []
     for label in dict.fromkeys(row["label"] for row in timed):
-        some = rows_of(timed, label=label)
-        [(_, names, found)] = time_tables(some)
+        some = select_rows(timed, label=label)
+        [(_, (names, found))] = time_tables(some)
         kept = [i for i, name in enumerate(names) if name not in IN_SUMMARY]
         head = [names[i] for i in kept]
         for line in found:
-            line[0] += "" if is_free(some[0]) else f", {label}"  # of free packing the name says it
+            line[0] += "" if is_free(some[0]) else f", {label}"  # for free packing the name has the label
             lines.append([line[i] for i in kept])
-    return write_summary(rows) + (f"\n{markdown(head, lines)}\n" if lines else "")
+    return write_summary(rows) + (f"\n{format_markdown(head, lines)}\n" if lines else "")
 
 
 def write_memory(rows: list[Row]) -> str:
     """Memory of one forward and backward pass, one line per system and batch size."""
-    return f"{describe(rows)}\n{markdown(*memory_table(rows)[1:])}\n" if rows else NOT_MEASURED
+    return f"{describe_data(rows)}\n{format_markdown(*memory_table(rows))}\n" if rows else NOT_MEASURED
 
 
 def write_first_page(rows: list[Row]) -> str:
-    """README's table, from the last of the runs ``rows``, and how far the ratios moved over the last ``RUNS`` runs."""
+    """README's table, from the last run in ``rows``, and the range of the ratios over the last ``RUNS`` runs."""
     rows = [row for row in rows if row["system"] in FIRST_PAGE and "median_s" in row]
     last = last_run(rows)
     if not last:
         return NOT_MEASURED
     labels = list(dict.fromkeys(row["label"] for row in last))
-    batches = [label for label in labels if not is_free(rows_of(last, label=label)[0])]
+    batches = [label for label in labels if not is_free(select_rows(last, label=label)[0])]
     lines = []
     for system in dict.fromkeys(row["system"] for row in last):
-        found = [rows_of(last, system=system, label=label) for label in labels]
+        found = [select_rows(last, system=system, label=label) for label in labels]
         besides = [row[0]["memory"]["besides"] for row in found if row and "memory" in row[0]]
         times = [_seconds(row[0], last) if row else "" for row in found]
         lines.append([system, *times, " / ".join(f"{size / MIB:,.0f} MiB" for size in besides)])
     head = ["system", *labels, f"memory, {' / '.join(batches)}"]
-    return f"{describe(last)}\n{markdown(head, lines)}\n{_ratios_of_runs(rows, batches)}"
+    return f"{describe_data(last)}\n{format_markdown(head, lines)}\n{_ratios_of_runs(rows, batches)}"
 
 
 def _seconds(row: Row, rows: list[Row]) -> str:
@@ -109,7 +98,7 @@ def _seconds(row: Row, rows: list[Row]) -> str:
 
 def _ratio(row: Row, rows: list[Row]) -> float | None:
     """How many times csm_fast's time the row takes in the same batches; None without one of the two."""
-    ours = rows_of(rows, system="csm_fast", label=row["label"])
+    ours = select_rows(rows, system="csm_fast", label=row["label"])
     return row["median_s"] / ours[0]["median_s"] if ours and row["ranked"] else None
 
 
@@ -118,7 +107,7 @@ def _ratios_of_runs(rows: list[Row], batches: list[str]) -> str:
     found: dict[str, list[str]] = {}
     for system in FIRST_PAGE[1:]:
         for label in batches:
-            some = [(row, rows_of(rows, run=row["run"])) for row in rows_of(rows, system=system, label=label)]
+            some = [(row, select_rows(rows, run=row["run"])) for row in select_rows(rows, system=system, label=label)]
             ratios = [ratio for row, run in some if row["run"] in runs and (ratio := _ratio(row, run))]
             if ratios:
                 found.setdefault(system, []).append(f"{min(ratios):.1f} to {max(ratios):.1f} in {label}")
@@ -129,12 +118,12 @@ def _ratios_of_runs(rows: list[Row], batches: list[str]) -> str:
 def runs_on_cpu(results: Path, kind: str, **wanted: Any) -> list[Row]:
     """Rows of ``benchmarks.compare`` from one kind of processors, by how these multiply bf16: "bf16" (AVX512-BF16),
     "amx" (in tiles), or "fp32" (not: all systems train in float32)."""
-    rows = [row for row in read_rows(results, "compare") if _kind(row) == kind]
+    rows = [row for row in read_results(results, "compare") if _kind(row) == kind]
     if kind == "fp32":
         # csm_fast trains in float32 there. Older runs also timed bf16 products of its own, which no longer exist.
         rows = [row for row in rows if row["system"] != "csm_fast"]
         rows = [{**row, "system": "csm_fast"} if row["system"] == "csm_fast-fp32" else row for row in rows]
-    return rows_of(rows, data="recordings", **wanted)
+    return select_rows(rows, data="recordings", **wanted)
 
 
 def _kind(row: Row) -> str:
@@ -147,15 +136,15 @@ def _kind(row: Row) -> str:
 def write_each_device(rows: list[Row]) -> str:
     """``write_summary`` of the last run on each device."""
     devices = dict.fromkeys(row["device"] for row in rows)
-    return "\n".join(write_summary(last_run(rows_of(rows, device=device))) for device in devices) or NOT_MEASURED
+    return "\n".join(write_summary(last_run(select_rows(rows, device=device))) for device in devices) or NOT_MEASURED
 
 
 def write_gpu(results: Path) -> str:
     """What ``benchmarks.gpu_suite`` recorded: the comparison, the ways to train, the updates."""
     parts = [
-        write_comparison(last_run(read_rows(results, "gpu_compare"))),
-        write_each_device(read_rows(results, "gpu_ways")),
-        report_parts.optimizers(read_rows(results, "gpu_optimizers")),
+        write_comparison(last_run(read_results(results, "gpu_compare"))),
+        write_each_device(read_results(results, "gpu_ways")),
+        report_parts.write_optimizers(read_results(results, "gpu_optimizers")),
     ]
     return "\n".join(part for part in parts if part != NOT_MEASURED) or NOT_MEASURED
 
@@ -163,41 +152,40 @@ def write_gpu(results: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- pages
 
 
-def _compare(write: Callable[[list[Row]], str], kind: str, shape: str, checkpointing: bool = False) -> Any:
-    wanted: dict[str, Any] = {"shape": shape, "checkpointing": checkpointing}
-    return lambda results: write(last_run(runs_on_cpu(results, kind, **wanted)))
+def _compare(write: Callable[[list[Row]], str], kind: str, checkpointing: bool = False) -> Callable[[Path], str]:
+    return lambda results: write(last_run(runs_on_cpu(results, kind, shape="small", checkpointing=checkpointing)))
 
 
 def _from_file(write: Callable[[list[Row]], str], name: str) -> Callable[[Path], str]:
-    return lambda results: write(read_rows(results, name))
+    return lambda results: write(read_results(results, name))
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
     "speed": lambda results: write_first_page(runs_on_cpu(results, "bf16", shape="small", checkpointing=False)),
-    "compare-cpu": _compare(write_comparison, "bf16", "small"),
-    "compare-cpu-amx": _compare(write_summary, "amx", "small"),
-    "compare-cpu-fp32": _compare(write_summary, "fp32", "small"),
+    "compare-cpu": _compare(write_comparison, "bf16"),
+    "compare-cpu-amx": _compare(write_summary, "amx"),
+    "compare-cpu-fp32": _compare(write_summary, "fp32"),
     "compare-cpu-csm-1b": lambda results: write_each_device(
         [row for kind in ("bf16", "amx") for row in runs_on_cpu(results, kind, shape="csm-1b", checkpointing=False)]
     ),
-    "compare-cpu-checkpointing": _compare(write_memory, "bf16", "small", checkpointing=True),
+    "compare-cpu-checkpointing": _compare(write_memory, "bf16", checkpointing=True),
     "ways-cpu": _from_file(write_each_device, "ways"),
-    "profile-cpu": lambda results: report_parts.profiles(
-        [read_rows(results, path.stem) for path in sorted(results.glob("profile_*.jsonl"))]
+    "profile-cpu": lambda results: report_parts.write_profiles(
+        [read_results(results, path.stem) for path in sorted(results.glob("profile_*.jsonl"))]
     ),
-    "optimizers-cpu": lambda results: report_parts.optimizers(
+    "optimizers-cpu": lambda results: report_parts.write_optimizers(
         # On a CPU, 8-bit moments are updated by PyTorch's operators; older runs timed a form that no longer exists.
-        [row for row in read_rows(results, "optimizers") if row["way"] != ["csm_fast", report_parts.EIGHT_BITS]]
+        [row for row in read_results(results, "optimizers") if row["way"] != ["csm_fast", report_parts.EIGHT_BITS]]
     ),
-    "scaling-cpu": _from_file(report_parts.scaling, "scaling"),
-    "pretokenize": _from_file(report_parts.pretokenize, "pretokenize"),
-    "data-path": _from_file(report_parts.data_path, "data_path"),
+    "scaling-cpu": _from_file(report_parts.write_scaling, "scaling"),
+    "pretokenize": _from_file(report_parts.write_pretokenize, "pretokenize"),
+    "data-path": _from_file(report_parts.write_data_path, "data_path"),
     "gpu": write_gpu,
 }
 
 
 def fill_page(page: str, results: Path) -> str:
-    """A page's text with its generated parts made anew.
+    """A page's text with its generated parts written again.
 
     Raises:
         SystemExit: the page asks for a part that does not exist.
@@ -232,7 +220,7 @@ def main() -> int:
         for name in stale:
             print(f"{name} differs from benchmarks/results; run python -m benchmarks.report")
         return int(bool(stale))
-    if scaled := read_rows(args.results, "scaling"):
+    if scaled := read_results(args.results, "scaling"):
         report_parts.draw_scaling(scaled, args.root / "docs" / "scaling-cpu.png")
     print(f"written: {', '.join(stale) or 'nothing new'}")
     return 0

@@ -1,10 +1,11 @@
 """benchmarks.compare at the tiny shape: every system in its own process, the same losses, rows with all fields."""
 
+import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -16,36 +17,60 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common.products import Product, attention_flops, matmul_rate, products, step_flops
 from benchmarks.common.tracked import Tracked
 from benchmarks.compare import __main__ as compare
-from benchmarks.compare import data as compare_data
-from benchmarks.compare import systems
+from benchmarks.compare import race, systems
 from benchmarks.compare import table as compare_table
-from benchmarks.compare import worker as compare_systems
-from benchmarks.compare.data import Synthetic, choose, padded
+from benchmarks.compare import worker as compare_worker
+from benchmarks.compare.data import Synthetic, choose_subset, fill_table_gradients, pad_conversations
+from benchmarks.compare.reference import compute_reference, expected_loss
 from csm_fast import CSM, CSMConfig
+from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.pack import pack_padded
 
+# Most of the 77 million weights of the tiny shape are in its tables and heads.
+SMALL = {"text_vocab_size": 500, "audio_vocab_size": 131, "num_codebooks": 8}
+IN_PROCESSES = f"""
+import dataclasses
+from csm_fast.config import shape
+small = dataclasses.replace(shape.CSMConfig.tiny(), **{SMALL})
+shape.NAMED_SHAPES["tiny"] = lambda: small
+"""
 
-def command(tmp_path, *extra):
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch, tmp_path):
+    """Small tables in the tiny shape, here and in the processes that a test starts."""
+    monkeypatch.setitem(NAMED_SHAPES, "tiny", lambda: dataclasses.replace(CSMConfig.tiny(), **SMALL))
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(IN_PROCESSES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (folder, ROOT, ROOT / "kernels"))))
+
+
+@pytest.fixture
+def run_compare(monkeypatch, tmp_path):
+    """Runs the command with its settings; the exit status."""
+
+    def run(*settings):
+        monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(sys, "argv", arguments(tmp_path, *settings))
+        return compare.main()
+
+    return run
+
+
+def arguments(tmp_path, *extra):
     settings = ["--synthetic", "3", "--shape", "tiny", "--repeats", "1", "--batches", "2", "--no-optimizer"]
-    settings += ["--precision", "bf16"]
-    return [
-        sys.executable,
-        "-m",
-        "benchmarks.compare",
-        *settings,
-        "--results",
-        str(tmp_path / "out.jsonl"),
-        *extra,
-    ]
+    return ["compare", *settings, "--precision", "bf16", "--results", str(tmp_path / "out.jsonl"), *extra]
 
 
-def test_a_race(tmp_path):
+@pytest.mark.slow
+def test_a_race(run_compare, tmp_path, capfd):
     # Float32, which every processor multiplies fast.
-    systems = ["--systems", "csm_fast", "padded", "transformers", "--precision", "fp32"]
-    done = subprocess.run(command(tmp_path, *systems), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "equal updates: batches of 2" in done.stdout and "csm_fast in packs of 2,048 rows" in done.stdout
+    status = run_compare("--systems", "csm_fast", "padded", "transformers", "--precision", "fp32")
+    out, err = capfd.readouterr()
+    assert status == 0, err
+    assert "equal updates: batches of 2" in out and "csm_fast in packs of 2,048 rows" in out
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(r["system"], r["label"]) for r in rows] == [
         ("csm_fast", "batches of 2"),
@@ -90,11 +115,11 @@ class Answers:
     def post(self, what, *arguments):
         self.posted = what
 
-    def answer(self):
+    def read_answer(self):
         what = self.posted
         if self.fails(self.name, self.count, what):
-            raise compare.Stopped(f"{self.name} stopped with status -9")
-        loss = compare_systems.expected(self.name, Answers(compare.arguments(), "reference").about)
+            raise race.Stopped(f"{self.name} stopped with status -9")
+        loss = expected_loss(self.name, Answers(compare.parse_arguments(), "reference").about)
         return {"check": loss, "memory": {"besides": 1, "peak": 3, "weights": 1, "gradients": 1, "rows": 9}}.get(
             what, 2.0
         )
@@ -111,10 +136,11 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.fixture
 def answers(monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "Worker", Answers)
+    for module in (compare, race):
+        monkeypatch.setattr(module, "Worker", Answers)
     monkeypatch.setattr(Answers, "made", Counter())
     monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", command(tmp_path, "--device", "cuda")[2:])
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path, "--device", "cuda"))
     return lambda: [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
@@ -138,15 +164,17 @@ def test_a_system_that_stops_costs_its_rows_only(answers, monkeypatch, capsys):
 def test_times_count_though_a_system_stops_afterwards(answers, monkeypatch, capsys):
     """The update takes most memory, and comes last on a GPU: of two systems one answers nothing there, one stops."""
     monkeypatch.setattr(sys, "argv", [word for word in sys.argv if word != "--no-optimizer"])
-    monkeypatch.setattr(Answers, "fails", staticmethod(lambda name, n, what: name == "padded" and what == "optimizer"))
-    answer = Answers.answer
+    monkeypatch.setattr(
+        Answers, "fails", staticmethod(lambda name, n, what: name == "padded" and what == "optimizer_seconds")
+    )
+    answer = Answers.read_answer
     monkeypatch.setattr(
         Answers,
-        "answer",
-        lambda self: None if (self.name, self.posted) == ("csm_fast", "optimizer") else answer(self),
+        "read_answer",
+        lambda self: None if (self.name, self.posted) == ("csm_fast", "optimizer_seconds") else answer(self),
     )
     assert compare.main() == 0
-    assert capsys.readouterr().err == "padded stopped with status -9; what it showed before counts\n"
+    assert capsys.readouterr().err == "padded stopped with status -9; what was measured before counts\n"
     rows = {row["system"]: row for row in answers()}
     assert Answers.made["padded"] == 1 and {"csm_fast", "padded", "transformers"} <= rows.keys()
     for name in ("csm_fast", "padded"):
@@ -160,20 +188,20 @@ def test_memory_that_does_not_last_is_no_answer(monkeypatch, capfd):
     def too_much(self, label):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr(compare_systems.Running, "optimizer_seconds", too_much)
+    monkeypatch.setattr(compare_worker.Running, "optimizer_seconds", too_much)
     monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny", "--worker", "csm_fast"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO('["optimizer", "batches of 8"]\n["check"]\n'))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('["optimizer_seconds", "batches of 8"]\n["check"]\n'))
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     ends = os.dup(1)
     try:
-        compare.work(compare.arguments())
+        compare_worker.answer_questions(compare.parse_arguments())
     finally:
         os.dup2(ends, 1)
         os.close(ends)
     out, err = capfd.readouterr()
     about, optimizer, check = (json.loads(line) for line in out.splitlines())
     assert about["recordings"] == 3 and optimizer is None and check > 0
-    assert "csm_fast, optimizer: CUDA out of memory. Tried to allocate 20 GiB" in err
+    assert "csm_fast, optimizer_seconds: CUDA out of memory. Tried to allocate 20 GiB" in err
 
 
 def test_systems_take_turns_piece_by_piece(answers, monkeypatch):
@@ -185,10 +213,10 @@ def test_systems_take_turns_piece_by_piece(answers, monkeypatch):
         if what in ("run", "run_part"):
             asked.append((self.name, *arguments[-2:]) if len(arguments) > 2 else self.name)
 
-    answer = Answers.answer
+    answer = Answers.read_answer
     missing = ("padded", 2, 4)
     monkeypatch.setattr(Answers, "post", post)
-    monkeypatch.setattr(Answers, "answer", lambda self: None if asked[-1:] == [missing] else answer(self))
+    monkeypatch.setattr(Answers, "read_answer", lambda self: None if asked[-1:] == [missing] else answer(self))
     argv = [word.replace("cuda", "cpu") for word in sys.argv] + ["--systems", "csm_fast", "padded", "transformers-kept"]
     argv[argv.index("--repeats") + 1] = "2"
     monkeypatch.setattr(sys, "argv", argv)
@@ -210,27 +238,26 @@ def test_what_is_there_counts_when_a_comparison_is_ended(answers, monkeypatch, c
     monkeypatch.setattr(Answers, "fails", staticmethod(fails))
     assert compare.main() == 1
     out, err = capsys.readouterr()
-    assert err == "error: ended by SIGTERM; what is there is shown and recorded\n"
+    assert err == "error: ended by SIGTERM; what was measured is shown and recorded\n"
     assert [row["system"] for row in answers()] == ["csm_fast", "padded", "transformers", "padded-fp32"]
 
 
 def test_a_system_that_stopped_between_two_questions(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny"])
-    worker = compare.Worker(compare.arguments(), "padded")
+    worker = race.Worker(compare.parse_arguments(), "padded")
     assert worker.about["recordings"] == 3
     worker.process.kill()
     worker.process.wait()
-    with pytest.raises(compare.Stopped, match="padded stopped with status -9"):
+    with pytest.raises(race.Stopped, match="padded stopped with status -9"):
         worker.post("check")
-        worker.answer()
+        worker.read_answer()
     worker.close()
     worker.process.stdout.close()
 
 
-def test_a_system_that_stops_is_told(tmp_path):
-    wrong = ["--device", "cuda:99", "--systems", "csm_fast"]
-    done = subprocess.run(command(tmp_path, *wrong), cwd=ROOT, capture_output=True)
-    assert done.returncode == 1 and b"error: reference stopped" in done.stderr
+def test_a_system_that_stops_is_reported(run_compare, tmp_path, capfd):
+    assert run_compare("--device", "cuda:99", "--systems", "csm_fast") == 1
+    assert "error: reference stopped" in capfd.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -240,7 +267,7 @@ def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, pre
 
     def asked(*extra):
         monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--repeats", "3", *extra])
-        return compare.arguments()
+        return compare.parse_arguments()
 
     args = asked()
     slowest = "transformers-all-frames" + ("-fp32" if precision == "fp32" else "")
@@ -248,11 +275,11 @@ def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, pre
     if precision == "bf16":
         theirs = ["padded", "padded-kept", "padded-fp32", "transformers", "transformers-all-frames"]
         assert args.systems == ["csm_fast", *theirs]
-        assert [systems.parts(args, name) for name in args.systems] == [1, 1, 3, 3, 3, 3]
+        assert [systems.num_parts(args, name) for name in args.systems] == [1, 1, 3, 3, 3, 3]
     else:
         theirs = ["padded-fp32", "padded-kept-fp32", "transformers-fp32", slowest]
         assert args.systems == ["csm_fast-fp32", *theirs]
-        assert [systems.parts(args, name) for name in args.systems] == [9, 9, 9, 12, 18]
+        assert [systems.num_parts(args, name) for name in args.systems] == [9, 9, 9, 12, 18]
         longest = [[systems.runs_longest(args, name, f"batches of {n}") for name in args.systems] for n in (8, 32)]
         assert longest == [[True] * 4 + [False], [True] + [False] * 4]
     chosen = asked("--systems", "csm_fast", "padded-autocast", "transformers")
@@ -264,15 +291,16 @@ def test_the_others_train_in_what_the_processor_multiplies_fast(monkeypatch, pre
     assert systems.runs_alone(large, "padded-fp32")
 
 
-def test_sesames_code_needs_its_directories(tmp_path):
-    done = subprocess.run(command(tmp_path, "--systems", "blog"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "blog needs --sesame-csm" in done.stderr
+def test_sesames_code_needs_its_directories(run_compare, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_compare("--systems", "blog")
+    assert stopped.value.code == 2 and "blog needs --sesame-csm" in capsys.readouterr().err
 
 
 def running(monkeypatch, name, *extra):
     settings = ["compare", "--synthetic", "6", "--shape", "tiny", "--batches", "3", "--allocator", "plain"]
     monkeypatch.setattr(sys, "argv", [*settings, *extra, "--worker", name])
-    return compare_systems.Running(compare.arguments())
+    return compare_worker.Running(compare.parse_arguments())
 
 
 @pytest.mark.parametrize("name", ["csm_fast-autocast", "csm_fast-lora", "padded-autocast"])
@@ -280,13 +308,13 @@ def test_recipes_lie_within_their_tolerance(monkeypatch, name):
     if name == "csm_fast-lora":
         pytest.importorskip("peft")
     system = running(monkeypatch, name)
-    truth = compare_systems.expected(name, compare_systems.reference(system.args))
+    truth = expected_loss(name, compute_reference(system.args))
     assert system.check() == pytest.approx(truth, rel=systems.tolerance(name))
 
 
 def test_another_loss_is_not_ranked(monkeypatch):
     system = running(monkeypatch, "padded-fp32")
-    truth = compare_systems.expected("padded-fp32", compare_systems.reference(system.args))
+    truth = expected_loss("padded-fp32", compute_reference(system.args))
     assert system.check() == pytest.approx(truth, rel=1e-5)
     with torch.no_grad():
         system.model.decoder.layers[0].sa_norm.scale[0] += 0.2
@@ -295,13 +323,13 @@ def test_another_loss_is_not_ranked(monkeypatch):
         {"median_s": 2.0, "seconds": [1.9, 2.0, 2.4], "ranked": False},
         {"median_s": 1.0, "seconds": [0.8, 1.0]},
     )
-    assert compare_table.faster(row, other) == "not ranked"
-    assert compare_table.faster({**row, "ranked": True}, other) == "2.00x (1.9-3.0)"
+    assert compare_table.ratio(row, other) == "not ranked"
+    assert compare_table.ratio({**row, "ranked": True}, other) == "2.00x (1.9-3.0)"
 
 
 def test_a_process_of_another_set_up_as_ours(monkeypatch):
     kept = []
-    monkeypatch.setattr(compare_systems, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(compare_worker, "keep_freed_memory", lambda: kept.append(True))
     for name, allocator, wanted in [
         ("csm_fast", "own", True),
         ("padded", "own", False),
@@ -327,7 +355,7 @@ def test_parts_of_a_slow_system(monkeypatch, longest):
         return torch.zeros(())
 
     monkeypatch.setattr(system, "backward", backward)
-    monkeypatch.setattr(compare_systems.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     rows = sorted((system._laid_out(batch) for batch in system.passes[label]), reverse=True)
     assert len(rows) == 8 and rows[0] > 2 * rows[-1]
     every = sum(0.5 + 0.01 * n for n in rows)
@@ -345,7 +373,7 @@ def test_parts_of_a_slow_system(monkeypatch, longest):
 
 
 def test_batches_of_about_the_same_length_are_no_line():
-    assert compare_systems.on_a_line([100, 100], [1.0, 2.0], [200, 50]) == [3.0, 0.75]
+    assert compare_worker.extrapolate([100, 100], [1.0, 2.0], [200, 50]) == [3.0, 0.75]
 
 
 def test_memory_besides_weights_and_gradients(monkeypatch):
@@ -370,8 +398,8 @@ def test_synthetic_recordings_are_the_same_every_time():
 def test_a_share_of_the_recordings_keeps_their_lengths():
     store = Synthetic(40, CSMConfig.tiny())
     rows = np.sort(store.conversation_rows)
-    assert sorted(store.conversation_rows[choose(store, 0.25, None).chosen]) == rows[::4].tolist()
-    middle = choose(store, 1.0, 4)
+    assert sorted(store.conversation_rows[choose_subset(store, 0.25, None).chosen]) == rows[::4].tolist()
+    middle = choose_subset(store, 1.0, 4)
     assert middle.rows == rows[18:22].sum() and middle.frames < middle.rows
 
 
@@ -394,9 +422,9 @@ class Multiplied(TorchDispatchMode):
 
 def test_the_count_of_products_is_that_of_a_step():
     config = CSMConfig.tiny()
-    subset = choose(Synthetic(5, config), 1.0, None)
+    subset = choose_subset(Synthetic(5, config), 1.0, None)
     torch.manual_seed(0)
-    pack = pack_padded(*padded(subset, [0, 1, 2]), 1 / 16)
+    pack = pack_padded(*pad_conversations(subset, [0, 1, 2]), 1 / 16)
     model = CSM(config).init_weights(0)
     with Multiplied(config.audio_vocab_size) as seen:
         packed_loss(model, pack, 0.5, 0.5)[0].backward()
@@ -410,8 +438,8 @@ def test_the_count_of_products_is_that_of_a_step():
 def test_every_token_has_a_gradient():
     config = CSMConfig.tiny()
     model = CSM(config).init_weights(0)
-    subset = choose(Synthetic(3, config), 1.0, None)
-    compare_data.every_token_has_a_gradient(model, [pack_padded(*padded(subset, [0, 1, 2]), fraction=1.0)])
+    subset = choose_subset(Synthetic(3, config), 1.0, None)
+    fill_table_gradients(model, [pack_padded(*pad_conversations(subset, [0, 1, 2]), fraction=1.0)])
     turns = [turn for i in range(3) for turn in subset.conversation(i)]
     text = np.unique(np.concatenate([turn.text for turn in turns]))
     books = np.arange(config.num_codebooks) * config.audio_vocab_size
@@ -419,7 +447,7 @@ def test_every_token_has_a_gradient():
     for table, rows in ((model.text_embeddings.weight, text), (model.audio_embeddings.weight, codes)):
         assert table.grad.any(1).nonzero().flatten().tolist() == rows.tolist()
     model.text_embeddings.weight.requires_grad_(False)
-    compare_data.every_token_has_a_gradient(model, [])
+    fill_table_gradients(model, [])
     assert model.text_embeddings.weight.grad is None and not model.audio_embeddings.weight.grad.any()
 
 

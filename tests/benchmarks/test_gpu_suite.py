@@ -9,6 +9,7 @@ import sys
 import torch
 
 from benchmarks import gpu_suite
+from benchmarks.common.record import read_rows
 from benchmarks.kernels.points import BOTH, FORWARD
 
 
@@ -30,17 +31,17 @@ def test_counts_tests():
         "tests/test_b.py::test_v ",
         "FAILED tests/test_b.py::test_z[1.0] - assert PASSED",
     ]
-    counts = gpu_suite.test_counts(lines, "exit status 1")
+    counts = gpu_suite.count_tests(lines, "exit status 1")
     assert (counts["passed"], counts["failed"], counts["skipped"], counts["problem"]) == (1, 2, 1, "")
     assert counts["failures"] == ["test_b.py::test_z[1.0]", "test_b.py::test_w"]
     assert (
         gpu_suite.test_lines(counts)[0].met is False and gpu_suite.test_lines(counts)[1].check == counts["failures"][0]
     )
     # What was stopped has shown something, and did not pass.
-    stopped = gpu_suite.test_counts(lines[:3], "stopped after 100 s")
+    stopped = gpu_suite.count_tests(lines[:3], "stopped after 100 s")
     assert (stopped["passed"], stopped["failed"]) == (1, 1) and gpu_suite.test_lines(stopped)[0].met is False
-    assert "stopped after 100 s" in gpu_suite.test_lines(gpu_suite.test_counts(lines, "stopped after 100 s"))[0].figure
-    assert gpu_suite.test_counts([], "exit status 2")["failed"] == 1
+    assert "stopped after 100 s" in gpu_suite.test_lines(gpu_suite.count_tests(lines, "stopped after 100 s"))[0].figure
+    assert gpu_suite.count_tests([], "exit status 2")["failed"] == 1
     absent = {"problem": "pytest is not installed", "passed": 0, "failed": 0, "skipped": 0}
     (line,) = gpu_suite.test_lines(absent)
     assert line.met is None and line.figure.startswith("pytest is not installed")
@@ -50,30 +51,30 @@ def test_runs_every_file_with_tests_for_a_gpu():
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(command, cwd=gpu_suite.ROOT, capture_output=True, text=True)
     files = {line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
-    assert "tests/gpu/test_gpu_model.py" in files and files <= set(gpu_suite.gpu_test_files())
+    assert "tests/gpu/test_gpu_model.py" in files and files <= set(gpu_suite.find_gpu_tests())
 
 
 def test_sees_what_a_command_says_before_it_is_stopped(capfd):
     lines = []
     slow = "import time; print('one', flush=True); print('two', flush=True); time.sleep(60)"
-    assert gpu_suite.call([sys.executable, "-c", slow], 2, lines.append) == "stopped after 2 s"
+    assert gpu_suite.run_command([sys.executable, "-c", slow], 2, lines.append) == "stopped after 2 s"
     assert lines == ["one", "two"] and "two" in capfd.readouterr().out
 
 
 def test_ends_what_takes_too_long(capsys):
-    assert gpu_suite.call([sys.executable, "-c", "import time; time.sleep(60)"], 1) == "stopped after 1 s"
-    assert gpu_suite.call([sys.executable, "-c", "raise SystemExit(3)"], 20) == "exit status 3"
-    assert gpu_suite.call([sys.executable, "-c", "import csm_kernels, benchmarks"], 20) == ""
+    assert gpu_suite.run_command([sys.executable, "-c", "import time; time.sleep(60)"], 1) == "stopped after 1 s"
+    assert gpu_suite.run_command([sys.executable, "-c", "raise SystemExit(3)"], 20) == "exit status 3"
+    assert gpu_suite.run_command([sys.executable, "-c", "import csm_kernels, benchmarks"], 20) == ""
 
 
 def test_reads_only_its_own_rows(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert gpu_suite.rows_after(file, gpu_suite.size(file)) == []
+    assert read_rows(file) == []
     file.write_text('{"a": 1}\n')
-    before = gpu_suite.size(file)
+    before = file.stat().st_size
     with open(file, "a") as f:
         f.write('{"a": 2}\n{"a": 3')  # cut off
-    assert gpu_suite.rows_after(file, before) == [{"a": 2}]
+    assert read_rows(file, before) == [{"a": 2}]
 
 
 def test_holds_figures_against_goals():
@@ -93,7 +94,7 @@ def test_holds_figures_against_goals():
         row("depth_attention", "RoPE + SDPA, compiled", BOTH, 1.5, 1.0, 1.0),
         row("depth_attention", "eager", BOTH, 1.2, 1.0, 1.0),
     ]
-    embed, audio, codebook0, depth = gpu_suite.kernel_lines(rows, "")[:4]
+    embed, audio, codebook0, depth = gpu_suite.kernel_lines(rows)[:4]
     assert (embed.met, embed.value) == (True, 0.85)
     assert (audio.met, audio.figure) == (False, "50% of the matmul's rate")
     assert (codebook0.met, codebook0.figure) == (None, "not measured")
@@ -113,26 +114,26 @@ def test_holds_the_step_against_goals():
         row("padded-fp32", "batches of 64", 11.0, recipe="float32", memory={"besides": 200}),
         row("transformers", "batches of 64", 9.0, ranked=False),
     ]
-    lines = {line.check: line for line in gpu_suite.compare_lines(rows, "")}
+    lines = {line.check: line for line in gpu_suite.compare_lines(rows)}
     share = lines["step: csm_fast-compiled, packs of 16,384 rows, share of the matmul rate"]
     assert (share.value, share.met) == (0.8, True)
     assert (lines["step: over padded-autocast"].value, lines["step: over padded-autocast"].met) == (2.0, False)
     assert lines["step: over padded-fp32"].met and lines["step: over transformers"].met is None
     assert lines["step: memory besides weights and gradients"].met
     assert "loss differs by 1.0e-04" in lines["step: transformers, batches of 64"].figure
-    assert gpu_suite.compare_lines([], "died")[0].met is None
+    assert gpu_suite.compare_lines([])[0].met is None
 
 
 def test_rehearsal_writes_to_a_temporary_directory(tmp_path, monkeypatch, capsys):
     """The whole path but for its subprocesses."""
     commands = []
 
-    def call(command, seconds):
+    def run_command(command, seconds):
         commands.append(command)
         return ""
 
-    monkeypatch.setattr(gpu_suite, "call", call)
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda seconds: gpu_suite.test_counts([], ""))
+    monkeypatch.setattr(gpu_suite, "run_command", run_command)
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda seconds: gpu_suite.count_tests([], ""))
     monkeypatch.setattr(gpu_suite.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", ["gpu_suite", "--rehearse"])
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,7 @@ def given_rates(monkeypatch):
 
 def measured(**changes) -> list[dict]:
     written: list[dict] = []
-    rows = kernels.measure(micro_run(**changes), written.append)
+    rows = kernels.measure_points(micro_run(**changes), written.append)
     assert rows == written
     return rows
 
@@ -141,7 +141,7 @@ def test_rows_have_every_field():
 
 
 def test_share_is_of_the_slower_ceiling():
-    got = kernels.figures([4.0, 2.0, 3.0], Work(bytes=1e9, flops=2e9), {"copy": 1e9, "matmul": 1e9})
+    got = kernels.summarize_times([4.0, 2.0, 3.0], Work(bytes=1e9, flops=2e9), {"copy": 1e9, "matmul": 1e9})
     assert (got["median_s"], got["min_s"], got["max_s"]) == (3.0, 2.0, 4.0)
     assert got["ceiling"] == "matmul" and got["share"] == pytest.approx(2 / 3)
 
@@ -173,7 +173,7 @@ def test_a_wrong_system_is_not_ranked(with_system, capsys):
     assert len(wrong) == 4
     for row in wrong:
         assert row["status"] == "wrong" and "off, at most 0.02" in row["reason"] and "seconds" not in row
-    ours, best = kernel_plot.versus(rows, "swiglu", BOTH)
+    ours, best = kernel_plot.best_pair(rows, "swiglu", BOTH)
     assert (ours["system"], best["system"]) == ("csm_fast", "eager")
     kernel_plot.print_tables(rows)
     assert "free lunch                      wrong: " in capsys.readouterr().out
@@ -238,7 +238,7 @@ def test_tables_and_plot_from_rows_alone(tmp_path, monkeypatch, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"benchmark": "step"}, *rows]), encoding="utf-8")
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["kernels", "--from", str(file), "--plot", str(plot)])
-    monkeypatch.setattr(kernels, "measure", None)
+    monkeypatch.setattr(kernels, "measure_points", None)
     assert kernels.main() == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out

@@ -11,11 +11,12 @@ from model_cases import MICRO
 from benchmarks import optimizers
 from benchmarks.report import parts as report_parts
 from csm_fast import CSM, CSMConfig
+from csm_fast.config.shape import NAMED_SHAPES
 
 
 def test_rows_of_all_ways(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optimizers, "keep_freed_memory", lambda: None)  # it is for the whole process
-    monkeypatch.setitem(optimizers.SHAPES, "tiny", lambda: MICRO)
+    monkeypatch.setitem(NAMED_SHAPES, "tiny", lambda: MICRO)
     file = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["optimizers", "--shape", "tiny", "--repeats", "2", "--results", str(file)])
     assert optimizers.main() == 0
@@ -26,9 +27,9 @@ def test_rows_of_all_ways(tmp_path, monkeypatch, capsys):
     assert len({tuple(row["way"]) for row in rows}) == len(rows)
     assert all(len(row["seconds"]) == 2 and row["median_s"] > 0 for row in rows)
     assert "small updates" in capsys.readouterr().out
-    text = report_parts.optimizers(rows)
+    text = report_parts.write_optimizers(rows)
     assert len([line for line in text.splitlines() if line.startswith("| csm_fast")]) == 7 - 2 * (not there)
-    assert report_parts.optimizers([]) == "Not measured.\n"
+    assert report_parts.write_optimizers([]) == "Not measured.\n"
 
 
 @pytest.mark.parametrize("way", optimizers.WAYS, ids=lambda way: ", ".join(way.name))
@@ -37,11 +38,11 @@ def test_a_way_is_what_it_says(way):
         pytest.importorskip("bitsandbytes")
     model = CSM(CSMConfig.tiny()).init_weights(0).to(way.weights)
     parameters = list(model.parameters())
-    optimizer = optimizers.optimizer_of(way, model)
+    optimizer = optimizers.make_optimizer(way, model)
     for p in parameters:
         p.grad = torch.randn_like(p)
     before = [p.detach().clone() for p in parameters]
-    optimizers.update_of(way, optimizer, parameters)()
+    optimizers.make_update(way, optimizer, parameters)()
     assert any(not torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
     assert all(p.dtype == way.weights for p in parameters)
     state = optimizer.state[model.text_embeddings.weight]

@@ -14,7 +14,7 @@ from csm_fast import CSMConfig
 
 def test_exponent_is_the_slope():
     values = [1.0, 2.0, 4.0, 8.0]
-    assert scaling.exponent(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
+    assert scaling.fit_exponent(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("mix", scaling.MIXES)

@@ -200,7 +200,7 @@ def test_the_benchmark_says_where_its_figures_come_from(tmp_path):
 
 def test_every_hour_of_a_synthetic_store_holds_the_same_conversations():
     def lengths(hours):
-        return [sorted(len(t.codes) for t in c) for c in synthetic_store.conversations(hours)]
+        return [sorted(len(t.codes) for t in c) for c in synthetic_store.draw_conversations(hours)]
 
     one, two = lengths(1.0), lengths(2.0)
     assert sorted(one * 2) == sorted(two) and sum(map(sum, one)) == synthetic_store.FRAMES_PER_HOUR

@@ -12,7 +12,8 @@ from model_cases import MICRO
 from paths import ROOT
 from train_cases import environment
 
-from benchmarks.memory_plan import make_pack, measure, quick_model, settings
+from benchmarks.common.models import quick_model
+from benchmarks.memory_plan import make_config, make_pack, measure_step
 from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.config.parse import build
 from csm_fast.config.train import AdapterSection, OptimizerSection, TrainConfig
@@ -59,14 +60,14 @@ CASES = {
 def test_a_step_asks_for_what_was_predicted(method, checkpointing, more):
     for package in ("peft", "bitsandbytes")[: {"full": 0, "lora": 1, "dora": 1}.get(method, 2)]:
         pytest.importorskip(package)
-    figures = measure(SHORT, settings(method, checkpointing, **more), 1500)
+    figures = measure_step(SHORT, make_config(method, checkpointing, **more), 1500)
     assert figures["predicted_before"] == pytest.approx(figures["measured_before"], rel=0.01)
     assert figures["measured_step"] > 0.3 * figures["measured"]  # or this would test no step
     assert figures["predicted"] == pytest.approx(figures["measured"], rel=0.1)
 
 
 def test_gradients_wait_for_the_second_pack():
-    one, two = (measure(SHORT, settings("full", "full"), 500, packs) for packs in (1, 2))
+    one, two = (measure_step(SHORT, make_config("full", "full"), 500, packs) for packs in (1, 2))
     assert two["predicted"] == pytest.approx(two["measured"], rel=0.1)
     assert two["predicted"] > one["predicted"]
 
@@ -83,7 +84,7 @@ def test_gradients_wait_for_the_second_pack():
 )
 def test_a_compiled_layer_keeps_what_was_predicted(method, checkpointing):
     """What the compiler's partitioner saves between forward and backward pass, seen by autograd's hooks."""
-    config = settings(method, checkpointing)
+    config = make_config(method, checkpointing)
     model = quick_model(SHORT)
     if config.adapter.method == "full":
         cast_weights(model, config.optimizer)
@@ -144,7 +145,7 @@ def test_the_walk_gives_back_what_it_takes():
     for method in ("full", "full-bf16", "lora", "qlora", "dora"):
         for checkpointing in memory.CHECKPOINTING:
             for device, compiled in (("cpu", False), ("cuda", True), ("cuda", False)):
-                config = settings(method, checkpointing)
+                config = make_config(method, checkpointing)
                 every = list(list_weights(ONE, config.adapter, config.optimizer, [], 2))
                 walk = Walk(ONE, every, Setup(device, compiled, True, 2, checkpointing), Load(4096, 3000, 200), 0)
                 left = walk.run().now

@@ -12,7 +12,7 @@ from csm_kernels.cpu import native
 from model_cases import MICRO, MemoryStore, random_conversations, random_model
 
 from benchmarks import bf16_updates
-from benchmarks.compare.worker import SHAPES
+from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.model.loss import packed_loss
 from csm_fast.packing.loader import Packer
@@ -242,7 +242,7 @@ def test_8_bits_without_bitsandbytes(monkeypatch):
 
 def test_the_benchmark_of_bf16_updates(tmp_path, monkeypatch):
     skip_without_bitsandbytes()
-    monkeypatch.setitem(SHAPES, "tiny", lambda: MICRO)
+    monkeypatch.setitem(NAMED_SHAPES, "tiny", lambda: MICRO)
     monkeypatch.setattr(bf16_updates, "keep_freed_memory", lambda: None)  # it is for the whole process
     results, plot = tmp_path / "rows.jsonl", tmp_path / "plot.png"
     argv = ["--synthetic", "10", "--batch-size", "2", "--base-steps", "8", "--steps", "8", "--val-every", "4"]
