@@ -11,7 +11,7 @@ import numpy as np
 
 from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.data.metadata import MetadataTurn
-from csm_fast.data.token_store import TokenStore
+from csm_fast.data.token_store import TokenSource, TokenStore
 from csm_fast.system.console import counted
 
 LONG_SILENCE = 0.5  # seconds of trailing silence from which a model learns not to stop
@@ -198,7 +198,7 @@ def _list_codebooks(codebooks: Sequence[Mapping[str, Any]], size: int) -> list[s
     return lines
 
 
-def unigram_entropy(store: TokenStore, frames: int = 1_000_000) -> list[float]:
+def unigram_entropy(store: TokenSource, frames: int = 1_000_000) -> list[float]:
     """Entropy in nats of each codebook's distribution over the store's targets, end-of-speech rows included.
 
     It is the lowest loss of a model that ignores its input. At most about ``frames`` frames are counted, from
