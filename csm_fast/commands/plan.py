@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csm_fast.config.commands import PlanConfig
-from csm_fast.config.parse import leaves
+from csm_fast.config.parse import list_settings
 from csm_fast.config.shape import NAMED_SHAPES, CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.planner import fit as memory
@@ -290,7 +290,7 @@ def recommended(rows: list[Row]) -> Iterator[str]:
 
 def command_flags(config: TrainConfig) -> Iterator[str]:
     """What differs from the defaults, as flags. A shape's name stands for the published model of that shape."""
-    for section, field, hint in leaves(TrainConfig):
+    for section, field, hint in list_settings(TrainConfig):
         value = getattr(getattr(config, section) if section else config, field.name)
         default = field.default
         if callable(field.default_factory):

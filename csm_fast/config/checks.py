@@ -21,7 +21,7 @@ def check_threads(value: int | None) -> None:
 
 
 def check_path(flag: str, value: str) -> None:
-    """An empty path is mostly a shell variable that is not set; taken for the current directory it would litter it."""
+    """Refuse an empty path: mostly it is an unset shell variable, and it would mean the current folder."""
     if not value.strip():
         raise InputError(f"--{flag} is empty", mend="name it; . is the current directory")
 

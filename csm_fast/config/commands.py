@@ -98,8 +98,8 @@ class PlanConfig:
 
 @dataclass
 class ProfileConfig(TrainConfig):
-    """``csm-fast profile``: its own settings, and those of the training run whose steps are profiled. Of the latter,
-    those that say when a run ends, what it saves and where are taken and mean nothing."""
+    """``csm-fast profile``: its own settings, and those of the training run whose steps are profiled. It ignores
+    settings that say when a run ends, and what it saves and where."""
 
     OTHER_FLAGS: ClassVar[tuple] = OTHER_TOOLS
 
@@ -117,7 +117,7 @@ class ProfileConfig(TrainConfig):
 
 @dataclass
 class PretokenizeConfig:
-    """What `csm-fast pretokenize` reads, with what, and where to."""
+    """``csm-fast pretokenize``."""
 
     train_data: str = field(metadata={"help": "metadata of the training set: .json, .jsonl, .csv or .parquet"})
     val_data: str | None = option(None, "metadata of the validation set")

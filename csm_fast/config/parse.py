@@ -1,4 +1,4 @@
-"""Dataclasses in, parsers out: YAML files and command-line flags for the configurations of ``config.py``.
+"""Build the configuration dataclasses from YAML files and command-line flags.
 
 Precedence: defaults, then the YAML file, then flags. A flag is the field's name with dashes (underscores work too),
 plus the aliases in the field's metadata. YAML keys are field names or aliases, at the top level or under their
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 # -------------------------------------------------------------------------------------------------------- dataclass
 
 
-def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
+def list_settings(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
     """(section or None, field, type) of every setting in a dataclass and in the dataclasses among its fields.
 
     A section has the name of the innermost of these. A setting of the outer dataclass takes the place of an inner one
@@ -49,7 +49,7 @@ def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
     hints = typing.get_type_hints(cls)
     nested = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])]
     own = {f.name: f for f in dataclasses.fields(cls) if f.name not in nested}
-    inner = {name: list(leaves(hints[name])) for name in nested}
+    inner = {name: list(list_settings(hints[name])) for name in nested}
     placed = own.keys() & {f.name for found in inner.values() for _, f, _ in found}
     for f in dataclasses.fields(cls):
         if f.name in own and f.name not in placed:
@@ -59,7 +59,7 @@ def leaves(cls: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
             yield section or f.name, own.get(name, setting), hints[name] if name in own else hint
 
 
-def names(field: dataclasses.Field) -> list[str]:
+def list_names(field: dataclasses.Field) -> list[str]:
     """A field's name and aliases, with underscores."""
     return [field.name, *(a.replace("-", "_") for a in field.metadata.get("alias", ()))]
 
@@ -79,7 +79,7 @@ def build(cls: type[T], values: dict[str, Any]) -> T:
 def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
     """``value`` as the annotated type, or an ``InputError`` that says what was expected.
 
-    YAML reads ``3e-5`` as text and ``true`` as a bool; both are settled here.
+    Text is converted, because flags are text and YAML reads ``3e-5`` as text.
     """
 
     def wrong(expected: str) -> InputError:
@@ -92,7 +92,7 @@ def coerce(value: Any, hint: Any, where: str, file: str | None = None) -> Any:
         return coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), where, file)
     if origin is Literal:
         if isinstance(value, bool) and "off" in typing.get_args(hint):
-            # YAML takes the bare words for a boolean; a switch of before that now has degrees is on in full.
+            # YAML reads bare on and off as booleans. For an option that used to be boolean, true is the highest level.
             value = next(w for w in ("on", "full", "all") if w in typing.get_args(hint)) if value else "off"
         if value not in typing.get_args(hint):
             raise wrong("one of " + ", ".join(map(str, typing.get_args(hint))))
@@ -175,8 +175,9 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_yaml(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:
     """Flat values by field name from a YAML file, flat or in sections."""
-    known = {alias: (section, field.name, hint) for section, field, hint in leaves(cls) for alias in names(field)}
-    sections = {section for section, _, _ in leaves(cls) if section}
+    settings = list(list_settings(cls))
+    known = {alias: (section, field.name, hint) for section, field, hint in settings for alias in list_names(field)}
+    sections = {section for section, _, _ in settings if section}
     file, flat = str(path), {}
 
     def take(key: Any, value: Any, under: str | None = None) -> None:
@@ -207,7 +208,7 @@ RESOLVED = "# Every setting of a run, written by csm_fast.\n"
 
 
 def dump_yaml(config: Any) -> str:
-    """The resolved configuration, in sections, in a form ``read_yaml`` takes back."""
+    """The resolved configuration as YAML, in sections; ``read_yaml`` reads it back."""
     import yaml
 
     return RESOLVED + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
@@ -217,9 +218,9 @@ def dump_yaml(config: Any) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One flag per field. Values stay text; ``coerce`` turns them into values as it does YAML's. ``cls.OTHER_FLAGS``
-    lists (spellings, arguments of ``add_argument``) of other flags, which the help does not show."""
-    for section, field, hint in leaves(cls):
+    """Add one flag per field. Values stay text until ``coerce``, as YAML's do. ``cls.OTHER_FLAGS`` lists further flags
+    as (spellings, arguments of ``add_argument``), which the help does not show."""
+    for section, field, hint in list_settings(cls):
         default = field.default if field.default is not dataclasses.MISSING else None
         group: Any = parser
         if section:
@@ -261,9 +262,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def _spellings(field: dataclasses.Field) -> list[str]:
-    """The flag shown in the help, then what is taken as well: underscores and aliases."""
+    """The flag shown in the help, then the other spellings: underscores and aliases."""
     found = []
-    for name in names(field):
+    for name in list_names(field):
         dashes = "--" if len(name) > 1 else "-"
         found += [dashes + name.replace("_", "-"), dashes + name]
     return list(dict.fromkeys(found))
@@ -273,16 +274,16 @@ def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | N
     """The configuration from parsed flags over an optional YAML file."""
     values = read_yaml(config_file, cls) if config_file else {}
     given = vars(namespace)
-    for _, field, hint in leaves(cls):
+    for _, field, hint in list_settings(cls):
         flag = "--" + field.name.replace("_", "-")
         if field.name in given:
             values[field.name] = coerce(given[field.name], hint, flag)
-        elif required(field) and field.name not in values:
+        elif has_no_default(field) and field.name not in values:
             raise InputError(f"{flag} is missing", mend=field.metadata.get("help"))
     try:
         return build(cls, values)
     except InputError as error:
-        # A value that no setting may have: of the file, if the file has what is complained of.
+        # The error comes from a check of values. Name the file if a setting that the error names came from it.
         from_file = values.keys() - given.keys() if config_file else set()
         words = set(re.findall(r"\w+", error.what.replace("-", "_")))
         if error.file is None and words & from_file:
@@ -290,6 +291,6 @@ def from_flags(cls: type[T], namespace: argparse.Namespace, config_file: str | N
         raise
 
 
-def required(field: dataclasses.Field) -> bool:
+def has_no_default(field: dataclasses.Field) -> bool:
     """Whether a field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

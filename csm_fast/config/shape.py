@@ -1,4 +1,4 @@
-"""Shapes of models: the two stacks and the vocabularies."""
+"""Shapes of models: the two stacks and the vocabularies; what a frame of audio is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from csm_fast.system.errors import InputError
 
-# Mimi's: what one frame of codes stands for.
+# Mimi's. A frame of codes stands for this much audio.
 SAMPLE_RATE = 24_000  # Hz
 SAMPLES_PER_FRAME = 1920
 FRAME_SECONDS = SAMPLES_PER_FRAME / SAMPLE_RATE  # 0.08
@@ -97,7 +97,7 @@ class CSMConfig:
 
     @classmethod
     def small(cls) -> CSMConfig:
-        """The small shape of the numerical checks and of the CPU benchmarks."""
+        """A shape for numerical checks and for benchmarks on CPUs."""
         return cls(
             backbone=TransformerConfig(4, 8, 2, 512, 2048),
             decoder=TransformerConfig(2, 4, 1, 256, 2048),
@@ -108,7 +108,7 @@ class CSMConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, file: str | None = None) -> CSMConfig:
-        """The inverse of ``to_dict``; unknown or missing keys are an ``InputError`` that names ``file``."""
+        """The inverse of ``to_dict``. Unknown and missing keys raise an ``InputError`` that names ``file``."""
         from csm_fast.config.parse import coerce
 
         def typed(kind: type, given: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Every configuration dataclass: model, data, loss, optimizer, run.
+"""The settings of a training run: one dataclass per section, for Python callers, YAML files and command-line flags.
 
-One set of dataclasses serves Python callers, YAML files and command-line flags. A field's ``metadata`` carries its
-help text (with units), its aliases (the names users of other tools know) and its choices; ``config_io.py`` turns
-them into parsers. Values are checked in ``__post_init__``, so a wrong one fails the same way from everywhere.
+A field's ``metadata`` holds its help text (with units) and its aliases (the names that users of other tools know);
+``parse`` makes YAML keys and flags of them. ``__post_init__`` checks values, so that a wrong one gives the same error
+from everywhere.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """What an optimizer step sees."""
+    """Which data an optimizer step gets."""
 
     data: str = option("tokens", "directory written by csm-fast pretokenize (holds train/ and perhaps val/)")
     batch_size: int = option(8, "conversations per optimizer step (times gradient_accumulation)")
@@ -99,7 +99,7 @@ class DataSection:
 
 @dataclass
 class LossSection:
-    """The loss; see ``loss.py`` for the formulas of the presets."""
+    """The loss; ``csm_fast.model.loss`` has the formulas of the presets."""
 
     loss: LossPreset = option("blog", "which tool's formula to use")
     decoder_loss_weight: float | None = option(
@@ -141,7 +141,7 @@ class LossSection:
 
 @dataclass
 class AdapterSection:
-    """What is trained beside the whole model: adapters, over a base that may be quantised."""
+    """Adapters in place of training the whole model, and a base that may be quantised."""
 
     method: Literal["full", "lora", "dora", "qlora"] = option(
         "full", "full: the weights themselves; lora, dora: adapters beside them; qlora: LoRA over a 4-bit (NF4) base"
@@ -212,7 +212,7 @@ class OptimizerSection:
             raise InputError(f"warmup_steps is {self.warmup_steps}", mend="give at least 0")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"warmup_ratio is {self.warmup_ratio}", mend="give a number from 0 to 1")
-        if not 1e-30 <= self.adam_eps < math.inf:  # 0 makes 0/0 of a weight without gradient, such as an unused id's
+        if not 1e-30 <= self.adam_eps < math.inf:  # with 0, a weight without gradient (an unused id's) would be 0/0
             raise InputError(f"adam_eps is {self.adam_eps}", mend="give a number above 0, such as 1e-8")
         if self.optimizer_in_backward and self.max_grad_norm:
             raise InputError(

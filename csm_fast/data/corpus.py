@@ -1,24 +1,24 @@
-"""The turns that a pretokenize run is about: which split they belong to, and which of them cannot be used and why."""
+"""The turns of a pretokenize run: which split they belong to, and which of them cannot be used and why."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from csm_fast.config.commands import PretokenizeConfig
+from csm_fast.data.metadata import Conversation, MetadataTurn, load_metadata
+from csm_fast.data.metadata_files import show
+from csm_fast.data.text import TextTokenizer
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.system.errors import InputError
-
-if TYPE_CHECKING:
-    from csm_fast.config.commands import PretokenizeConfig
-    from csm_fast.data.metadata import Conversation, MetadataTurn
-    from csm_fast.data.text import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`conversations` are ranges of Corpus.turns; `base` is where the split's metadata file begins in them."""
+    """``conversations`` are ranges of ``Corpus.turns``; ``base`` is where the split's metadata file begins in them."""
 
     name: str
     base: int
@@ -31,8 +31,8 @@ class Corpus:
     Attributes:
         turns: all turns, those of --train-data first.
         splits: "train", and "val" where asked for.
-        refused: why a turn cannot be used.
-        filtered: those of `refused` that are no mistakes: --min-seconds and --max-seconds said so.
+        refused: by turn, why it cannot be used.
+        filtered: those of ``refused`` that are not mistakes but outside --min-seconds and --max-seconds.
     """
 
     def __init__(self, config: PretokenizeConfig):
@@ -45,14 +45,14 @@ class Corpus:
         self._text_lengths = array("i", bytes(4 * len(self.turns)))
 
     def tokenize(self, i: int, tokenizer: TextTokenizer) -> None:
-        """Note how long the text of turn `i` is; one that leaves no room for a frame is refused."""
+        """Store how long the text of turn ``i`` is; refuse a text that leaves no room for a frame."""
         length = len(tokenizer.encode(self.turns[i].text, self.turns[i].speaker))
         self._text_lengths[i] = length
         if length + 2 > MAX_POSITIONS:
             self.refuse(i, f"its text is {length:,} tokens, a sequence has {MAX_POSITIONS:,} rows", "shorten it")
 
     def admit(self, i: int, frames: int, seconds: float) -> bool:
-        """Whether turn `i`, tokenized, can be used, now that its audio's length is known."""
+        """Whether turn ``i`` can be used, given the length of its audio; refuse it if not. ``tokenize`` comes first."""
         low, high = self._config.min_seconds, self._config.max_seconds
         if seconds < low or (high is not None and seconds > high):
             limit = f"--min-seconds {low:g}" if seconds < low else f"--max-seconds {high:g}"
@@ -67,11 +67,11 @@ class Corpus:
         return True
 
     def refuse(self, i: int, what: str, mend: str | None) -> None:
-        """Turn `i` cannot be used, and so its conversation cannot."""
+        """Mark turn ``i``, and so its conversation, as one that cannot be used."""
         self.refused[i] = InputError(what, file=self.turns[i].file, row=self.turns[i].row, mend=mend)
 
     def stop_if_bad(self) -> None:
-        """Unless --skip-bad, raise the first refused row; called after whatever may refuse one."""
+        """Raise the first refused row, unless --skip-bad; called after every step that may refuse one."""
         if self._config.skip_bad or len(self.refused) == len(self.filtered):
             return
         bad = [i for i in self.refused if i not in self.filtered]
@@ -82,12 +82,10 @@ class Corpus:
         raise InputError(error.what + more, file=error.file, row=error.row, mend=mend)
 
     def usable(self, turns: range) -> bool:
-        """Whether no turn of a conversation is refused."""
+        """Whether all turns of a conversation can be used."""
         return self.refused.keys().isdisjoint(turns)
 
     def _load(self) -> None:
-        from csm_fast.data.metadata import split_validation
-
         config = self._config
         train = self._read(config.train_data)
         if config.val_fraction is not None:
@@ -100,8 +98,6 @@ class Corpus:
             self._add(val, ("val", val))
 
     def _read(self, path: str) -> list[Conversation]:
-        from csm_fast.data.metadata import load_metadata
-
         config = self._config
         return load_metadata(
             path,
@@ -118,3 +114,70 @@ class Corpus:
             self.turns.extend(conversation.turns)
         for name, part in chosen:
             self.splits.append(Split(name, base, [places[id(conversation)] for conversation in part]))
+
+
+def split_validation(
+    conversations: Iterable[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Split into (training, validation), each in the given order and with at least one conversation.
+
+    Conversations that share a recording stay together. Their side follows from a hash of the seed and the recording's
+    path relative to its metadata file (of several recordings, the first by name). So adding, removing or reordering
+    rows moves no other row, and ``fraction`` holds on average, not exactly. Two exceptions are for small data: an empty
+    side gets the recording nearest to it, and a recording that alone is more than twice the fraction stays in training.
+
+    Raises:
+        InputError: a fraction not between 0 and 1, or fewer than two recordings to split.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise InputError(f"validation fraction {show(fraction)}", mend="use a number between 0 and 1, e.g. 0.05")
+    conversations = list(conversations)
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for conversation in conversations:
+        first = conversation.turns[0].audio_path
+        for turn in conversation.turns[1:]:
+            parent[root(turn.audio_path)] = root(first)
+    leaders = [root(conversation.turns[0].audio_path) for conversation in conversations]
+    groups: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for leader, conversation in zip(leaders, conversations, strict=True):
+        groups[leader] = groups.get(leader, 0) + 1
+        for turn in conversation.turns:
+            name = _recording_name(turn.audio_path, turn.file)
+            names[leader] = min(names.get(leader, name), name)
+    if len(groups) < 2:
+        file = conversations[0].turns[0].file if conversations else None
+        what = "every conversation shares one recording" if conversations else "nothing to split"
+        raise InputError(f"{what}, so no validation set can be taken out", file=file, mend="give --val-data")
+
+    place = {leader: _hash_to_unit(f"{seed}/{name}") for leader, name in names.items()}
+    limit = 2 * fraction * len(conversations)
+    chosen = {leader for leader, size in groups.items() if place[leader] < fraction and size <= max(1, limit)}
+    if not chosen:
+        # Small groups first, so that one long recording does not become the validation set.
+        chosen = {min(groups, key=lambda leader: (groups[leader] > max(1, limit), place[leader]))}
+    if len(chosen) == len(groups):
+        chosen.discard(max(groups, key=lambda leader: place[leader]))
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for leader, conversation in zip(leaders, conversations, strict=True):
+        sides[leader in chosen].append(conversation)
+    return sides
+
+
+def _hash_to_unit(name: str) -> float:
+    """A number in [0, 1) that depends on the name."""
+    # A path may hold lone surrogates: Python's form of file names that are not UTF-8.
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return int(digest[:13], 16) / 16**13
+
+
+def _recording_name(audio_path: str, file: str) -> str:
+    # Relative to the metadata file, so that a data folder gives the same split wherever it is.
+    return os.path.relpath(audio_path, os.path.dirname(os.path.abspath(file)))

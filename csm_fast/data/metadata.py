@@ -1,24 +1,23 @@
-"""Every accepted data description -> conversations of turns, validated row by row.
+"""From the rows of a metadata file to conversations of turns, with every row checked.
 
 Two shapes of row, in .json, .jsonl, .csv, .tsv or .parquet:
 
 * flat rows ``{text, path, start?, end?, speaker?}``: each becomes a conversation of one turn;
 * conversations: lists of ``{text, audio_path, speaker}`` (or an object with one key, ``turns`` or ``conversation``).
 
-``path``, ``audio_path`` and ``audio`` mean the same, and so do ``speaker`` and ``speaker_id``. An optional value that
-is missing, null, an empty cell, or NaN in a table is absent; rows that have it and rows that do not may be mixed.
+``path``, ``audio_path`` and ``audio`` mean the same, and so do ``speaker`` and ``speaker_id``. An optional value is
+absent if it is missing, null, an empty cell, or NaN in a table. Rows with it and rows without it may be mixed.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +43,21 @@ MAX_SPEAKER = 2**31 - 1
 FLAT_SPEAKER, CONVERSATION_SPEAKER = 999, 0  # what sesame-finetune and csm-mlx give a row that names no speaker
 
 _LINE_BREAKS = re.compile("\\s*[\t\n\v\f\r\x85\u2028\u2029]\\s*")
-# Control characters other than line breaks, and lone halves of surrogate pairs, which no tokenizer can encode.
+# Control characters except line breaks, and lone halves of surrogate pairs, which no tokenizer can encode.
 _UNSPEAKABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _log = logging.getLogger("csm_fast")
 
 
 @dataclass(frozen=True, slots=True)
 class MetadataTurn:
-    """One utterance: a transcript and the recording, or the cut of one, that speaks it.
+    """A transcript and its recording, or the cut of one.
 
-    Fields: ``text`` cleaned by `clean_text`; ``audio_path`` absolute; ``speaker`` 0 to 2**31 - 1, or -1 for none;
-    ``start`` and ``end`` in seconds (None: the beginning, the end of the recording); ``row`` and ``file`` for errors:
-    "12" for flat rows, "3, turn 2" (from 1) in conversations.
+    Attributes:
+        text: cleaned by ``clean_text``.
+        audio_path: absolute.
+        speaker: 0 to 2**31 - 1, or -1 for none.
+        start, end: seconds; None is the beginning, or the end, of the recording.
+        row, file: for errors. ``row`` is "12" for a flat row, "3, turn 2" (from 1) in a conversation.
     """
 
     text: str
@@ -69,7 +71,7 @@ class MetadataTurn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns that see each other, and the row (from 1; a line number in .jsonl; headers not counted) they came from."""
+    """Turns that attend to each other, and their row (from 1, without headers; the line number in .jsonl)."""
 
     turns: tuple[MetadataTurn, ...]
     row: int
@@ -98,11 +100,11 @@ def load_metadata(
         path: .json, .jsonl, .csv, .tsv or .parquet, UTF-8. Recordings are relative to its folder; ``~`` is expanded.
         speaker_map: a JSON or YAML file {name: integer}; without it a speaker that is a name is an error.
         default_speaker: for turns without a speaker (default: 999 in flat rows, 0 in conversations).
-        omit_speaker_id: every turn gets speaker -1 and its text no "[speaker]" prefix; speakers are not looked at.
+        omit_speaker_id: give every turn speaker -1, and its text no "[speaker]" prefix; ignore speakers in the file.
         check_files: whether a recording that does not exist is an error.
 
     Raises:
-        InputError: the first problem, with file and row, and how many more rows have one.
+        InputError: the first problem with its file and row, and how many more rows have a problem.
     """
     if omit_speaker_id and (speaker_map is not None or default_speaker is not None):
         raise InputError("no speaker is written and yet speakers are set", mend="drop --omit-speaker-id or the other")
@@ -160,7 +162,7 @@ def load_speaker_map(path: str | os.PathLike[str]) -> dict[str, int]:
         raise InputError("a speaker map is an object {name: integer}", file=file, mend=mend)
     speakers = {}
     for name, value in content.items():
-        # A name that is a number would make speaker 3 mean two things, depending on the file format's quoting.
+        # If a name could be a number, speaker 3 would mean two things, depending on the quotes of the file format.
         if not isinstance(name, str) or not name.strip() or NUMBER.fullmatch(name.strip()):
             raise InputError(
                 f"{show(name)} is not a name", file=file, mend="only names are mapped (quote them in YAML)"
@@ -171,64 +173,8 @@ def load_speaker_map(path: str | os.PathLike[str]) -> dict[str, int]:
     return speakers
 
 
-def split_validation(
-    conversations: Iterable[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Split into (training, validation), each in the given order and with at least one conversation.
-
-    Whole conversations; all that share a recording stay on one side. Which side is a hash of (seed, the recording's
-    path relative to its metadata file; of several that belong together, the first by name), so that adding, removing
-    or reordering rows moves no other row. ``fraction`` is therefore kept on average, not exactly. Two exceptions, both
-    for small data: an empty side gets the recording nearest to it, and a recording that alone is more than twice the
-    fraction stays in training.
-
-    Raises:
-        InputError: a fraction not between 0 and 1, or fewer than two recordings to split.
-    """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise InputError(f"validation fraction {show(fraction)}", mend="use a number between 0 and 1, e.g. 0.05")
-    conversations = list(conversations)
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for conversation in conversations:
-        first = conversation.turns[0].audio_path
-        for turn in conversation.turns[1:]:
-            parent[root(turn.audio_path)] = root(first)
-    leaders = [root(conversation.turns[0].audio_path) for conversation in conversations]
-    groups: dict[str, int] = {}
-    names: dict[str, str] = {}
-    for leader, conversation in zip(leaders, conversations, strict=True):
-        groups[leader] = groups.get(leader, 0) + 1
-        for turn in conversation.turns:
-            name = _recording_name(turn.audio_path, turn.file)
-            names[leader] = min(names.get(leader, name), name)
-    if len(groups) < 2:
-        file = conversations[0].turns[0].file if conversations else None
-        what = "every conversation shares one recording" if conversations else "nothing to split"
-        raise InputError(f"{what}, so no validation set can be taken out", file=file, mend="give --val-data")
-
-    place = {leader: _uniform(f"{seed}/{name}") for leader, name in names.items()}
-    limit = 2 * fraction * len(conversations)
-    chosen = {leader for leader, size in groups.items() if place[leader] < fraction and size <= max(1, limit)}
-    if not chosen:
-        # Small groups first: the limit is there so that one long recording does not become the validation set.
-        chosen = {min(groups, key=lambda leader: (groups[leader] > max(1, limit), place[leader]))}
-    if len(chosen) == len(groups):
-        chosen.discard(max(groups, key=lambda leader: place[leader]))
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for leader, conversation in zip(leaders, conversations, strict=True):
-        sides[leader in chosen].append(conversation)
-    return sides
-
-
 def clean_text(text: str) -> str:
-    """The transcript as it is tokenized: NFC, outer whitespace off, each run with a line break or tab one space.
+    """The transcript as it is tokenized: in NFC, without outer whitespace, with one space for each line break or tab.
 
     Raises:
         InputError: empty, longer than 20,000 characters, or holding control characters or broken Unicode.
@@ -354,19 +300,8 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip())
 
 
-def _uniform(name: str) -> float:
-    # A path may hold the lone surrogates by which Python spells file names that are not UTF-8.
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-    return int(digest[:13], 16) / 16**13
-
-
-def _recording_name(audio_path: str, file: str) -> str:
-    # Relative to the metadata file, so that a data folder splits alike wherever it lies.
-    return os.path.relpath(audio_path, os.path.dirname(os.path.abspath(file)))
-
-
 def _warn_of_repeats(conversations: list[Conversation]) -> None:
-    """Rows that are there twice count twice in the loss; a recording with two texts has a wrong one."""
+    """Warn of rows that are there twice, which count twice in the loss, and of recordings with two texts."""
     of_turns: dict[tuple, int] = {}
     of_cut: dict[tuple[str, float | None, float | None], MetadataTurn] = {}
     repeats, contradictions = [], []
@@ -397,7 +332,7 @@ def _warn_of_repeats(conversations: list[Conversation]) -> None:
 
 
 def _more(found: Sized) -> str:
-    """Besides the first one, which is shown."""
+    """How many there are besides the first, which the message shows."""
     return f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
 
 

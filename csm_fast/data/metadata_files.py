@@ -1,4 +1,7 @@
-"""The files that metadata comes in -> numbered raw rows; what the rows mean is decided in metadata.py."""
+"""Readers of metadata files: from a file to numbered raw rows. ``metadata`` decides what the rows mean.
+
+A new format is one reader and one line in ``READERS``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +24,38 @@ KEYS = (*TEXT, *AUDIO, "start", "end", *SPEAKER)
 TURNS = ("turns", "conversation")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
-_FORMATS = "json, jsonl, csv, tsv or parquet"
-_NO_PICKLE = (
-    "a pickle runs whatever code is in it, so it is not opened",
-    "export it, e.g. pandas: pandas.DataFrame(rows).to_json('metadata.json', orient='records')",
-)
-_NO_HDF5 = ("an HDF5 file is not metadata", f"give the file it was made from ({_FORMATS})")
-_NO_DATABASE = (
-    "databases are not read",
-    "export the table: sqlite3 -header -csv FILE 'select * from TABLE' > metadata.csv",
-)
-_REFUSED = {
-    **dict.fromkeys((".pkl", ".pickle"), _NO_PICKLE),
-    **dict.fromkeys((".hdf5", ".h5"), _NO_HDF5),
-    **dict.fromkeys((".sql", ".db", ".sqlite", ".sqlite3"), _NO_DATABASE),
-}
+Rows = Iterator[tuple[int, Any]]  # (row, item)
+Reader = Callable[[str], Rows]  # of the path of a file
 
 
 class JsonObject(dict):
-    """A JSON object that remembers a repeated key: json.loads alone keeps the last value and says nothing."""
+    """A JSON object that remembers a repeated key. json.loads alone would silently keep the last value."""
 
     repeated: str | None = None
 
 
-def read_rows(file: str) -> Iterator[tuple[int, Any]]:
+def read_rows(file: str) -> Rows:
     """The rows of a metadata file as (row, item).
 
-    Rows are numbered from 1 (headers not counted); in .jsonl they are line numbers. An item of JSON is whatever stands
-    there; one of a table is a dict of its cells that are not absent (empty, NaN, null).
+    Rows are numbered from 1, without headers; in .jsonl they are line numbers. An item from JSON is any value; one from
+    a table is a dict of its cells without absent ones (empty, NaN, null).
 
     Raises:
         InputError: a file that cannot be read or parsed, an unknown format, a wrong header.
     """
     extension = os.path.splitext(file)[1].lower()
     if os.path.isdir(file):
-        inside = [name for name in sorted(os.listdir(file)) if os.path.splitext(name)[1].lower() in _READERS]
-        example = os.path.join(file, inside[0]) if inside else f"a {_FORMATS} file"
+        inside = [name for name in sorted(os.listdir(file)) if os.path.splitext(name)[1].lower() in READERS]
+        example = os.path.join(file, inside[0]) if inside else f"a {FORMATS} file"
         raise InputError("is a folder, not a metadata file", file=file, mend=f"give {example}")
     if extension in _REFUSED:
         what, mend = _REFUSED[extension]
         raise InputError(what, file=file, mend=mend)
-    if extension not in _READERS:
-        raise InputError(f"unknown metadata format '{extension}'", file=file, mend=f"give {_FORMATS}")
+    if extension not in READERS:
+        raise InputError(f"unknown metadata format '{extension}'", file=file, mend=f"give {FORMATS}")
     if not os.path.exists(file):
         raise InputError("no such file", file=file, mend="check the path")
-    return _READERS[extension](file)
+    return READERS[extension](file)
 
 
 def read_filled_text(file: str) -> str:
@@ -76,7 +67,7 @@ def read_filled_text(file: str) -> str:
 
 
 def parse_json(text: str, file: str, line: int | None = None) -> Any:
-    """json.loads with `JsonObject` for objects; ``line`` is the line of a .jsonl file. Raises InputError."""
+    """json.loads with ``JsonObject`` for objects; ``line`` is the line of a .jsonl file. Raises InputError."""
     try:
         return json.loads(text, object_pairs_hook=_json_object)
     except json.JSONDecodeError as error:
@@ -91,7 +82,7 @@ def parse_json(text: str, file: str, line: int | None = None) -> Any:
 
 
 def check_key(key: Any, kind: str) -> None:
-    """Raises InputError naming an unknown ``key``, the known ones, and the one that was probably meant."""
+    """Refuse an unknown ``key``. The InputError names the known ones, and the one that was probably meant."""
     if key in KEYS:
         return
     near = difflib.get_close_matches(str(key).lower(), (*KEYS, *TURNS), 1)
@@ -101,7 +92,7 @@ def check_key(key: Any, kind: str) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as a message quotes it: at most 60 characters."""
+    """A value as messages quote it: at most 60 characters."""
     # Cut before repr as well: the value may be a megabyte long.
     shown = repr(value[:80]) if isinstance(value, str) else repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
@@ -110,12 +101,12 @@ def show(value: Any) -> str:
 def _json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
     result = JsonObject(pairs)
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        result.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys = [key for key, _ in pairs]
+        result.repeated = next(key for i, key in enumerate(keys) if key in keys[:i])
     return result
 
 
-def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
+def read_json_list(file: str) -> Rows:
     content = parse_json(read_filled_text(file), file)
     if not isinstance(content, list):
         what = f"holds {'an object' if isinstance(content, dict) else show(content)}, not a list of rows"
@@ -123,14 +114,14 @@ def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content, 1)
 
 
-def _json_line_rows(file: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines(): a line separator such as U+2028 may stand inside a JSON string.
+def read_json_lines(file: str) -> Rows:
+    # Not splitlines(): a JSON string may hold a line separator such as U+2028.
     for number, line in enumerate(read_filled_text(file).split("\n"), 1):
         if line.strip():
             yield number, parse_json(line, file, number)
 
 
-def _separated_rows(file: str, delimiter: str) -> Iterator[tuple[int, Any]]:
+def read_separated(file: str, delimiter: str) -> Rows:
     reader = csv.reader(
         io.StringIO(read_filled_text(file), newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
     )
@@ -193,7 +184,7 @@ def _check_columns(names: list[str], file: str, delimiter: str) -> None:
             raise InputError(what, file=file, mend=f"the first line names the columns, of {', '.join(KEYS)}")
 
 
-def _parquet_rows(file: str) -> Iterator[tuple[int, Any]]:
+def read_parquet(file: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -201,7 +192,7 @@ def _parquet_rows(file: str) -> Iterator[tuple[int, Any]]:
         raise InputError("is empty", file=file, mend="write it again")
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            # What pandas adds for its row labels is no column of the user's.
+            # pandas adds columns for its row labels.
             names = [name for name in table.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
             _check_columns(names, file, ",")
             row = 0
@@ -215,24 +206,32 @@ def _parquet_rows(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _present(item: Any) -> Any:
-    """An item of a table without its nulls and NaNs, inside lists of turns as well."""
+    """An item of a table without nulls and NaNs, also inside lists of turns."""
     if isinstance(item, dict):
         return {key: _present(value) for key, value in item.items() if value is not None and value == value}
     return [_present(value) for value in item] if isinstance(item, list) else item
 
 
-def _csv_rows(file: str) -> Iterator[tuple[int, Any]]:
-    return _separated_rows(file, ",")
-
-
-def _tsv_rows(file: str) -> Iterator[tuple[int, Any]]:
-    return _separated_rows(file, "\t")
-
-
-_READERS = {
-    ".json": _json_rows,
-    ".jsonl": _json_line_rows,
-    ".csv": _csv_rows,
-    ".tsv": _tsv_rows,
-    ".parquet": _parquet_rows,
+READERS: dict[str, Reader] = {
+    ".json": read_json_list,
+    ".jsonl": read_json_lines,
+    ".csv": partial(read_separated, delimiter=","),
+    ".tsv": partial(read_separated, delimiter="\t"),
+    ".parquet": read_parquet,
+}
+_NAMES = [extension[1:] for extension in READERS]
+FORMATS = f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
+_NO_PICKLE = (
+    "a pickle runs whatever code is in it, so it is not opened",
+    "export it, e.g. pandas: pandas.DataFrame(rows).to_json('metadata.json', orient='records')",
+)
+_NO_HDF5 = ("an HDF5 file is not metadata", f"give the file it was made from ({FORMATS})")
+_NO_DATABASE = (
+    "databases are not read",
+    "export the table: sqlite3 -header -csv FILE 'select * from TABLE' > metadata.csv",
+)
+_REFUSED = {
+    **dict.fromkeys((".pkl", ".pickle"), _NO_PICKLE),
+    **dict.fromkeys((".hdf5", ".h5"), _NO_HDF5),
+    **dict.fromkeys((".sql", ".db", ".sqlite", ".sqlite3"), _NO_DATABASE),
 }

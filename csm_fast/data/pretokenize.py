@@ -1,8 +1,8 @@
-"""Metadata and recordings -> token stores: decoded in worker processes, encoded in batches, resumable by content.
+"""From metadata and recordings to token stores: decoded in worker processes, encoded in batches, resumable.
 
-Codes go to a cache named by what they were made from (code_cache.py) as they come; the stores are written from it, in
-metadata order, once everything is there. So a killed run goes on where it was, a changed metadata file costs only
-what is new in it, and the stores' bytes depend on the data alone.
+New codes go to a cache, under a key of everything they were made from (``code_cache``). Once all codes are there, the
+stores are written from the cache in the order of the metadata. So a killed run continues where it stopped, a changed
+metadata file costs only its new rows, and the stores' bytes depend on the data alone.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from csm_fast.config.commands import PretokenizeConfig
 from csm_fast.data.audio import RESAMPLER
 from csm_fast.data.code_cache import CodeCache, content_key
+from csm_fast.data.codec.base import Codec
+from csm_fast.data.codec.load import load_codec
 from csm_fast.data.corpus import Corpus, Split
 from csm_fast.data.decode_pool import DecodePool, Reply, Request, stamp
-from csm_fast.data.statistics import LISTED, render, split_report
+from csm_fast.data.statistics import LISTED, render_report, report_split
 from csm_fast.data.store_writer import TokenStoreWriter
+from csm_fast.data.text import TextTokenizer, load_text_tokenizer
 from csm_fast.data.token_store import TokenStore, TurnTokens, recover_store
 from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.system.console import ClipProgress
@@ -31,29 +34,25 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_file, writing_to
 from csm_fast.system.lock import Lock
 
-if TYPE_CHECKING:
-    from csm_fast.data.codec.base import Codec
-    from csm_fast.data.text import TextTokenizer
-
 WINDOW = 8  # batches' worth of waves that are sorted by length before they are cut into batches
-CORE_SECONDS = 60.0  # audio that is collected for each core of a CPU: some packs for each, about a second of work
+CORE_SECONDS = 60.0  # audio that is collected for each core of a CPU: some packs, about a second of work
 
 
 def pretokenize(
     config: PretokenizeConfig, *, codec: Codec | None = None, tokenizer: TextTokenizer | None = None
 ) -> dict[str, Any]:
-    """Write `<output>/train`, `<output>/val` and `<output>/report.json`; returns the report.
+    """Write ``<output>/train``, ``<output>/val`` and ``<output>/report.json``; returns the report.
 
-    The report is that of data_report.py with `codec`, `text_tokenizer`, `skipped`, `warnings`, and `run`: clips
-    encoded now and taken from before, and seconds spent (not in report.json, which depends on the data alone).
+    The report has ``codec``, ``text_tokenizer``, ``splits`` (``report_split`` of each), ``skipped`` and ``warnings``.
+    What is returned also has ``run``: clips encoded now, and seconds. report.json depends on the data alone.
 
     Args:
         config: see its fields.
-        codec, tokenizer: used instead of loading what `config` names.
+        codec, tokenizer: used in place of what ``config`` names.
 
     Raises:
         InputError: the first unusable row (what was encoded is kept), or an output that cannot be written.
-        KeyboardInterrupt: after saving what was encoded and saying how to go on.
+        KeyboardInterrupt: after saving what was encoded and printing how to continue.
     """
     output = Path(config.output).expanduser()
     lock = Lock(output)
@@ -64,18 +63,14 @@ def pretokenize(
 
 
 class _Run:
-    """One run, under the lock."""
+    """One run; ``pretokenize`` holds the lock."""
 
     def __init__(self, config: PretokenizeConfig, output: Path, codec: Codec | None, tokenizer: TextTokenizer | None):
         self.config, self.output, self.started = config, output, time.monotonic()
         self.corpus = Corpus(config)
         if tokenizer is None:
-            from csm_fast.data.text import load_text_tokenizer
-
             tokenizer = load_text_tokenizer(config.tokenizer)
         if codec is None:
-            from csm_fast.data.codec.load import load_codec
-
             codec = load_codec(
                 config.codec,
                 source=config.codec_source,
@@ -87,24 +82,24 @@ class _Run:
             for split in ("train", "val"):
                 recover_store(output / split)
                 shutil.rmtree(output / f".{split}.new", ignore_errors=True)
-        self.cache = CodeCache(output, codec.num_codebooks, _say)
+        self.cache = CodeCache(output, codec.num_codebooks, _print_line)
         self.keys: list[bytes] = [b""] * len(self.corpus.turns)
         self.stamps: dict[str, tuple[int, int]] = {}
         self.encoded = 0
 
     def run(self) -> dict[str, Any]:
         workers = min(4, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
-        _say(f"codec: {self.codec.name}; text: {self.tokenizer.name}; resampler: {RESAMPLER}")
+        _print_line(f"codec: {self.codec.name}; text: {self.tokenizer.name}; resampler: {RESAMPLER}")
         try:
             with DecodePool(workers) as pool:
-                missing = self._plan(self._hash_files(pool))
+                missing = self._find_missing(self._hash_files(pool))
                 self.corpus.stop_if_bad()
                 self._encode(pool, missing)
             self.cache.flush()
             warnings = self._write()
         except KeyboardInterrupt:
             self.cache.flush()
-            _say(f"interrupted: {self.encoded:,} new clips are kept in {self.output}; run it again to go on")
+            _print_line(f"interrupted: {self.encoded:,} new clips are kept in {self.output}; run it again to go on")
             raise
         except BaseException:
             self.cache.flush()
@@ -113,10 +108,10 @@ class _Run:
         self.cache.hashes.compact({turn.audio_path for turn in self.corpus.turns})
         return self._report(warnings)
 
-    # ------------------------------------------------------------------------------------------- what there is to do
+    # ------------------------------------------------------------------------------------------- what is to be encoded
 
     def _hash_files(self, pool: DecodePool) -> dict[str, str]:
-        """Content hashes of all audio files; those that cannot be read refuse their turns."""
+        """Content hashes of all audio files by path. The turns of a file that cannot be read are refused."""
         users: dict[str, list[int]] = {}
         for i, turn in enumerate(self.corpus.turns):
             users.setdefault(turn.audio_path, []).append(i)
@@ -126,7 +121,7 @@ class _Run:
                 self.stamps[path] = stamp(path)
                 known = self.cache.hashes.get(path, self.stamps[path])
             except OSError:
-                known = None  # the request below says what is wrong
+                known = None  # the error comes with the reply below
             if known:
                 contents[path] = known
             else:
@@ -142,8 +137,8 @@ class _Run:
         self.cache.hashes.flush()
         return contents
 
-    def _plan(self, contents: dict[str, str]) -> dict[bytes, list[int]]:
-        """Key every turn and check its text; returns the keys without codes, each with the turns that want them."""
+    def _find_missing(self, contents: dict[str, str]) -> dict[bytes, list[int]]:
+        """Give every turn its key and check its text; returns the keys without codes, each with its turns."""
         missing: dict[bytes, list[int]] = {}
         codec = self.codec
         for i, turn in enumerate(self.corpus.turns):
@@ -189,25 +184,25 @@ class _Run:
             progress.close()
 
     def _window_seconds(self) -> float:
-        """How much audio is collected and sorted by length before it is encoded."""
+        """Seconds of audio that are collected and sorted by length before they are encoded."""
         if self._side_by_side():
             import torch
 
             return CORE_SECONDS * torch.get_num_threads()
         on_cpu = str(getattr(self.codec, "device", "cpu")).startswith("cpu")
-        return 0.0 if on_cpu else WINDOW * self.config.batch_seconds  # a CPU gains nothing by batches
+        return 0.0 if on_cpu else WINDOW * self.config.batch_seconds  # batches are no faster on a CPU
 
     def _side_by_side(self) -> bool:
         return bool(getattr(self.codec, "side_by_side", False))
 
     def _usable(self, users: list[int], request: Request, reply: Reply) -> bool:
-        """Whether any of the turns that want this clip can have it; refuses the others."""
+        """Whether any turn of this clip can be used; refuses the others."""
         if reply.error:
             for i in users:
                 self.corpus.refuse(i, reply.error.what, reply.error.mend)
             return False
         if reply.stamp != self.stamps[request.path]:
-            # Its codes would be kept under the old content's key.
+            # Its codes would get the key of the old content.
             what = f"{request.path} changed while it was read"
             raise InputError(what, file=request.file, row=request.row, mend="run it again")
         frames = -(-round(reply.stats[0] * self.codec.sample_rate) // self.codec.samples_per_frame)
@@ -215,12 +210,12 @@ class _Run:
         return bool(admitted) and reply.wave is not None
 
     def _encode_window(self, window: list, progress: ClipProgress) -> None:
-        """Encode waves, clips of like length together, and keep the codes."""
+        """Encode waves, clips of similar length together, and put the codes into the cache."""
         window.sort(key=lambda item: len(item[1]))
         limit = self.config.batch_seconds * self.codec.sample_rate
         while window:
-            # From the long end, so that the first batch is the largest and memory fails early if at all. Cores that
-            # take clips side by side share the whole window.
+            # The longest first, so that a lack of memory shows in the first batch. A codec that gives each core its own
+            # clips gets the whole window.
             size = len(window) if self._side_by_side() else 1
             while size < len(window) and (size + 1) * len(window[-1][1]) <= limit:
                 size += 1
@@ -248,7 +243,7 @@ class _Run:
         try:
             for split in self.corpus.splits:
                 writer = TokenStoreWriter(
-                    self.output / split.name, codec=self._codec(), text_tokenizer=text, resampler=RESAMPLER
+                    self.output / split.name, codec=self._describe_codec(), text_tokenizer=text, resampler=RESAMPLER
                 )
                 writers.append(writer)
                 for turns in split.conversations:
@@ -259,10 +254,10 @@ class _Run:
             for writer in writers:
                 writer.abort()
             raise
-        # Only now, since the old stores' codes were read until here. A validation set that this run has none of goes
-        # first: it may hold clips that are now trained on.
+        # Only now, because the old stores' codes were read until here. If this run has no validation set, the old one
+        # is removed first: it may hold clips that are now trained on.
         if len(writers) == 1 and (self.output / "val").exists():
-            _say(f"{self.output / 'val'}: removed, this run has no validation set")
+            _print_line(f"{self.output / 'val'}: removed, this run has no validation set")
             with writing_to(self.output):
                 os.rename(self.output / "val", self.output / ".val.new")
                 shutil.rmtree(self.output / ".val.new")
@@ -282,7 +277,7 @@ class _Run:
         writer.add_conversation(tokens, content_keys=keys, clip_stats=stats)
 
     def _shared_audio(self) -> list[str]:
-        """A warning where the same audio is on both sides."""
+        """A warning if the same audio is in both splits."""
         if len(self.corpus.splits) < 2:
             return []
         used = [
@@ -298,7 +293,7 @@ class _Run:
             f"(the first: {turn.file}, row {turn.row})"
         ]
 
-    def _codec(self) -> dict[str, Any]:
+    def _describe_codec(self) -> dict[str, Any]:
         names = ("kind", "name", "fingerprint", "sample_rate", "samples_per_frame", "num_codebooks", "codebook_size")
         return {**self.codec.identity(), **{name: getattr(self.codec, name) for name in names}}
 
@@ -307,9 +302,9 @@ class _Run:
         left_out = [turns for s in self.corpus.splits for turns in s.conversations if not self.corpus.usable(turns)]
         reasons = [self.corpus.refused[i] for i in sorted(self.corpus.refused)]
         report: dict[str, Any] = {
-            "codec": self._codec(),
+            "codec": self._describe_codec(),
             "text_tokenizer": stores["train"].text_tokenizer,
-            "splits": {s.name: split_report(stores[s.name], self.corpus.turns[s.base :]) for s in self.corpus.splits},
+            "splits": {s.name: report_split(stores[s.name], self.corpus.turns[s.base :]) for s in self.corpus.splits},
             "skipped": {
                 "conversations": len(left_out),
                 "turns": sum(len(turns) for turns in left_out),
@@ -323,7 +318,7 @@ class _Run:
         listed = report["skipped"]["listed"]
         shown = {**report, "skipped": {**report["skipped"], "listed": listed[:LISTED]}}
         elapsed = time.monotonic() - self.started
-        print(f"\n{render(shown)}\n")
+        print(f"\n{render_report(shown)}\n")
         print(f"{self.output}: ready in {elapsed:,.1f} s, {self.encoded:,} clips encoded now")
         return report | {"run": {"clips_encoded": self.encoded, "seconds": elapsed}}
 
@@ -334,5 +329,5 @@ def _device(name: str) -> str:
     return str(resolve_device(name))
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -1,32 +1,30 @@
-"""What is in a data set, as numbers and as a table: the end of every pretokenize run, and `tokens/report.json`."""
+"""What a token store holds, as numbers (``report.json``) and as a table (the end of every pretokenize run)."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from csm_fast.config.shape import FRAME_SECONDS
+from csm_fast.data.metadata import MetadataTurn
 from csm_fast.data.token_store import TokenStore
 from csm_fast.system.console import counted
 
-if TYPE_CHECKING:
-    from csm_fast.data.metadata import MetadataTurn
-
-LONG_SILENCE = 0.5  # seconds of trailing silence that teach a model not to stop
-OUTLIER_Z = 4.0
-LISTED = 20  # rows listed of each kind; the counts are whole
+LONG_SILENCE = 0.5  # seconds of trailing silence from which a model learns not to stop
+OUTLIER_Z = 4.0  # standard deviations of the speaking rate
+LISTED = 20  # rows that are listed of each kind; counts are of all
 
 
-def split_report(store: TokenStore, turns: Sequence[MetadataTurn]) -> dict[str, Any]:
+def report_split(store: TokenStore, turns: Sequence[MetadataTurn]) -> dict[str, Any]:
     """The figures of one split.
 
     Args:
         store: the split's store, written by pretokenize (so with clip statistics).
-        turns: the turns of its metadata file; the store's source_index points into them.
+        turns: the turns of its metadata file, which the store's source_index refers to.
     """
     source = store.turn_array("source_index").tolist()
     stats = store.turn_array("clip_stats").astype(np.float64)
@@ -34,12 +32,12 @@ def split_report(store: TokenStore, turns: Sequence[MetadataTurn]) -> dict[str, 
     speakers = store.turn_array("speaker")
     characters = np.array([len(turns[i].text) for i in source])
     text, frames, _, _ = store.turn_lengths()
-    # Of the frames, as the store and the trainer count them: a clip's last frame is filled up.
+    # Hours of frames, as the store and the trainer count them: a clip's last frame is completed with silence.
     hours = np.asarray(frames) * (FRAME_SECONDS / 3600)
 
-    # Pauses at the ends say nothing about the pace, and one frame is the least speech there can be.
+    # Silence at the ends does not count, and the shortest speech is one frame.
     rate = characters / np.maximum(seconds - leading - trailing, FRAME_SECONDS)
-    spread = 1.4826 * np.median(np.abs(rate - np.median(rate)))  # the standard deviation, were it a normal law
+    spread = 1.4826 * np.median(np.abs(rate - np.median(rate)))  # the standard deviation, if normally distributed
     z = (rate - np.median(rate)) / spread if spread else np.zeros(len(rate))
     outliers = np.flatnonzero(np.abs(z) > OUTLIER_Z)
     worst = outliers[np.argsort(-np.abs(z[outliers]), kind="stable")][:LISTED]
@@ -64,45 +62,48 @@ def split_report(store: TokenStore, turns: Sequence[MetadataTurn]) -> dict[str, 
             }
             for s in np.unique(speakers).tolist()
         },
-        "seconds": _spread(seconds),
-        "turn_rows": _spread(text + frames + 1),
-        "leading_silence": _spread(leading),
+        "seconds": _describe_spread(seconds),
+        "turn_rows": _describe_spread(text + frames + 1),
+        "leading_silence": _describe_spread(leading),
         "trailing_silence": {
-            **_spread(trailing),
+            **_describe_spread(trailing),
             "threshold": LONG_SILENCE,
             "above": len(tails),
             "longest": [{**place(i), "seconds": round(float(trailing[i]), 2)} for i in longest.tolist()],
         },
         "silent_turns": int((leading >= seconds).sum()),
         "characters_per_second": {
-            **_spread(rate),
+            **_describe_spread(rate),
             "outliers": len(outliers),
             "worst": [
                 {**place(i), "characters_per_second": round(float(rate[i]), 1), "z": round(float(z[i]), 1)}
                 for i in worst.tolist()
             ],
         },
-        "codebooks": code_use(store),
+        "codebooks": count_code_use(store),
     }
 
 
-def code_use(store: TokenStore) -> list[dict[str, Any]]:
-    """Per codebook: how many codes occur, and the entropy of their distribution in nats (a model that has learned
-    anything is below it)."""
+def count_code_use(store: TokenStore) -> list[dict[str, Any]]:
+    """Per codebook: how many codes occur, and the entropy of their distribution in nats. The loss of a model that has
+    learned anything is below it."""
     size, count = store.codebook_size, store.num_codebooks
     uses = np.zeros(count * size, np.int64)
     shift = np.arange(count) * size
     for block in store.code_blocks():
         uses += np.bincount((block + shift).ravel(), minlength=count * size)
-    share = uses.reshape(count, size) / store.num_frames
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.where(share > 0, share * np.log(share), 0.0).sum(axis=1)
-    return [
-        {"codes": int(n), "entropy": round(float(h), 4)} for n, h in zip((share > 0).sum(axis=1), entropy, strict=True)
-    ]
+    counts = uses.reshape(count, size)
+    entropy = codebook_entropy(counts)
+    return [{"codes": int(n), "entropy": round(h, 4)} for n, h in zip((counts > 0).sum(1), entropy, strict=True)]
 
 
-def render(report: Mapping[str, Any]) -> str:
+def codebook_entropy(counts: np.ndarray) -> list[float]:
+    """Entropy in nats of each codebook's distribution; ``counts`` int64 [K, V]."""
+    p = counts / counts.sum(1, keepdims=True)
+    return (-(p * np.log(np.where(p > 0, p, 1))).sum(1)).tolist()
+
+
+def render_report(report: Mapping[str, Any]) -> str:
     """The report as a table of at most 100 columns, plain characters only."""
     splits: Mapping[str, Any] = report["splits"]
     lines = [
@@ -133,25 +134,25 @@ def render(report: Mapping[str, Any]) -> str:
     row("speaking-rate outliers", lambda s: f"{s['characters_per_second']['outliers']:,}")
 
     for name, split in splits.items():
-        lines += _speakers(name, split["speakers"])
+        lines += _list_speakers(name, split["speakers"])
     for name, split in splits.items():
         if name == "train":
-            lines += _codebooks(split["codebooks"], report["codec"]["codebook_size"])
+            lines += _list_codebooks(split["codebooks"], report["codec"]["codebook_size"])
     for name, split in splits.items():
         outliers = split["characters_per_second"]
-        lines += _listed(
+        lines += _list_rows(
             f"speaking-rate outliers in {name} (transcript and recording may not belong together)",
-            [f"{o['characters_per_second']:>8.1f} characters/s   {_where(o)}" for o in outliers["worst"]],
+            [f"{o['characters_per_second']:>8.1f} characters/s   {_name_place(o)}" for o in outliers["worst"]],
             outliers["outliers"],
         )
         tails = split["trailing_silence"]
-        lines += _listed(
+        lines += _list_rows(
             f"longest trailing silence in {name} (a model learns to end late from these)",
-            [f"{o['seconds']:>8.2f} s   {_where(o)}" for o in tails["longest"][:5]],
+            [f"{o['seconds']:>8.2f} s   {_name_place(o)}" for o in tails["longest"][:5]],
             tails["above"],
         )
     skipped = report["skipped"]
-    lines += _listed(
+    lines += _list_rows(
         f"left out: {counted(skipped['turns'], 'turn')} in {counted(skipped['conversations'], 'conversation')}",
         [f"  {entry['reason']}" for entry in skipped["listed"]],
         skipped["clips"],
@@ -161,32 +162,32 @@ def render(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def _describe_spread(values: np.ndarray) -> dict[str, float]:
     low, median, high, most = np.percentile(values, [0, 50, 95, 100]).tolist()
     return {"min": round(low, 3), "median": round(median, 3), "p95": round(high, 3), "max": round(most, 3)}
 
 
-def _where(entry: Mapping[str, Any]) -> str:
-    # Without folders, to keep lines short; report.json has the whole paths.
+def _name_place(entry: Mapping[str, Any]) -> str:
+    # Names without folders keep lines short; report.json has the whole paths.
     return f"{os.path.basename(entry['file'])}, row {entry['row']}: {os.path.basename(entry['audio'])}"
 
 
-def _listed(title: str, lines: list[str], count: int) -> list[str]:
+def _list_rows(title: str, lines: list[str], count: int) -> list[str]:
     if not lines:
         return []
     more = [f"  ... and {count - len(lines):,} more (report.json)"] if count > len(lines) else []
     return ["", title, *(f"  {line.rstrip()}" for line in lines), *more]
 
 
-def _speakers(name: str, speakers: Mapping[str, Any]) -> list[str]:
+def _list_speakers(name: str, speakers: Mapping[str, Any]) -> list[str]:
     if len(speakers) < 2:
         return []
     most = sorted(speakers.items(), key=lambda item: -item[1]["hours"])
     lines = [f"[{speaker}] {s['hours']:>10,.2f} h {s['turns']:>8,} turns" for speaker, s in most[:LISTED]]
-    return _listed(f"speakers in {name}", lines, len(speakers))
+    return _list_rows(f"speakers in {name}", lines, len(speakers))
 
 
-def _codebooks(codebooks: Sequence[Mapping[str, Any]], size: int) -> list[str]:
+def _list_codebooks(codebooks: Sequence[Mapping[str, Any]], size: int) -> list[str]:
     title = f"codes in use in train, of {size:,}, and their entropy in nats, at most {math.log(size):.2f}"
     lines = ["", title]
     for begin in range(0, len(codebooks), 8):
@@ -197,10 +198,10 @@ def _codebooks(codebooks: Sequence[Mapping[str, Any]], size: int) -> list[str]:
     return lines
 
 
-def unigram_entropy(store: Any, frames: int = 1_000_000) -> list[float]:
-    """Entropy in nats of each codebook's distribution over the store's targets (end-of-speech rows included).
+def unigram_entropy(store: TokenStore, frames: int = 1_000_000) -> list[float]:
+    """Entropy in nats of each codebook's distribution over the store's targets, end-of-speech rows included.
 
-    What a model that ignores its input could reach at best. At most about ``frames`` frames are counted, from
+    It is the lowest loss of a model that ignores its input. At most about ``frames`` frames are counted, from
     conversations spread evenly over the store.
     """
     num_codebooks, size = store.num_codebooks, store.codebook_size
@@ -211,5 +212,4 @@ def unigram_entropy(store: Any, frames: int = 1_000_000) -> list[float]:
             offsets = turn.codes.astype(np.int64) + np.arange(num_codebooks) * size
             counts += np.bincount(offsets.ravel(), minlength=num_codebooks * size).reshape(num_codebooks, size)
             counts[:, 0] += 1
-    p = counts / counts.sum(1, keepdims=True)
-    return (-(p * np.log(np.where(p > 0, p, 1))).sum(1)).tolist()
+    return codebook_entropy(counts)

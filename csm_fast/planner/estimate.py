@@ -1,4 +1,4 @@
-"""What a run needs at its peak."""
+"""The memory that a run needs at its peak: the walk's peak, and a reserve for what is not a tensor."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
-from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import COMPONENTS
+from csm_fast.planner.stack import Setup
 from csm_fast.planner.step import Load, Walk
 from csm_fast.planner.tensors import list_weights, optimizer_state
 from csm_fast.system.memory import GIB
 
-# What a run takes beside its tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and
-# what its caching allocator loses between blocks of unequal size (over packs of many sizes 0.4 % of 21 GiB with
-# segments that grow, which csm-fast-train asks for; 9 to 12 % without). CPU: the interpreter with its libraries, and
-# malloc's losses. Rules of thumb: the first differs by driver and card, the second by how sizes of packs vary.
+# Memory that is not a run's tensors, as (bytes, share of the tensors). CUDA: the context and the kernels' code, and the
+# caching allocator's fragmentation (over packs of many sizes 0.4 % of 21 GiB with expandable segments, which
+# csm-fast-train asks for; 9 to 12 % without). CPU: the interpreter with its libraries, and malloc's fragmentation.
+# Rules of thumb: the first number differs by driver and card, the second by how sizes of packs vary.
 RESERVE = {"cuda": (int(0.6 * GIB), 0.05), "cpu": (int(0.5 * GIB), 0.10)}
 
 
-AUDIO_SHARE = 0.8  # of the rows of speech with its text, where no data says
+AUDIO_SHARE = 0.8  # audio rows among all rows, where no data is given
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Estimate:
     """Predicted memory of a training step, in bytes.
 
     Attributes:
-        components: at the moment of the peak: weights, adapters, gradients, optimizer, copies (low-precision ones of
-            float32 weights, which autocast keeps), activations, workspace.
-        before: what is there between two steps.
-        moment: where in the step the peak lies.
+        components: at the moment of the peak: weights, adapters, gradients, optimizer, copies (autocast's copies of
+            float32 weights in the compute type), activations, workspace.
+        before: allocated between two steps.
+        moment: the part of the step with the peak.
         phases: the most in each part of the step.
         trained: parameters that the optimizer updates.
         device: "cpu" or "cuda".
@@ -45,12 +45,12 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Of the tensors."""
+        """Bytes of the tensors."""
         return sum(self.components.values())
 
     @property
     def reserve(self) -> int:
-        """What the process takes beside them (``RESERVE``)."""
+        """Bytes for what is not a tensor (``RESERVE``)."""
         base, share = RESERVE[self.device]
         return base + int(share * self.peak)
 
@@ -75,15 +75,15 @@ def estimate(
     """The memory of one optimizer step.
 
     Args:
-        config: its sections model, loss, adapter and optimizer decide.
+        config: its sections model, loss, adapter and optimizer matter here.
         rows: of the largest pack.
         targets: supervised frames in it; by default ``audio_share`` of the rows.
         decoder_frames: how many of those the depth decoder sees; by default ``config.loss``'s fraction.
-        device: "cpu", where the layers run operation by operation, or "cuda", by default compiled. Against tracked
-            bytes only the first has been checked (``benchmarks/memory_plan.py``).
+        device: "cpu", or "cuda", where the layers are compiled by default. Only "cpu" has been checked against counted
+            bytes (``benchmarks/memory_plan.py``).
         compiled: whether ``torch.compile`` takes the layers; None: as ``config.model.compile`` says for the device.
         precision: "bf16", "fp16" or "fp32", where ``config.model.precision`` is "auto"; bf16 by default.
-        packs: in an optimizer step. From the second on, all gradients are there during the whole of a pack.
+        packs: in an optimizer step. From the second pack on, all gradients exist during the whole pack.
     """
     if targets is None:
         targets = round(audio_share * rows)
@@ -107,7 +107,7 @@ def estimate(
         config.adapter.lora_dropout > 0,
         section.optimizer_in_backward,
         packs,
-        varlen=compute == 2 and precision != "fp16",  # which is chosen for cards that have no such kernel
+        varlen=compute == 2 and precision != "fp16",  # fp16 is only chosen on GPUs without a varlen attention kernel
     )
     state = sum(optimizer_state(elements, section) for elements, _ in tensors)
     walk = Walk(shape, every, setup, Load(rows, targets, decoder_frames), state)

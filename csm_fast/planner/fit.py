@@ -1,8 +1,7 @@
-"""How much memory a training run takes, before anything is loaded: the estimate, and what follows from it.
+"""Whether a training run fits a device, and the smallest change with which it does, before anything is loaded.
 
-``memory_weights.py`` knows the tensors; ``memory_step.py`` walks through a step, layer by layer (``memory_layer.py``).
-Here are the peak, the reserve beside it, the refusal of what cannot fit with the smallest change that would, and the
-choice of checkpointing that does.
+The peak of a step comes from ``estimate``, which walks through it (``step``, ``layer``) with every tensor of the model
+(``tensors``).
 """
 
 from __future__ import annotations
@@ -14,18 +13,13 @@ from typing import Any
 
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
+from csm_fast.packing.fit import padded_rows
 from csm_fast.planner.estimate import Estimate, estimate
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB, available_bytes
 
-CHECKPOINTING = ("off", "selective", "full")
+CHECKPOINTING = ("off", "selective", "full")  # the fastest first
 FEWEST_ROWS, MOST_ROWS = 512, 65_536  # pack sizes that are worth naming
-
-
-# ------------------------------------------------------------------------------------------------------ what is there
-
-
-# ---------------------------------------------------------------------------------------------------------- decisions
 
 
 def largest_rows(shape: CSMConfig, config: TrainConfig, available: int, *, most: int = MOST_ROWS, **load: Any) -> int:
@@ -61,8 +55,8 @@ def _flags(settings: dict[str, Any]) -> str:
 
 
 def _savings(config: TrainConfig, precision: str | None = None) -> Iterator[dict[str, Any]]:
-    """What can be changed to save memory, the smallest change first; each includes those before it. Not bf16 weights
-    where products are in fp16."""
+    """Settings that save memory, the smallest change first; each includes those before it. With products in fp16,
+    weights in bf16 are not among them."""
     yield {}
     section = config.optimizer
     settings: dict[str, Any] = {}
@@ -86,10 +80,10 @@ def _tighter(config: TrainConfig) -> list[str]:
 def smallest_change(
     config: TrainConfig, shape: CSMConfig, available: int, *, rows: int, **load: Any
 ) -> tuple[dict[str, Any], Estimate] | None:
-    """Settings under which the run fits, as few and as small as will do, and the estimate then.
+    """The fewest and smallest settings with which the run fits, and the estimate then; None if nothing fits.
 
     Tried in this order: checkpointing selective, full, smaller packs, 8-bit moments, bf16 weights, qlora; each with
-    those before it. None where nothing fits.
+    those before it.
     """
     for savings in _savings(config, load.get("precision")):
         for choice in _tighter(config):
@@ -99,7 +93,7 @@ def smallest_change(
             found = estimate(shape, change_settings(config, **settings), rows=rows, **load)
             if found.needed <= available:
                 return settings, found
-        # What was one pack becomes several, and the gradients of the first wait for the others.
+        # One pack becomes several, and the gradients of the first exist while the others run.
         several = {**load, "packs": max(2, load.get("packs", 1))}
         fewer = largest_rows(shape, change_settings(config, **settings), available, most=rows, **several)
         if fewer >= FEWEST_ROWS:
@@ -111,19 +105,19 @@ def smallest_change(
 def check_memory(
     config: TrainConfig, shape: CSMConfig, device: Any, *, rows: int | None = None, **load: Any
 ) -> Estimate:
-    """Refuse, before anything is loaded, a run that cannot fit.
+    """Refuse a run that cannot fit, before anything is loaded.
 
     Args:
         device: a ``torch.device``, or its name.
-        rows: of the largest pack there will be; by default ``config.data.pack_rows``.
+        rows: of the largest pack; by default ``config.data.pack_rows``.
         load: further arguments of ``estimate``: targets, decoder_frames, audio_share, compiled, precision, packs.
 
     Returns:
         The estimate of a run that fits.
 
     Raises:
-        InputError: the run needs more than there is (``config.run.memory_limit``, or what the device has); it names
-            the smallest change that fits.
+        InputError: the run needs more than ``config.run.memory_limit``, or than the device has. It names the smallest
+            change that fits.
     """
     available = available_bytes(device, config.run.memory_limit)
     kind, rows = str(device).split(":")[0], _pack_size(config, device, rows)
@@ -160,18 +154,17 @@ def choose_checkpointing(
 
 
 def _pack_size(config: TrainConfig, device: Any, rows: int | None) -> int:
-    """Rows as the device will see them, padded to the next size of its ladder."""
-    from csm_fast.packing.fit import padded_rows
-
+    """Rows with the device's padding."""
     most = config.data.pack_rows
     return padded_rows(min(rows or most, most), most, str(device).split(":")[0])
 
 
 def suggest_changes(config: TrainConfig, shape: CSMConfig | None = None) -> str:
-    """What to change after memory ran out in earnest, the smallest change first, as flags: those with which a run can
-    be continued, then those that need a new one.
+    """Suggestions after a real out-of-memory error, as flags, the smallest change first: those with which the run can
+    be continued, then those that need a new run.
 
-    ``shape``: with it, each change says what the step would then take, on the run's kind of device.
+    Args:
+        shape: with it, each change says how much memory a step would then take on the run's kind of device.
     """
     kind = "cpu" if config.run.device.startswith("cpu") else "cuda"
     tried: list[dict[str, Any]] = [{"activation_checkpointing": choice} for choice in _tighter(config)[1:]]
@@ -179,7 +172,7 @@ def suggest_changes(config: TrainConfig, shape: CSMConfig | None = None) -> str:
     if config.data.pack_rows > FEWEST_ROWS:
         fewer = max(FEWEST_ROWS, 2 ** math.floor(math.log2(config.data.pack_rows - 1)))
         tried.append({"pack_rows": fewer})
-    # Packs are part of the order where they make up a step.
+    # With batch_rows the packs are part of the order, so a run cannot continue with other packs.
     continues = len(tried) - (config.data.pack_rows > FEWEST_ROWS and config.data.batch_rows is not None)
     tried += [savings for savings in _savings(config) if savings]
     if not tried:

@@ -3,11 +3,11 @@
 Rates are dense (no sparsity) tensor-core FLOP/s in bf16, fp16 where a card has no bf16, with float32 accumulation, at
 boost clock. Sources: NVIDIA's architecture whitepapers (Volta, Turing, GA100, GA102, Ada AD10x, Hopper) and product
 data sheets (T4, L4, L40S, A10, A40, RTX A6000, RTX 6000 Ada, H200); for RTX 50xx the RTX Blackwell whitepaper. GeForce
-cards of Turing, Ampere, Ada and Blackwell accumulate in float32 at half of their float16 rate, which is the figure that
-counts here. L4's and L40S's sheets name rates with sparsity; half of those is meant.
+cards of Turing, Ampere, Ada and Blackwell accumulate in float32 at half of their float16 rate; the table has this half.
+The sheets of L4 and L40S give rates with sparsity; the table has half of those.
 
-Memory is what CUDA reports as total, which is a little less than the box says: firmware and, on cards with ECC, its
-check bits are taken off. It differs by some ten MiB between drivers.
+Memory is what CUDA reports as total. That is less than the size on the box by the firmware's part and, on cards with
+ECC, by the check bits. It differs by some ten MiB between drivers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GPU:
     Attributes:
         name: as typed, such as rtx-4090.
         gib: memory in GiB as CUDA reports it.
-        tflops: dense tensor TFLOP/s in bf16 (or fp16) with float32 accumulation; 0 where it is not known.
+        tflops: dense tensor TFLOP/s in bf16 (or fp16) with float32 accumulation; 0 if not known.
         gb_per_s: memory bandwidth in 10^9 bytes per second.
         capability: CUDA compute capability.
     """
@@ -44,7 +44,7 @@ class GPU:
 
     @property
     def fp16_only(self) -> bool:
-        """Its tensor cores know no bf16: before Ampere."""
+        """Whether its tensor cores multiply fp16 but not bf16: before Ampere."""
         return (0, 0) < self.capability < (8, 0)
 
 
@@ -83,13 +83,13 @@ GPUS = {
 
 
 def find_gpu(text: str) -> GPU:
-    """What ``--gpu`` means: an amount of memory such as 12GB, or a card by name, in any usual spelling.
+    """The card that ``--gpu`` means: an amount of memory such as 12GB, or a card's name in any usual spelling.
 
-    An amount is taken as a card of that size is sold: 12GB is a card that reports 11.7 GiB (12 GiB less what firmware
-    and driver keep, 0.3 GiB); 12GiB is exactly that.
+    12GB is a card that is sold as such: it reports 11.7 GiB (12 GiB less 0.3 GiB for firmware and driver). 12GiB is
+    exactly 12 GiB.
 
     Raises:
-        InputError: neither; names the nearest card.
+        InputError: neither; it names the nearest card.
     """
     if (size := parse_bytes(text)) is not None:
         if size < GIB:
@@ -121,7 +121,7 @@ def _key(name: str) -> str:
 
 
 def known_gpu(device_name: str) -> GPU | None:
-    """The card that a driver's name such as "NVIDIA GeForce RTX 4090" or "NVIDIA A100-SXM4-80GB" means, if known."""
+    """The card that the driver calls "NVIDIA GeForce RTX 4090" or "NVIDIA A100-SXM4-80GB"; None if it is not known."""
     plain = re.sub(r"(?i)laptop gpu|sxm\d?|pcie|-|hbm\d?e?", " ", device_name)
     wanted = {_key(plain), _key(re.sub(r"(?i)\d+ ?gb", "", plain))}
     return next((gpu for name, gpu in GPUS.items() if _key(name) in wanted), None)

@@ -1,4 +1,4 @@
-"""Bytes alive by component while a step is walked, and the most there were at once."""
+"""Bytes allocated by component during the walk through a step, and the most at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ COMPONENTS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, COPIES, ACTIVATIONS, WORK
 
 @dataclass
 class Ledger:
-    """Bytes alive by component, and the most there were at once."""
+    """Bytes allocated by component, and the most at once.
+
+    Attributes:
+        now, peak: bytes by component, now and at the peak.
+        moment: the phase with the peak.
+        phases: the most bytes in each phase.
+        phase: the part of the step that the walk is in.
+    """
 
     now: Counter = field(default_factory=Counter)
     peak: Counter = field(default_factory=Counter)
@@ -21,7 +28,7 @@ class Ledger:
     phase: str = ""
 
     def hold(self, component: str, size: float) -> int:
-        """Take ``size`` bytes; returns them, for ``drop``."""
+        """Allocate ``size`` bytes; returns them, for ``drop``."""
         self.now[component] += int(size)
         total = self.now.total()
         if total > self.peak.total():
@@ -30,9 +37,10 @@ class Ledger:
         return int(size)
 
     def drop(self, component: str, size: float) -> int:
+        """Free ``size`` bytes; returns them."""
         self.now[component] -= int(size)
         return int(size)
 
     def touch(self, size: float) -> None:
-        """Workspace that is gone at once."""
+        """Allocate workspace and free it at once."""
         self.drop(WORKSPACE, self.hold(WORKSPACE, size))

@@ -1,4 +1,4 @@
-"""FLOPs of a step, and rows per second on a card."""
+"""Floating-point operations of a step, and rows per second on a card: a model, not a measurement."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from csm_fast.config.train import TrainConfig
 from csm_fast.planner.gpus import GPU
 from csm_fast.planner.tensors import Weight, list_weights
 
-# Shares of a card's peak rates that a step is taken to reach.
+# Shares of a card's peak rates that a step is assumed to reach.
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.45, 0.8
 
 
 def flops(shape: CSMConfig, config: TrainConfig, rows: int, audio_share: float) -> float:
-    """Floating-point operations of a pack: 2 per weight and row for each of the forward pass, the gradient of the
-    input, that of the weight where it is trained, and the forward pass again where it is recomputed; of adapters all
-    three. The depth decoder runs over K positions of each frame that it sees."""
+    """Floating-point operations of a pack.
+
+    Each weight and row costs 2 for the forward pass, 2 for the gradient of the input, 2 for the gradient of the weight
+    if it is trained, and 2 if the forward pass is recomputed. An adapter's weights cost 6. The depth decoder runs over
+    K positions of each frame that it sees. The attention's own products are left out: segments of speech are short.
+    """
     targets = rows * audio_share
     frames = targets * config.loss.amortization_fraction
     again = {"off": (), "selective": ("mlp",), "full": ("mlp", "attn")}[config.model.activation_checkpointing]
@@ -39,8 +42,13 @@ def flops(shape: CSMConfig, config: TrainConfig, rows: int, audio_share: float) 
 def rows_per_second(
     shape: CSMConfig, config: TrainConfig, gpu: GPU, rows: int, audio_share: float, trained: int
 ) -> float | None:
-    """The stated model's; one pack per optimizer step. None where the card's rates are unknown, or in float32, whose
-    rate is another."""
+    """Rows per second with one pack per optimizer step: the pack's operations at the card's rate, and the bytes that
+    the update and unpacking 4-bit weights move at its bandwidth. None if the card's rates are unknown, and in float32,
+    which has a rate of its own.
+
+    Args:
+        trained: parameters that the optimizer updates.
+    """
     if not gpu.tflops or config.model.precision == "fp32":
         return None
     width = 4 if config.optimizer.weights == "fp32" else 2

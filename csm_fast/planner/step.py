@@ -1,10 +1,10 @@
-"""One training step in bytes: what is alive at each of its moments, and so its peak.
+"""One training step in bytes: what is allocated at each moment, and so the peak.
 
-A peak is no sum: activations fall while gradients rise. So the step is walked through in its own order (forward, loss,
-backward, update), and a ledger notes what each operation takes and gives back. The walk follows ``model.py``,
-``loss.py`` and the operators; how close it comes is measured by ``benchmarks/memory_plan.py``.
+The peak is not the sum of all tensors: activations are freed while gradients are allocated. So the walk goes through a
+step in its own order (forward, loss, backward, update), and a ledger records what each operation allocates and frees.
+The walk follows ``csm_fast.model`` and the operators. ``benchmarks/memory_plan.py`` measures how close it comes.
 
-``memory_layer.py`` has the layers, and says how they were checked.
+``layer`` walks through the layers, and says how that was checked.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from csm_kernels.constants import HEAD_COLUMNS, LOGITS_BUDGET, SOFTMAX_BUDGET
 
 from csm_fast.config.shape import CSMConfig, TransformerConfig
-from csm_fast.planner.layer import KEPT_COPIES, Layers, Setup, Stack
+from csm_fast.planner.layer import KEPT_COPIES, Layers
 from csm_fast.planner.ledger import ACTIVATIONS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, WEIGHTS, WORKSPACE, Ledger
+from csm_fast.planner.stack import Setup, Stack
 from csm_fast.planner.tensors import Weight
 
-TABLE_KEYS = 40  # bytes per look-up while the gradient of a table is put in order: keys, their order, and a sort's own
+TABLE_KEYS = 40  # bytes per look-up while the gradient of a table is sorted: keys, their order, and the sort's scratch
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one pack asks of the model: its rows, the supervised frames among them, those the depth decoder sees."""
+    """Sizes of a pack: its rows, the supervised frames among them, and the frames that the depth decoder sees."""
 
     rows: int
     targets: int
@@ -31,10 +32,14 @@ class Load:
 
 
 class Walk(Layers):
-    """One optimizer step. ``ledger`` holds the result."""
+    """A walk through one optimizer step. ``ledger`` holds the result.
+
+    Args:
+        every: all parameters of the model.
+        state: bytes of the optimizer's state.
+    """
 
     def __init__(self, shape: CSMConfig, every: list[Weight], setup: Setup, load: Load, state: int):
-        """``state``: bytes of the optimizer's state."""
         super().__init__(setup, setup.packs > 1)
         self.shape, self.load = shape, load
         self.weights = {w.name: w for w in every}
@@ -98,8 +103,12 @@ class Walk(Layers):
         ledger.drop(WORKSPACE, arriving)
 
     def loss(self, head: Weight, rows: int, reached: bool) -> tuple[int, int]:
-        """linear_cross_entropy's forward pass, which forms the gradients too: bytes of those of the hidden states
-        and of the weight, held until the backward pass has scaled and handed them on."""
+        """The forward pass of linear_cross_entropy, which computes the gradients as well.
+
+        Returns:
+            Bytes of the gradients of the hidden states and of the weight. They are held until the backward pass has
+            scaled them.
+        """
         ledger, c, heads = self.ledger, self.c, head.count
         ledger.phase = "loss"
         hidden = rows * heads * head.inputs * c
@@ -123,7 +132,7 @@ class Walk(Layers):
         return kept
 
     def loss_backward(self, head: Weight, kept: tuple[int, int]) -> None:
-        """The head's gradient, in the weight's type."""
+        """The head's gradient is converted to the weight's type."""
         self.ledger.phase = "backward: loss"
         if head.trained and head.width > self.c:
             elements = head.numel
@@ -152,7 +161,8 @@ class Walk(Layers):
         # int32 tokens and positions, flags; targets and weights in float64.
         ledger.hold(WORKSPACE, rows * (4 * (codebooks + 2) + 1) + 8 * (2 * targets + 2 * frames))
         x = ledger.hold(ACTIVATIONS, rows * width * embedded_width)
-        # With more look-ups than rows of the table, the decoder reads a projection of the whole (model.projects_table).
+        # With more look-ups than rows of the table, the decoder reads a projection of the whole table
+        # (``projects_table`` in csm_fast.model.stacks).
         by_table = (codebooks - 1) * shape.audio_vocab_size if frames > shape.audio_vocab_size else 0
         looked_up = 0 if by_table else frames * (codebooks - 1)
         codes = ledger.hold(WORKSPACE, looked_up * width * embedded_width)
@@ -181,7 +191,7 @@ class Walk(Layers):
         self.forward_stack(depths)
         states = ledger.hold(WORKSPACE, positions * depth * max(c, depths.norm.width))
         kept = self.loss(audio_head, frames, depths.active)
-        # The end of the forward pass: its local tensors go, and of autocast's copies those that nothing saved.
+        # The end of the forward pass frees its local tensors, and those of autocast's copies that nothing saved.
         ledger.drop(WORKSPACE, codes + hidden + states)
         for stack in (body, depths):
             for index in range(len(stack.layers)):
@@ -201,7 +211,7 @@ class Walk(Layers):
         again = 0
         if by_table:
             grad = ledger.hold(WORKSPACE, by_table * (depth + width * self.audio.learns) * c)
-            # The audio table's second gradient: beside the frame embedding's until both are added up.
+            # The audio table has a second gradient, beside the frame embedding's, until both are added.
             again = ledger.hold(GRADIENTS, self.audio.numel * embedded_width * self.audio.learns)
             ledger.drop(WORKSPACE, grad)
         self.gradient(projection)
@@ -217,7 +227,7 @@ class Walk(Layers):
         return ledger
 
     def embeddings_backward(self, x: int, codes: int) -> None:
-        """The tables' gradients are whole, zeros where no row was read."""
+        """The gradients of the tables. They are dense: zeros where no row was read."""
         ledger, load = self.ledger, self.load
         ledger.phase = "backward: embeddings"
         arriving = ledger.hold(WORKSPACE, x if self.text.learns or self.audio.learns else 0)
@@ -239,6 +249,6 @@ class Walk(Layers):
         """AdamW works in place."""
         self.ledger.phase = "update"
         for table in (self.text, self.audio):
-            if table.masters:  # the gradients of their rows are taken out of the table's, which goes
+            if table.masters:  # the gradients of their rows are copied out of the table's, which is freed
                 self.ledger.hold(GRADIENTS, 4 * table.masters * table.inputs)
                 self.ledger.drop(GRADIENTS, table.numel * table.width)

@@ -1,6 +1,6 @@
 """Which tensors a training run holds: their sizes, how they are stored, and what training adds to each.
 
-Sizes follow from the model's shape alone; nothing is allocated. ``memory_step.py`` walks through a step with them.
+Sizes follow from the model's shape alone; nothing is allocated.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from csm_fast.config.train import AdapterSection, OptimizerSection
 # bitsandbytes' NF4 with double quantisation: 4 bits a weight; per block an absmax in 8 bits, and per block of those one
 # in float32; 16 float32 codes and an offset per tensor, the codes of the absmax (256 float32) too.
 NF4_CODES_BYTES = 4 * (16 + 256 + 1)
-# Rows of the text table that a corpus uses, where only such rows are trained: an assumption on the safe side for speech
-# of one language. Of the audio table it is every row.
+# Rows of the text table that a corpus uses, if only such rows are trained: more than speech of one language needs. Of
+# the audio table it is every row.
 TEXT_ROWS = 16_384
 
 
@@ -31,7 +31,7 @@ class Weight:
         inputs, outputs: of the linear layer, or columns and rows of a table; a norm has no inputs.
         count: how many of them lie in one tensor: the heads of the audio head.
         kind: "linear", "table", "head" or "norm".
-        width: bytes of an element as stored (for ``quantised``, of what it is multiplied as).
+        width: bytes of an element as stored; of a quantised weight, as multiplied.
         trained: it has a gradient, of the same width.
         rank: of the adapter beside it; 0 without one.
         dora: the adapter has a magnitude per output.
@@ -53,7 +53,7 @@ class Weight:
 
     @property
     def learns(self) -> bool:
-        """A gradient of its own shape is formed."""
+        """Whether a gradient of its own shape is computed."""
         return self.trained or self.masters > 0
 
     @property

@@ -1,24 +1,22 @@
 """Sum of a row's live embeddings, without the [rows, K + 1, width] tensor.
 
 An audio row is a sum of K table rows, a text row is one table row. The depth decoder looks up codes of the same audio
-table one by one; asked for here too, both uses share one gradient. A table's gradient is the sum of each touched row's
-occurrences, found by sorting the keys: on CUDA by the kernels of ``frame_embed_kernels``, on a CPU by PyTorch's
-``embedding_bag``, the same sum with the gradient for a table.
+table one by one. Both look-ups are one operator here, so that they share one gradient. A table's gradient is the sum of
+each touched row's occurrences, which are found by sorting the keys.
 """
 
 from __future__ import annotations
 
-import mmap
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from csm_kernels.choice import resolve
-from csm_kernels.gpu import frame_embed as kernels
+from csm_kernels.gpu.frame_embed import launch_backward, launch_forward
 
-# --- reference ----------------------------------------------------------------------------------------------------
+# --- PyTorch's operators ----------------------------------------------------------------------------------------------
 
 
 def _keys(codes: Tensor, vocab: int) -> Tensor:
@@ -29,7 +27,7 @@ def _keys(codes: Tensor, vocab: int) -> Tensor:
 def _reference(
     tokens: Tensor, is_audio: Tensor, frames: Tensor, text_table: Tensor, audio_table: Tensor, sparse: bool
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own operators. Every row looks up both kinds and keeps one, so that no shape depends on the data."""
+    """Every row looks up both kinds and keeps one, so that no shape depends on the data."""
     vocab = audio_table.shape[0] // (tokens.shape[1] - 1)
     keys = _keys(tokens[:, :-1], vocab)
     audio = F.embedding_bag(keys.where(is_audio.unsqueeze(1), 0), audio_table, mode="sum", sparse=sparse)
@@ -38,58 +36,7 @@ def _reference(
     return rows, F.embedding(keys.index_select(0, frames)[:, :-1], audio_table, sparse=sparse)
 
 
-# --- CPU ----------------------------------------------------------------------------------------------------------
-
-
-def _cpu_forward(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_table: Tensor) -> Tensor:
-    """Each row looks up only what it needs."""
-    keys = _keys(tokens[:, :-1], audio_table.shape[0] // (tokens.shape[1] - 1))
-    out = audio_table.new_empty(tokens.shape[0], audio_table.shape[1])
-    audio_rows, text_rows = is_audio.nonzero().squeeze(1), (~is_audio).nonzero().squeeze(1)
-    out.index_copy_(0, audio_rows, F.embedding_bag(keys.index_select(0, audio_rows), audio_table, mode="sum"))
-    words = F.embedding(tokens[:, -1].index_select(0, text_rows), text_table)
-    return out.index_copy_(0, text_rows, words.to(out.dtype))
-
-
-_PIECE_BYTES = 2**21  # of sums between two copies: small enough for a second-level cache
-
-
-def _cpu_backward(grad: Tensor, more: Tensor | None, keys: Tensor, source: Tensor, n_rows: int, out: Tensor) -> None:
-    """Add up the gradient of one table, a bag per touched row of the gradients it gets, and write these rows into
-    ``out`` [n_rows, D]."""
-    if more is not None:
-        grad = torch.cat([grad, more.to(grad.dtype)])
-    touched, counts = torch.unique_consecutive(keys, return_counts=True)
-    ends = counts.cumsum(0)
-    starts = ends - counts
-    live = int(touched.numel()) - int(touched.numel() > 0 and touched[-1] == n_rows)
-    step = max(1, _PIECE_BYTES // (grad.shape[1] * grad.element_size()))
-    for first in range(0, live, step):
-        last = min(first + step, live)
-        some = source[starts[first] : ends[last - 1]]
-        sums = F.embedding_bag(some, grad, starts[first:last] - starts[first], mode="sum")
-        out.index_copy_(0, touched[first:last].long(), sums.to(out.dtype))
-
-
-def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. A big tensor on a CPU is memory fresh from the operating system: pages that are never written cost
-    nothing, where filling a gradient of 128,256 rows takes longer than everything that a short batch computes.
-    """
-    size = shape[0] * shape[1] * dtype.itemsize
-    if device.type != "cpu" or size < 2**22:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            pages.madvise(mmap.MADV_HUGEPAGE)  # one fault for 2 MiB: whoever reads the gradient meets each page once
-        except OSError:  # a kernel without them
-            pass
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
-# --- autograd -----------------------------------------------------------------------------------------------------
+# --- registered operators ---------------------------------------------------------------------------------------------
 
 
 def _embed(
@@ -101,10 +48,15 @@ def _embed(
     sparse: bool = False,
     use_triton: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    forward = kernels.launch_forward if use_triton else _cpu_forward
-    rows = forward(tokens, is_audio, text_table, audio_table)
-    codes = tokens.index_select(0, frames)[:, :-2]
-    return rows, F.embedding(_keys(codes, audio_table.shape[0] // (tokens.shape[1] - 1)), audio_table)
+    """The rows [N, D], and the codes of ``frames`` one by one [M, K - 1, D]. Without ``use_triton``: on a CPU."""
+    vocab = audio_table.shape[0] // (tokens.shape[1] - 1)
+    if use_triton:
+        rows = launch_forward(tokens, is_audio, text_table, audio_table)
+    else:
+        from csm_kernels.cpu.frame_embed import embed_rows
+
+        rows = embed_rows(_keys(tokens[:, :-1], vocab), tokens[:, -1], is_audio, text_table, audio_table)
+    return rows, F.embedding(_keys(tokens.index_select(0, frames)[:, :-2], vocab), audio_table)
 
 
 _frame_embed = torch.library.custom_op("csm_kernels::frame_embed", _embed, mutates_args=())
@@ -120,21 +72,21 @@ def _(tokens, is_audio, frames, text_table, audio_table, sparse=False, use_trito
 def _sorted_keys(
     tokens: Tensor, is_audio: Tensor, frames: Tensor, of_audio: bool, n_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """The table rows that were read, ascending, n_rows where none was; and which gradient each gets: that of a row,
-    or, counted on from there, that of one of ``frames``' codes. Both int32."""
+    """(keys, source), both int32: the table rows that were read, ascending, n_rows for none; and the gradient of each,
+    as an index into the gradients of rows, followed by those of the codes of ``frames``."""
     rows, num_codebooks = tokens.shape[0], tokens.shape[1] - 1
     vocab = n_rows // num_codebooks if of_audio else n_rows
     ids = tokens[:, :-1] if of_audio else tokens[:, -1:]
     live = is_audio.unsqueeze(1) == of_audio
 
-    def numbered(ids: Tensor, live: Tensor | bool) -> Tensor:
+    def keys_of(ids: Tensor, live: Tensor | bool) -> Tensor:
         return torch.where((ids >= 0) & (ids < vocab) & live, _keys(ids.to(torch.int32), vocab), n_rows).flatten()
 
-    keys = numbered(ids, live)
+    keys = keys_of(ids, live)
     of_rows = keys.numel()
     if of_audio:
-        keys = torch.cat([keys, numbered(tokens.index_select(0, frames)[:, :-2], True)])
-    # Stable: a run's occurrences are in the order of their rows, whatever the sort does inside.
+        keys = torch.cat([keys, keys_of(tokens.index_select(0, frames)[:, :-2], True)])
+    # Stable, so that the occurrences of a row are always in the same order.
     keys, order = torch.sort(keys, stable=True)
     order = order.to(torch.int32)
     if not of_audio:
@@ -154,14 +106,17 @@ def _table_gradient(
     dtype: torch.dtype,
     use_triton: bool = True,
 ) -> Tensor:
-    """Gradient of the audio table, or else of the text table."""
-    out = _zeros((n_rows, grad.shape[1]), dtype, grad.device)
+    """The gradient of the audio table, or else of the text table."""
     more = grad_codes.flatten(0, 1) if of_audio and grad_codes.numel() else None
     keys, source = _sorted_keys(tokens, is_audio, frames, of_audio, n_rows)
     if use_triton:
-        kernels.launch_backward(grad, more, keys, source, n_rows, out, None)
+        out = torch.zeros((n_rows, grad.shape[1]), dtype=dtype, device=grad.device)
+        launch_backward(grad, more, keys, source, n_rows, out, None)
     else:
-        _cpu_backward(grad, more, keys, source, n_rows, out)
+        from csm_kernels.cpu import frame_embed as cpu
+
+        out = cpu.zeros((n_rows, grad.shape[1]), dtype)
+        cpu.write_gradient(grad, more, keys, source, n_rows, out)
     return out
 
 
@@ -181,7 +136,7 @@ def _sparse_table_gradient(
     dtype: torch.dtype,
     use_triton: bool,
 ) -> Tensor:
-    """The same with only the touched rows, ascending. How many there are is a shape, so the host waits for it."""
+    """The same as a sparse tensor of the touched rows, ascending. Their number is a shape, so the host waits for it."""
     more = grad_codes.flatten(0, 1) if of_audio and grad_codes.numel() else None
     keys, source = _sorted_keys(tokens, is_audio, frames, of_audio, n_rows)
     touched = torch.unique_consecutive(keys)
@@ -190,10 +145,12 @@ def _sparse_table_gradient(
     place[touched] = torch.arange(touched.numel(), dtype=torch.int32, device=grad.device)
     values = torch.empty((touched.numel(), grad.shape[1]), dtype=dtype, device=grad.device)
     if use_triton:
-        kernels.launch_backward(grad, more, keys, source, n_rows, values, place)
+        launch_backward(grad, more, keys, source, n_rows, values, place)
     else:
+        from csm_kernels.cpu.frame_embed import write_gradient
+
         live = keys < n_rows  # a prefix
-        _cpu_backward(grad, more, place[keys[live].long()], source[live], touched.numel(), values)
+        write_gradient(grad, more, place[keys[live].long()], source[live], touched.numel(), values)
     size = (n_rows, grad.shape[1])
     return torch.sparse_coo_tensor(touched.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False)
 
@@ -206,7 +163,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_codes):
-    gradient: Any = _sparse_table_gradient if ctx.sparse else _table_gradient
+    gradient: Callable[..., Tensor] = _sparse_table_gradient if ctx.sparse else _table_gradient
     text = audio = None
     tokens, is_audio, frames = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
@@ -219,7 +176,7 @@ def _backward(ctx, grad, grad_codes):
 _frame_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- public functions ---------------------------------------------------------------------------------------------
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def frame_embed(
@@ -236,19 +193,23 @@ def frame_embed(
     ``text_table[tokens[:, K]]`` (Sesame's ``_embed_tokens`` followed by its masked sum).
 
     Args:
-        tokens: [N, K + 1] integers; columns 0..K-1 are codes in [0, V), column K is the text token. What a row does not
-            embed is not looked at. The kernel embeds an id outside its table as NaN, without a gradient.
+        tokens: [N, K + 1] integers; columns 0..K-1 are codes in [0, V), column K is the text token. Ids that a row does
+            not embed are ignored. The kernel embeds an id outside its table as NaN, without a gradient.
         is_audio: [N] bool.
         text_table: [text vocabulary, D].
         audio_table: [K * V, D].
-        impl: ``"triton"``: the kernels, for bfloat16, float16 and float32 on CUDA; ``"torch"``: PyTorch's own
-            operators; ``"auto"``: the kernels where they run.
-        sparse: give the tables' gradients as sparse tensors of the touched rows. The kernels' and the CPU's are
-            coalesced, and the host waits for the number of rows.
+        impl: "triton": the kernels, for bfloat16, float16 and float32 on CUDA; "torch": PyTorch's operators; "auto":
+            the kernels where they run; or an answer of ``csm_kernels.choice.resolve``.
+        sparse: return the tables' gradients as sparse tensors of the touched rows. With the kernels and on a CPU they
+            are coalesced, and the host waits for the number of rows.
 
     Returns:
-        [N, D] in the audio table's dtype; float32 accumulation where the tables are narrower. Gradients are
+        [N, D] in the audio table's dtype, accumulated in float32 if the tables are narrower. Gradients are
         deterministic with the kernels and on a CPU.
+
+    Raises:
+        ValueError: an unknown ``impl``, or ``impl="triton"`` with tables that the kernels do not support.
+        ImportError: ``impl="triton"`` without Triton.
     """
     frames = torch.empty(0, dtype=torch.int32, device=tokens.device)
     return frame_embed_with_codes(tokens, is_audio, frames, text_table, audio_table, impl, sparse)[0]
@@ -265,14 +226,14 @@ def frame_embed_with_codes(
 ) -> tuple[Tensor, Tensor]:
     """``frame_embed``, and the embeddings of some rows' codes one by one, as the depth decoder reads them.
 
-    Both use the audio table; together they give it one gradient, where two of its size would be filled and added.
+    Both read the audio table. As one operator they give it one gradient, instead of two that have to be added.
 
     Args:
         frames: [M] int32 or int64, rows of ``tokens`` that are audio.
         The others as in ``frame_embed``.
 
     Returns:
-        [N, D] as ``frame_embed``'s, and [M, K - 1, D]: ``audio_table[tokens[frames, k] + k * V]`` for k < K - 1.
+        [N, D] as of ``frame_embed``, and [M, K - 1, D]: ``audio_table[tokens[frames, k] + k * V]`` for k < K - 1.
     """
     dtype = torch.promote_types(text_table.dtype, audio_table.dtype)
     impl = resolve(impl, audio_table.device, dtype).impl

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("home", "fresh_log")
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Two good recordings in their metadata, and the tokens of an earlier run on them."""
-    monkeypatch.setattr("csm_fast.data.codec.load.load_codec", lambda *args, **options: FakeCodec())
-    monkeypatch.setattr("csm_fast.data.text.load_text_tokenizer", lambda *args: FakeTokenizer())
+    monkeypatch.setattr("csm_fast.data.pretokenize.load_codec", lambda *args, **options: FakeCodec())
+    monkeypatch.setattr("csm_fast.data.pretokenize.load_text_tokenizer", lambda *args: FakeTokenizer())
     write_wav(tmp_path / "a.wav", 0.5, 1)
     write_wav(tmp_path / "b.wav", 0.7, 2)
     write_metadata(tmp_path, [{"text": "one", "path": "a.wav"}, {"text": "two", "path": "b.wav"}])

@@ -7,7 +7,7 @@ import yaml
 from paths import ROOT
 
 from csm_fast import InputError, cli
-from csm_fast.config.parse import Parser, add_flags, build, dump_yaml, from_flags, leaves, read_yaml
+from csm_fast.config.parse import Parser, add_flags, build, dump_yaml, from_flags, list_settings, read_yaml
 from csm_fast.config.shape import CSMConfig
 from csm_fast.config.train import TrainConfig
 from csm_fast.system.device import resolve_device
@@ -21,7 +21,8 @@ def parse(*argv, config=None):
 
 
 def test_names_are_unique_over_all_sections():
-    found = [name for _, field, _ in leaves(TrainConfig) for name in [field.name, *field.metadata.get("alias", ())]]
+    fields = [field for _, field, _ in list_settings(TrainConfig)]
+    found = [name for field in fields for name in [field.name, *field.metadata.get("alias", ())]]
     found = [name.replace("-", "_") for name in found]
     assert len({*found}) >= len(found) - 1, "an alias may repeat its own field's name only"
 

@@ -11,7 +11,7 @@ from paths import GOLDEN
 
 from csm_fast import cli
 from csm_fast.config import TrainConfig, commands
-from csm_fast.config.parse import leaves, names
+from csm_fast.config.parse import list_names, list_settings
 
 INTERFACE = json.loads((GOLDEN / "interface.json").read_text(encoding="utf-8"))
 
@@ -37,8 +37,8 @@ def test_every_flag(command, monkeypatch):
 @pytest.mark.parametrize("config", INTERFACE["settings"])
 def test_every_setting_of_a_config_file(config):
     found: dict[str, set[str]] = {}
-    for section, field, _ in leaves(TrainConfig if config == "TrainConfig" else getattr(commands, config)):
-        found.setdefault(section or "", set()).update(names(field))
+    for section, field, _ in list_settings(TrainConfig if config == "TrainConfig" else getattr(commands, config)):
+        found.setdefault(section or "", set()).update(list_names(field))
     missing = {
         (section, key)
         for section, keys in INTERFACE["settings"][config].items()

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
+from csm_fast.data.corpus import split_validation
 from csm_fast.data.metadata import (
     Conversation,
     MetadataTurn,
     clean_text,
     load_metadata,
     load_speaker_map,
-    split_validation,
 )
 from csm_fast.system.errors import InputError
 

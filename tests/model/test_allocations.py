@@ -22,11 +22,11 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
-from csm_kernels import frame_embed as frame_embed_module
 from csm_kernels import head_chunks
 from csm_kernels import linear_cross_entropy as linear_cross_entropy_module
 from csm_kernels.constants import HEAD_COLUMNS, LOGITS_BUDGET
 from csm_kernels.cpu import folded_attention, native
+from csm_kernels.cpu import frame_embed as cpu_frame_embed
 from csm_kernels.linear_cross_entropy import linear_cross_entropy
 from kernel_cases import interpreted
 from model_cases import TINY, one_layer, padded, quick_model, random_conversations
@@ -151,7 +151,7 @@ def rows_by_rows(model: CSM, pack: Pack) -> Tensor:
 def tiny_tiles(monkeypatch):
     """Scores, wide logits and sums of embeddings come in pieces of a size for true widths: of these, one is a pack."""
     monkeypatch.setattr(folded_attention, "FOLDED_SCORES", 2**12)
-    monkeypatch.setattr(frame_embed_module, "_PIECE_BYTES", 2**14)
+    monkeypatch.setattr(cpu_frame_embed, "PIECE_BYTES", 2**14)
     monkeypatch.setattr(head_chunks, "SOFTMAX_BUDGET", 2**11)
 
 

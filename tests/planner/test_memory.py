@@ -21,8 +21,8 @@ from csm_fast.model.compile import compile_layers
 from csm_fast.model.loss import packed_loss
 from csm_fast.planner import fit as memory
 from csm_fast.planner.estimate import Estimate, estimate
-from csm_fast.planner.layer import Setup
 from csm_fast.planner.ledger import ACTIVATIONS, COPIES
+from csm_fast.planner.stack import Setup
 from csm_fast.planner.step import Load, Walk
 from csm_fast.planner.tensors import list_weights
 from csm_fast.system.errors import InputError

@@ -1,1 +1,4 @@
-"""The CPU library in C++ and its operators. Nothing here imports ``csm_kernels.gpu``."""
+"""The forms for CPUs: the C++ library, its operators, and what surrounds them. Imports nothing of ``csm_kernels.gpu``.
+
+Operators import these modules when they first run on a CPU, so that nothing on CUDA depends on a C++ compiler.
+"""

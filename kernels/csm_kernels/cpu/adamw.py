@@ -8,7 +8,7 @@ from torch import Tensor
 
 from csm_kernels.constants import PARTIAL_SUM
 from csm_kernels.cpu import native
-from csm_kernels.cpu.passes import nothing, operator
+from csm_kernels.cpu.passes import do_nothing, operator
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MATRIX_ROWS = 2**13  # of a linear layer's weight at most; a matrix with more is an embedding table
@@ -29,7 +29,7 @@ def _is(x: Tensor, dtype: torch.dtype, numel: int) -> bool:
     "adamw_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? compensation, "
     "Tensor(e!)? live, Tensor step, Tensor? found_inf, Tensor? grad_scale, float lr, float beta1, float beta2, "
     "float weight_decay, float eps, bool stochastic, int counters, int salt, int tiles) -> ()",
-    fake=nothing,
+    fake=do_nothing,
 )
 def adamw_(
     weight: Tensor,

@@ -1,7 +1,7 @@
-"""Causal grouped-query attention of a pack on a CPU with its rotation, without autograd.
+"""Causal grouped-query attention of a pack on a CPU, with its rotation and without autograd.
 
-In bf16, on processors with AMX or AVX512-BF16, one call of the library built for this processor
-(``attention.cpp``), over the rows as they lie; elsewhere batched products over folded rows (``folded_attention``).
+In bf16 on processors with AMX or AVX512-BF16 it is one call of the C++ library (``attention.cpp``) on the rows in their
+own order. Elsewhere it is batched matrix products of folded rows (``folded_attention``).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from csm_kernels.cpu.folded_attention import Fold
 from csm_kernels.cpu.passes import gathered, operator, rotated, rotated_back
 from csm_kernels.dtypes import wide_dtype
 
-# Columns of a register: what a head's width must be a multiple of.
-LANES = 16
+LANES = 16  # floats of a register; the library needs heads whose width is a multiple
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Order:
         bounds: [S + 1] int64 on the CPU, cumulative lengths from 0 to the number of rows T.
         longest: rows of the longest segment.
         heads, kv_heads: of the queries, and of keys and values.
-        fold: makes, or finds, the folded order of the rows.
+        fold: returns the folded order of the rows.
     """
 
     bounds: Tensor
@@ -43,11 +42,11 @@ class Order:
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs: tensors for ``save_for_backward``.
+    """What the backward pass needs, for ``save_for_backward``.
 
     Attributes:
-        q, k, v: rotated, q scaled; rows as they lie, or folded.
-        logs: [heads, T] float32, of the rows' sums of exponentials; None where rows are folded.
+        q, k, v: rotated, q scaled; rows in their own order, or folded.
+        logs: [heads, T] float32, logarithms of the rows' sums of exponentials; None if rows are folded.
     """
 
     q: Tensor
@@ -58,25 +57,28 @@ class Kept(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def uniform_order(segments: int, rows: int, heads: int, kv_heads: int) -> Order:
-    """That of ``segments`` segments of ``rows`` rows each."""
-    # One first made under inference_mode must still serve training afterwards.
+    """The order of ``segments`` segments of ``rows`` rows each."""
+    # Under inference_mode the tensor could not be used in training later.
     with torch.inference_mode(False), torch.no_grad():
         bounds = torch.arange(segments + 1) * rows
     return Order(bounds, rows, heads, kv_heads, lambda: folded_attention.uniform(segments, rows, heads, kv_heads))
 
 
-# --- the library's ----------------------------------------------------------------------------------------------------
+# --- the library ------------------------------------------------------------------------------------------------------
 
 
 def _supports_rows(q: Tensor, cos: Tensor | None, order: Order, width: int) -> bool:
     if width % LANES or (cos is not None and cos.dtype != torch.float32):
         return False
-    # Batched products of a long segment are shared by all threads.
-    busy = 2 * (len(order.bounds) - 1) * order.kv_heads >= torch.get_num_threads() or order.longest <= 512
-    return busy and native.function("attention_forward", q.dtype) is not None
+    # The library gives a segment and a key-value head to one thread. All threads share the batched products of a long
+    # one.
+    is_busy = 2 * (len(order.bounds) - 1) * order.kv_heads >= torch.get_num_threads() or order.longest <= 512
+    return is_busy and native.function("attention_forward", q.dtype) is not None
 
 
-def _forward_without_data(q: Tensor, k: Tensor, v: Tensor, cos: Any, sin: Any, bounds: Any, heads: int, *_: Any) -> Any:
+def _forward_without_data(
+    q: Tensor, k: Tensor, v: Tensor, cos: object, sin: object, bounds: object, heads: int, *_: object
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(heads, q.shape[0], dtype=torch.float32)
 
 
@@ -97,10 +99,10 @@ def _attention_rows(
     factor: float,
     scratch: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``q`` and ``k`` are rotated where they lie, ``q`` times the factor -> (output, logs). All contiguous bf16 [T,
-    heads d], angles float32; ``factor`` 1 without a rotation."""
+    """Rotates ``q`` and ``k`` in place, multiplies ``q`` by the factor, and returns (output, logs). All are contiguous
+    bf16 [T, heads d], angles float32; ``factor`` is 1 without a rotation."""
     out, logs = torch.empty_like(q), q.new_empty(heads, q.shape[0], dtype=torch.float32)
-    run = native.library_function("attention_forward", q.dtype)
+    run = native.required_function("attention_forward", q.dtype)
     arguments = _arguments(cos, sin, bounds, heads, kv_heads, factor, q.shape[1] // heads)
     pointers = (x.data_ptr() for x in (q, k, v))
     run(
@@ -113,7 +115,9 @@ def _attention_rows(
     return out, logs
 
 
-def _backward_without_data(grad: Any, out: Any, places: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+def _backward_without_data(
+    grad: Tensor, out: Tensor, places: object, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -139,9 +143,10 @@ def _attention_rows_backward(
     factor: float,
     scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From rotated q and k; ``places`` [T] int64: the row of grad and out that is a row's own, or -1."""
+    """Gradients from rotated q and k. ``places`` [T] int64: for each row the index of its row in grad and out, or
+    -1."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    run = native.library_function("attention_backward", q.dtype)
+    run = native.required_function("attention_backward", q.dtype)
     place = None if places is None else places.data_ptr()
     pointers = (x.data_ptr() for x in (q, k, v, logs))
     arguments = _arguments(cos, sin, bounds, heads, kv_heads, factor, q.shape[1] // heads)
@@ -152,13 +157,13 @@ def _attention_rows_backward(
 
 
 def _scratch(order: Order, x: Tensor, width: int, backward: bool) -> Tensor:
-    """Bytes, the same number for each thread."""
-    size = native.library_function("attention_scratch", x.dtype)(order.longest, width, backward)
+    """Scratch memory, equally much for each thread."""
+    size = native.required_function("attention_scratch", x.dtype)(order.longest, width, backward)
     return torch.empty(_threads(x, order.bounds, order.kv_heads) * size, dtype=torch.uint8)
 
 
 def _threads(x: Tensor, bounds: Tensor, kv_heads: int) -> int:
-    """A thread has a segment and a key-value head at a time."""
+    """How many threads work: each takes a segment and a key-value head at a time."""
     return max(1, min(native.threads(x.numel()), (len(bounds) - 1) * kv_heads))
 
 
@@ -168,19 +173,21 @@ def _scratch_arguments(scratch: Tensor, threads: int) -> tuple[int, int, int]:
 
 def _arguments(
     cos: Tensor | None, sin: Tensor | None, bounds: Tensor, heads: int, kv_heads: int, factor: float, width: int
-) -> tuple[Any, ...]:
+) -> tuple[int | float | None, ...]:
     angles = (None, None, 1) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[0])
     return *angles, factor, bounds.data_ptr(), len(bounds) - 1, heads, kv_heads, width
 
 
 def _products_below_the_diagonal(bounds: Tensor, columns: int) -> int:
-    """FLOPs of one product of every segment's scores with ``columns`` numbers a row."""
+    """FLOPs of one product of all segments' scores with rows of ``columns`` elements."""
     sizes = bounds.diff()
     return columns * int((sizes * (sizes + 1)).sum())
 
 
 @register_flop_formula(torch.ops.csm_kernels.attention_rows, get_raw=True)
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, cos: Any, sin: Any, bounds: Tensor, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, cos: object, sin: object, bounds: Tensor, *_: object, **__: object
+) -> int:
     return 2 * _products_below_the_diagonal(bounds, q.shape[1])
 
 
@@ -193,7 +200,7 @@ def _backward_flops(*args: Any, **_: Any) -> int:
 
 
 def keep(q: Tensor, k: Tensor, v: Tensor, logs: Tensor | None, order: Order, width: int) -> Kept:
-    """What ``forward`` keeps, from its arguments without a rotation, and its logs."""
+    """What ``forward`` keeps of these arguments without a rotation, given its logs."""
     q = q * width**-0.5
     if logs is not None:
         return Kept(q, k.contiguous(), v.contiguous(), logs)
@@ -206,7 +213,7 @@ def forward(
     """Rotation, then softmax(q k^T / sqrt(d)) v inside each segment.
 
     Args:
-        q: [T, heads d].  k, v: [T, kv_heads d]. With a rotation they must be the caller's own: it may happen in place.
+        q: [T, heads d].  k, v: [T, kv_heads d]. A rotation may happen in place, so the caller must not need them later.
         cos, sin: [T or K, 1, d / 2] in the wide dtype; row t has the angles t modulo their number. None: no rotation.
         width: d.
 
@@ -216,7 +223,7 @@ def forward(
     Raises:
         ValueError: segments that do not end at T.
     """
-    if order.bounds[-1].item() != q.shape[0]:  # the library would read and write behind the rows
+    if order.bounds[-1].item() != q.shape[0]:  # or the library would access memory after the rows
         raise ValueError(f"the segments end at {int(order.bounds[-1])}, but there are {q.shape[0]} rows")
     factor = width**-0.5
     if not _supports_rows(q, cos, order, width):
@@ -258,7 +265,7 @@ def backward(
     With P = softmax(S) and O = P V: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q.
 
     Args:
-        grad, out: [T, heads d], or of the rows ``rows`` [A] int64, all different; the others have no gradient.
+        grad, out: [T, heads d], or only the rows ``rows`` [A] int64, all different; the others have no gradient.
     """
     q, k, v, logs = kept
     if logs is None:

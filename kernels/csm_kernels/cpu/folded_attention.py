@@ -1,16 +1,16 @@
 """Causal grouped-query attention of many segments on a CPU: batched GEMMs and a softmax, without autograd.
 
-PyTorch's flash attention for CPUs works in small tiles: forward and backward together take nine times as long as this
-for 128 frames of 32 positions, seven times for 40 segments of 48 rows, and still twice as long for segments of 300 to
-2,000 rows (bf16, two cores). A call costs as much as the arithmetic of a few thousand scores, so there are few: one
-gather brings the rows of all segments into the order of the products, head by head, one brings the result back. A
-long segment goes in blocks of query rows, each against the keys up to its last row, so that little above the diagonal
-is computed.
+PyTorch's flash attention for CPUs works in small tiles. Forward and backward together take nine times as long as here
+for 128 frames of 32 positions, seven times for 40 segments of 48 rows, and twice as long for segments of 300 to 2,000
+rows (bf16, two cores). A call costs as much as the arithmetic of a few thousand scores, so there are few calls: one
+gather brings the rows of all segments into the order of the products, head by head, and one brings the result back. A
+long segment is computed in blocks of query rows, each with the keys up to its last row, so that little above the
+diagonal is computed.
 
-"Folded" rows: segments of similar length form a group, padded to its longest; a group is [segments, heads, width, d],
-and the groups lie one after the other. The query heads that share a key-value head are neighbours, so with queries seen
-as [segments * kv heads, (heads / kv heads) * width, d] they are rows of one product. Padding lies on the right, where
-a causal mask hides it from every row that counts.
+"Folded" rows: segments of similar length form a group, padded to the longest of them. A group is [segments, heads,
+width, d], and the groups follow one another. Query heads that share a key-value head are neighbours, so queries seen as
+[segments * kv heads, (heads / kv heads) * width, d] are the rows of one product. Padding lies on the right, where a
+causal mask hides it from every other row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from csm_kernels.constants import FOLDED_SCORES, QUERY_ROWS
 from csm_kernels.cpu.passes import causal_softmax_, causal_softmax_backward_, gathered
 from csm_kernels.dtypes import wide_dtype
 
-WHOLE = 112  # rows of the longest segment whose scores are one square
+WHOLE = 112  # rows of the longest segment that is computed as one block
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def fold(index: Tensor, live: Tensor, shapes: tuple[tuple[int, int], ...], heads
     """The folded order of segments.
 
     Args:
-        index: [B] int64, for each group [segments, width] one after the other, the row of the pack.
-        live: [B] bool, which of them are no padding.
+        index: [B] int64, for the groups [segments, width] one after the other, the row of the pack.
+        live: [B] bool, False for padding.
         shapes: (segments, width) of each group.
     """
     queries, live_queries = _by_head(index, live, shapes, heads)
@@ -102,7 +102,7 @@ def _inverse(index: Tensor, live: Tensor) -> Tensor:
 
 
 def uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
-    """The folded order of ``segments`` segments of ``width`` rows each: the beginning of that of more of them."""
+    """The folded order of ``segments`` segments of ``width`` rows each: the beginning of one that has more segments."""
     most = _uniform(1 << max(0, segments - 1).bit_length(), width, heads, kv_heads)
     q, k = segments * width * heads, segments * width * kv_heads
     orders = most.queries[:q], most.keys[:k], most.queries_back[:q], most.keys_back[:k]
@@ -111,7 +111,7 @@ def uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
 
 @functools.lru_cache(maxsize=16)
 def _uniform(segments: int, width: int, heads: int, kv_heads: int) -> Fold:
-    # One first made under inference_mode must still serve training afterwards.
+    # Under inference_mode the tensors could not be used in training later.
     with torch.inference_mode(False), torch.no_grad():
         index = torch.arange(segments * width)
         live = torch.ones_like(index, dtype=torch.bool)
@@ -178,7 +178,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Fold) -> tupl
     repeat, width = order.heads // order.kv_heads, q.shape[-1]
     grad = gathered(grad.reshape(-1, width), order.queries)
     if order.padding.numel():
-        # Nothing flows back from padding, so neither does anything into it: what it holds only has to be finite.
+        # Padding has no gradient. Its values reach no other row, and only have to be finite.
         grad.index_fill_(0, order.padding, 0)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for segments, rows, some_q, some_k in order.groups():
@@ -198,7 +198,7 @@ def _score_gradients(p: Tensor, grad: Tensor, v: Tensor, first: int) -> Tensor:
 
 
 def _backward_whole(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Into dq [n, repeat, rows, d] and dk, dv [n, rows, d]."""
+    """Writes dq [n, repeat, rows, d] and dk, dv [n, rows, d]."""
     q, grad, dq = q.flatten(1, 2), grad.flatten(1, 2), dq.flatten(1, 2)
     p = _probabilities(q, k, 0)
     torch.bmm(p.transpose(1, 2), grad, out=dv)
@@ -208,7 +208,7 @@ def _backward_whole(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, d
 
 
 def _backward_in_blocks(q: Tensor, grad: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """The same, block of queries by block; what several give the same key is added up in the wide dtype."""
+    """The same in blocks of queries. The gradients of a key from several blocks are added up in the wide dtype."""
     repeat, rows = q.shape[1:3]
     wide = wide_dtype(k.dtype)
     sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)

@@ -7,7 +7,7 @@ the library does not multiply goes in chunks of several heads through PyTorch's 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,12 +106,12 @@ def supports_heads(hidden: Tensor, weight: Tensor, byte_budget: int) -> bool:
 def _without_data(
     hidden: Tensor,
     weight: Tensor,
-    targets: Any,
-    weights: Any,
-    scale: Any,
+    targets: Tensor,
+    weights: Tensor,
+    scale: float,
     wants_hidden: bool,
     wants_weight: bool,
-    _: Any,
+    _: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses = hidden.new_empty(hidden.shape[1], dtype=torch.float32)
     return losses, *_empty_gradients(hidden, weight, wants_hidden, wants_weight)
@@ -144,7 +144,7 @@ def _heads_cross_entropy(
     vocab = weight.shape[-1]
     losses = hidden.new_empty(heads, dtype=torch.float32)
     grad_hidden, grad_weight = _empty_gradients(hidden, weight, wants_hidden, wants_weight)
-    run = native.library_function("heads_cross_entropy", hidden.dtype)
+    run = native.required_function("heads_cross_entropy", hidden.dtype)
     bad = run(
         hidden.data_ptr(),
         hidden.stride(0),
@@ -193,7 +193,7 @@ def heads_cross_entropy(
         RuntimeError: a target outside of [0, V).
     """
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    run = native.library_function("heads_scratch", hidden.dtype)
+    run = native.required_function("heads_scratch", hidden.dtype)
     scratch = torch.empty(torch.get_num_threads() * run(*hidden.shape, weight.shape[-1]), dtype=torch.uint8)
     return _heads_cross_entropy(
         hidden, weight, targets.contiguous(), weights.contiguous(), scale, wants_hidden, wants_weight, scratch
@@ -202,7 +202,16 @@ def heads_cross_entropy(
 
 @register_flop_formula(torch.ops.csm_kernels.heads_cross_entropy)
 def _flops(
-    hidden: Any, weight: Any, targets: Any, weights: Any, scale: Any, wants_hidden: bool, wants_weight: bool, *_, **__
+    hidden: Sequence[int],
+    weight: Sequence[int],
+    targets: object,
+    weights: object,
+    scale: float,
+    wants_hidden: bool,
+    wants_weight: bool,
+    *_: object,
+    **__: object,
 ) -> int:
+    """Of the tensors, the shapes are given."""
     rows, heads, width = hidden
     return 2 * rows * heads * width * weight[-1] * (1 + wants_hidden + wants_weight)

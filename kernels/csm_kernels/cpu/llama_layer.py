@@ -1,12 +1,12 @@
-"""A pre-norm Llama layer on a CPU in one autograd node, written with few calls and little kept.
+"""A pre-norm Llama layer on a CPU in one autograd node, with few calls and few saved tensors.
 
 A pack of a few hundred rows is so little work that PyTorch's calls, a few microseconds each and a thousand per layer,
-take a quarter of the layer's time. Here a layer is some fifteen calls forward and thirty backward; sums go into the
-products. Of the MLP the two products w1 y and w3 y are kept, of the norms the factors: silu, product and
-normed rows are computed again, in less time than a wider layer's memory takes to come back.
+take a quarter of the layer's time. Here a layer is about fifteen calls forward and thirty backward, and sums are part
+of the products. Of the MLP, the two products w1 y and w3 y are saved; of the norms, their factors. The backward pass
+recomputes silu, its product and the normed rows, which takes less time than reading them from memory would.
 
-Beside its weight W a linear layer may have an adapter of two matrices A and B: y W^T + (y A^T) B^T. Those of one input
-read it together, and y A^T is computed again too.
+Beside its weight W a linear layer may have an adapter of two matrices A and B: y W^T + (y A^T) B^T. Adapters with the
+same input are multiplied by it together. The backward pass recomputes y A^T, too.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Dense = Callable[[], Tensor]
 
 
 class LayerSetup(NamedTuple):
-    """What a layer is, beside its weights.
+    """The settings of a layer.
 
     Attributes:
         head_dim: d.
         eps, mlp_eps: of the two norms.
-        dtype: of the matrix products; the weights have it.
-        recompute_mlp: keep nothing of the MLP but its input.
-        dense: for each linear layer None, or what makes its weight, which is frozen, whenever it is wanted: one in 4
-            bits.
+        dtype: of the matrix products and the weights.
+        recompute_mlp: save nothing of the MLP but its input.
+        dense: for each linear layer None, or, if its weight is in 4 bits and frozen, a function that returns it as a
+            dense tensor.
     """
 
     head_dim: int
@@ -47,10 +47,10 @@ class LayerSetup(NamedTuple):
 
 
 class _Linears:
-    """The seven linear layers of a layer."""
+    """The seven linear layers of a layer, with their adapters."""
 
     def __init__(self, setup: LayerSetup, weights: tuple[Tensor | None, ...], adapters: tuple[Tensor | None, ...]):
-        """``adapters``: A [r, in] and B [out, r] of each, or None twice."""
+        """``adapters``: A [r, in] and B [out, r] of each linear layer, or None twice."""
         self.setup, self.weights = setup, weights
         self.a, self.b = adapters[::2], adapters[1::2]
 
@@ -61,8 +61,8 @@ class _Linears:
             weight = dense().to(self.setup.dtype)
         return weight
 
-    def low(self, y: Tensor, *which: int) -> list[Tensor | None]:
-        """y A^T of each."""
+    def project_down(self, y: Tensor, *which: int) -> list[Tensor | None]:
+        """y A^T of each; None without an adapter."""
         there = [a for i in which if (a := self.a[i]) is not None]
         if not there:
             return [None] * len(which)
@@ -70,13 +70,13 @@ class _Linears:
         return [None if self.a[i] is None else next(parts) for i in which]
 
     def forward(self, y: Tensor, i: int, low: Tensor | None, plus: Tensor | None = None) -> Tensor:
-        """What layer i gives of y, added to ``plus``."""
+        """The output of layer i for the input y, added to ``plus``. ``low``: its y A^T."""
         if low is not None:
             plus = product(low, self.b[i].t(), plus)  # type: ignore[union-attr]
         return product(y, self.weight(i).t(), plus)
 
-    def turned(self, out: dict[int, Tensor]) -> Tensor | None:
-        """The gradients of y A^T, side by side, of the layers whose results have the gradients ``out``."""
+    def low_gradients(self, out: dict[int, Tensor]) -> Tensor | None:
+        """The gradients of y A^T, side by side, of the layers in ``out``: layer -> gradient of its output."""
         some = [product(grad, b) for i, grad in out.items() if (b := self.b[i]) is not None]
         return _joined(some, 1) if some else None
 
@@ -84,31 +84,31 @@ class _Linears:
         self,
         y: Tensor,
         out: dict[int, Tensor],
-        turned: Tensor | None,
+        low_grads: Tensor | None,
         wants: tuple[bool, ...],
         grads: list[Tensor | None],
     ) -> None:
-        """Gradients of the weights and adapters of the layers of ``out``, which have read y, into ``grads``.
+        """Write the gradients of weights and adapters of the layers in ``out``, whose input is y, to ``grads``.
 
         Args:
-            wants, grads: of the weights, then of A and B of each.
+            wants, grads: for the weights, then for A and B of each layer.
         """
         for i, grad in out.items():
             if wants[i]:
                 grads[i] = product(grad.t(), y)
         there = [(i, a) for i in out if (a := self.a[i]) is not None]
-        if turned is None or not any(wants[7 + 2 * i] or wants[8 + 2 * i] for i, _ in there):
+        if low_grads is None or not any(wants[7 + 2 * i] or wants[8 + 2 * i] for i, _ in there):
             return
-        of_a = product(turned.t(), y).split([len(a) for _, a in there])
-        for (i, _), low, grad in zip(there, self.low(y, *(i for i, _ in there)), of_a, strict=True):
+        of_a = product(low_grads.t(), y).split([len(a) for _, a in there])
+        for (i, _), low, grad in zip(there, self.project_down(y, *(i for i, _ in there)), of_a, strict=True):
             assert low is not None
             grads[7 + 2 * i], grads[8 + 2 * i] = grad, product(out[i].t(), low)
 
-    def into(self, out: dict[int, Tensor], turned: Tensor | None) -> Tensor:
-        """The gradient of what the layers of ``out`` have read."""
+    def input_gradient(self, out: dict[int, Tensor], low_grads: Tensor | None) -> Tensor:
+        """The gradient of the common input of the layers in ``out``."""
         total = None
-        if turned is not None:
-            total = product(turned, _joined([a for i in out if (a := self.a[i]) is not None]))
+        if low_grads is not None:
+            total = product(low_grads, _joined([a for i in out if (a := self.a[i]) is not None]))
         for i, grad in out.items():
             total = product(grad, self.weight(i), total)
         assert total is not None
@@ -125,20 +125,22 @@ class _LlamaLayer(torch.autograd.Function):
         dtype, d = setup.dtype, setup.head_dim
         linears = _Linears(setup, matrices[:7], matrices[7:])
         r, y = norm(x, sa_norm, setup.eps, dtype)
-        q, k, v = (linears.forward(y, i, low) for i, low in zip((Q, K, V), linears.low(y, Q, K, V), strict=True))
+        q, k, v = (
+            linears.forward(y, i, low) for i, low in zip((Q, K, V), linears.project_down(y, Q, K, V), strict=True)
+        )
         del y
         attention, attended = cpu_attention.forward(q, k, v, cos, sin, order, d)
         del q, k, v
         middle = x
         if rows is not None:
             attended, middle = attended.index_select(0, rows), x.index_select(0, rows)
-        (low,) = linears.low(attended, OUT)
+        (low,) = linears.project_down(attended, OUT)
         middle = linears.forward(attended, OUT, low, middle)
         mlp_r, y = norm(middle, mlp_norm, setup.mlp_eps, dtype)
-        a, b = (linears.forward(y, i, low) for i, low in zip((W1, W3), linears.low(y, W1, W3), strict=True))
+        a, b = (linears.forward(y, i, low) for i, low in zip((W1, W3), linears.project_down(y, W1, W3), strict=True))
         del y
         gated = swiglu(a, b)
-        (low,) = linears.low(gated, W2)
+        (low,) = linears.project_down(gated, W2)
         out = linears.forward(gated, W2, low, middle)
         kept = (None, None) if setup.recompute_mlp else (a, b)
         ctx.save_for_backward(
@@ -161,19 +163,21 @@ class _LlamaLayer(torch.autograd.Function):
         # The MLP.
         y = normed(middle, mlp_r, mlp_norm, dtype)
         if a is None:
-            a, b = (linears.forward(y, i, low) for i, low in zip((W1, W3), linears.low(y, W1, W3), strict=True))
+            a, b = (
+                linears.forward(y, i, low) for i, low in zip((W1, W3), linears.project_down(y, W1, W3), strict=True)
+            )
         narrow = grad.to(dtype)
         out = {W2: narrow}
-        turned = linears.turned(out)
-        gated, da, db = swiglu_backward(linears.into(out, turned), a, b)
+        low_grads = linears.low_gradients(out)
+        gated, da, db = swiglu_backward(linears.input_gradient(out, low_grads), a, b)
         del a, b
-        linears.backward(gated, out, turned, wants, grads)
+        linears.backward(gated, out, low_grads, wants, grads)
         del gated
         out = {W1: da, W3: db}
-        turned = linears.turned(out)
-        linears.backward(y, out, turned, wants, grads)
+        low_grads = linears.low_gradients(out)
+        linears.backward(y, out, low_grads, wants, grads)
         del y
-        dy = linears.into(out, turned)
+        dy = linears.input_gradient(out, low_grads)
         del da, db, out
         grad, dscale = norm_backward(dy, middle, mlp_r, mlp_norm, grad, wants_norms[1])
         mlp_dscale = dscale if wants_norms[1] else None
@@ -182,20 +186,20 @@ class _LlamaLayer(torch.autograd.Function):
         # The attention.
         narrow = grad.to(dtype)
         out = {OUT: narrow}
-        turned = linears.turned(out)
-        linears.backward(attended, out, turned, wants, grads)
-        dout = linears.into(out, turned)
+        low_grads = linears.low_gradients(out)
+        linears.backward(attended, out, low_grads, wants, grads)
+        dout = linears.input_gradient(out, low_grads)
         if rows is not None:
             grad = grad.new_zeros(x.shape).index_add_(0, rows, grad)
         attention = Kept(q, k, v, logs)
         dq, dk, dv = cpu_attention.backward(dout, attended, rows, attention, cos, sin, order, setup.head_dim)
         del dout, attention
         out = {Q: dq, K: dk, V: dv}
-        turned = linears.turned(out)
-        linears.backward(normed(x, r, sa_norm, dtype), out, turned, wants, grads)
+        low_grads = linears.low_gradients(out)
+        linears.backward(normed(x, r, sa_norm, dtype), out, low_grads, wants, grads)
         if not (wants_x or wants_norms[0]):
             return None, None, None, None, None, None, None, mlp_dscale, *grads
-        dx, dscale = norm_backward(linears.into(out, turned), x, r, sa_norm, grad, wants_norms[0])
+        dx, dscale = norm_backward(linears.input_gradient(out, low_grads), x, r, sa_norm, grad, wants_norms[0])
         sa_dscale = dscale if wants_norms[0] else None
         return dx if wants_x else None, None, None, None, None, None, sa_dscale, mlp_dscale, *grads
 
@@ -214,13 +218,13 @@ def llama_layer(
 
     Args:
         x: [..., D] on a CPU, the rows in the order of the table; float32, float64, bf16 or fp16.
-        cos, sin: [N or K, 1, d / 2] float32 (float64 for float64 layers), one per row, or per row of a frame.
+        cos, sin: [N or K, 1, d / 2] float32 (float64 for float64 layers), for each row, or for each row of a frame.
         order: the attention's segments.
         weights: norm's scale [D], wq [H d, D], wk and wv [Hkv d, D], wo [D, H d], the MLP's norm's scale [D], w1
-            [F, D], w2 [D, F], w3 [F, D]; the matrices in ``setup.dtype``, None where ``setup.dense`` makes one.
-        rows: [A] int64 of x [T, D], all different: those whose results are wanted, in that order.
-        adapters: in ``setup.dtype``, A [r, in] and B [out, r] of each matrix, in the order of ``weights``, or
-            None twice.
+            [F, D], w2 [D, F], w3 [F, D]; the matrices in ``setup.dtype``, None where ``setup.dense`` returns one.
+        rows: [A] int64, all different: the rows of x [T, D] whose results are wanted, in that order.
+        adapters: in ``setup.dtype``, for each matrix in the order of ``weights`` A [r, in] and B [out, r], or None
+            twice.
 
     Returns:
         Like ``x``, or [A, D]. Norms, rotation and softmax are computed in float32 (float64 for float64). Gradients of

@@ -1,11 +1,10 @@
-"""Builds the C++ sources in ``src`` for this processor on first use, as Triton and PyTorch's
-compiler build theirs.
+"""Builds and loads the C++ library in ``src``, for this processor and on first use, as Triton builds its kernels.
 
-The library lies in the user's cache (``$XDG_CACHE_HOME/csm_fast``, ``~/.cache/csm_fast``), under a name made of the
-source, the compiler, its flags and the processor's features: a home directory shared by different machines holds one
-for each. Without a C++ compiler, or where building fails, PyTorch's operators do the same work.
+The library lies in the user's cache (``$XDG_CACHE_HOME/csm_fast`` or ``~/.cache/csm_fast``). Its name is a hash of the
+sources, the compiler, its flags and the processor's features, so a home directory that different machines share holds
+one for each. Without a C++ compiler, or if building fails, PyTorch's operators do the same work.
 
-``CXX`` names the compiler; ``CSM_KERNELS_NATIVE=0`` leaves the library out.
+The environment variable ``CXX`` names the compiler; ``CSM_KERNELS_NATIVE=0`` turns the library off.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,7 +32,7 @@ FOLDER = Path(__file__).parent / "src"
 NOUNS = "passes", "attention", "heads", "linear", "adamw"
 SOURCES = tuple(FOLDER / f"{noun}.cpp" for noun in NOUNS)
 HEADERS = tuple(FOLDER / name for name in ("common.h", "lanes.h", "tiles.h", "products.h"))
-COMPILERS = "g++", "c++"  # clang++ brings an OpenMP of its own, beside the one that PyTorch has loaded
+COMPILERS = "g++", "c++"  # clang++ would load a second OpenMP beside PyTorch's
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC"),
     f"-DDRAW_TILE={DRAW_TILE}",
@@ -61,20 +59,20 @@ SIGNATURES = {
     "product": (_VOID, _LONG, _INT) * 2 + (_LONG,) * 3 + (_VOID,) * 3 + (_INT,),
     "product_scratch": (_LONG,) * 3 + (_INT, _INT),
 }
-# These are there only where the library multiplies bf16 faster than PyTorch: on processors with instructions for it, in
-# tiles (AMX) or registers (AVX512-BF16).
+# The library has these only on processors where it multiplies bf16 faster than PyTorch: those with instructions for it,
+# in tiles (AMX) or registers (AVX512-BF16).
 OF_SOME_PROCESSORS = {name for name in SIGNATURES if name.startswith(("attention", "heads", "product"))}
-# A row that is not as it must be, or bytes.
-ANSWERING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
+# Functions that return something: the first row with an error, or bytes.
+RETURNING = {"cross_entropy", "heads_cross_entropy", "attention_scratch", "heads_scratch", "product_scratch"}
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 NAMES = {BF16: "bf16", FP32: "fp32"}
 Types = tuple[torch.dtype, ...]
-# The residual stream's type, the products'.
+# (type of the residual stream, type of the products)
 PAIRS: tuple[Types, ...] = ((BF16, BF16), (FP32, BF16), (FP32, FP32))
 
 
-def _served(name: str) -> list[tuple[Types, Types]]:
-    """(types of the tensors given, types in the function's name), for every form of a function."""
+def _supported_types(name: str) -> list[tuple[Types, Types]]:
+    """(types of the arguments, types in the symbol's name) for every variant of a function."""
     if name.startswith("norm"):
         return [(pair, pair) for pair in PAIRS]
     if name in OF_SOME_PROCESSORS:
@@ -92,18 +90,26 @@ def _served(name: str) -> list[tuple[Types, Types]]:
     return [(types, (t,)) for t in (BF16, FP32) for types in given[name](t)]
 
 
-Functions = dict[tuple[Any, ...], Any]  # by name and types: ("swiglu", torch.bfloat16)
+Function = Callable[..., int]
+Functions = dict[tuple[str | torch.dtype, ...], Function]  # by name and types: ("swiglu", torch.bfloat16)
 
 
-def function(name: str, *types: torch.dtype) -> Any:
-    """The library's function for tensors of these types, or None."""
+def function(name: str, *types: torch.dtype) -> Function | None:
+    """The library's function for tensors of these types; None if it has none, or inside ``left_out``."""
     return None if _left_out else library_function(name, *types)
 
 
-def library_function(name: str, *types: torch.dtype) -> Any:
-    """The same where the library is left out: for the second half of what it began."""
+def library_function(name: str, *types: torch.dtype) -> Function | None:
+    """The same, ignoring ``left_out``: for the backward of an operator whose forward used the library."""
     found = _load()[0]
     return None if found is None else found.get((name, *types))
+
+
+def required_function(name: str, *types: torch.dtype) -> Function:
+    """``library_function`` of a name and types that the library is known to have."""
+    if (found := library_function(name, *types)) is None:
+        raise RuntimeError(f"the C++ library has no {name} for {', '.join(map(str, types))}: {describe_library()}")
+    return found
 
 
 _left_out = 0
@@ -111,7 +117,7 @@ _left_out = 0
 
 @contextlib.contextmanager
 def left_out() -> Iterator[None]:
-    """PyTorch's operators instead, for what runs inside."""
+    """Within it, PyTorch's operators run instead of the library."""
     global _left_out
     _left_out += 1
     try:
@@ -121,7 +127,7 @@ def left_out() -> Iterator[None]:
 
 
 def is_built() -> bool:
-    """Whether there is a library."""
+    """Whether the library is there; builds it if needed."""
     return _load()[0] is not None
 
 
@@ -139,32 +145,32 @@ def _load() -> tuple[Functions | None, str]:
     why = f"no C++ compiler ({', '.join(COMPILERS)}); install one, or name it in CXX"
     for compiler in _compilers():
         try:
-            functions = _bound(_opened(compiler))
+            functions = _bind(_open_library(compiler))
             own = ("product", BF16) in functions
             rest = "" if own else "; matrix products are PyTorch's (its own need AMX or AVX512-BF16)"
             return functions, f"built by {' '.join(compiler)}{rest}"
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
-            why = f"{' '.join(compiler)} could not build it: {_complaint(error)}"
+            why = f"{' '.join(compiler)} could not build it: {_first_error(error)}"
     return None, why
 
 
 def _compilers() -> list[list[str]]:
-    """Commands to try, ``CXX`` first."""
+    """The commands to try, that of ``CXX`` first."""
     named = shlex.split(os.environ.get("CXX", ""))
     commands = [*([named] if named else []), *([name] for name in COMPILERS)]
     found = [[path, *rest] for name, *rest in commands if (path := shutil.which(name))]
     return [command for i, command in enumerate(found) if command not in found[:i]]
 
 
-def _complaint(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    lines = [line.strip() for line in said.splitlines() if "error" in line] or said.strip().splitlines() or [""]
+def _first_error(error: Exception) -> str:
+    text = getattr(error, "stderr", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if "error" in line] or text.strip().splitlines() or [""]
     return lines[0]
 
 
-def _opened(compiler: list[str]) -> ctypes.CDLL:
-    """The library, built if its file is not there or is damaged. Two processes may build at once: the later one's file
-    takes over."""
+def _open_library(compiler: list[str]) -> ctypes.CDLL:
+    """The library, built if its file is missing or damaged. If two processes build at the same time, the file of the
+    later one stays."""
     target = _cache() / f"cpu-{_key(compiler)}.so"
     if target.exists():
         with contextlib.suppress(OSError):
@@ -182,10 +188,9 @@ def _opened(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], *arguments: str) -> None:
-    asked = itertools.dropwhile(
-        lambda word: not word.startswith("-"), compiler
-    )  # of CXX; the last of two contrary flags counts
-    command = [*compiler, *_flags(), *asked, *arguments]
+    # Flags in CXX come again at the end, because the last of two contrary flags counts.
+    users = itertools.dropwhile(lambda word: not word.startswith("-"), compiler)
+    command = [*compiler, *_flags(), *users, *arguments]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
 
@@ -195,7 +200,7 @@ def _flags() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _may_use_tiles() -> bool:
-    """Whether the processor has tiles (AMX) and Linux lets this process use them; it has to be asked."""
+    """Whether the processor has tiles (AMX) and Linux lets this process use them, for which it must be asked."""
     if "amx_bf16" not in _processor().split():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # x86-64; asm/prctl.h
@@ -207,15 +212,15 @@ def _cache() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    asked = [*compiler, "--version"]
-    version = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=SECONDS)
+    command = [*compiler, "--version"]
+    version = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
     sources = (path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES))
     parts = (*sources, *compiler, version.stdout, " ".join(_flags()), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: the first processor's model and features."""
+    """What ``-march=native`` depends on: model and features of the first processor."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
@@ -224,20 +229,20 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.split(":")[0].strip() in wanted)
 
 
-def _bound(library: ctypes.CDLL) -> Functions:
+def _bind(library: ctypes.CDLL) -> Functions:
     bound: Functions = {}
     for name, arguments in SIGNATURES.items():
-        for types, named in _served(name):
+        for types, named in _supported_types(name):
             symbol = "_".join((name, *(NAMES[t] for t in named)))
             if name in OF_SOME_PROCESSORS and not hasattr(library, symbol):
                 continue
             found = getattr(library, symbol)
-            key = name, *types
+            key: tuple[str | torch.dtype, ...] = (name, *types)
             bound[key], found.argtypes = found, arguments
-            found.restype = _LONG if name in ANSWERING else None
+            found.restype = _LONG if name in RETURNING else None
     return bound
 
 
 def threads(elements: int) -> int:
-    """How many threads a pass over so many numbers is worth: starting a second costs microseconds."""
+    """How many threads should process so many elements: starting a second one costs microseconds."""
     return 1 if elements < 2**14 else torch.get_num_threads()

@@ -1,17 +1,17 @@
-"""What lies between the matrix products on a CPU: norms, rotation, SwiGLU, softmax and cross-entropy.
+"""The operators between the matrix products on a CPU: norms, rotation, SwiGLU, softmax and cross-entropy.
 
-Each is one pass over memory in a library built for this processor (``native.py``), for bf16 and float32, and the same
-in PyTorch's operators, one pass per operator, for other types and machines without a compiler.
+In bf16 and float32 each is one pass over memory in the C++ library (``native``). Other types, and machines without a
+compiler, use PyTorch's operators, with a pass for each.
 
-Functions here are called as they are, past PyTorch's dispatcher, unless something watches it (a profiler, a mode that
-counts memory or time): then they are the operators ``csm_kernels::norm`` and so on.
+Calls go past PyTorch's dispatcher, unless something observes it (a profiler, or a mode that counts memory or time).
+Then they go to the registered operators, ``csm_kernels::norm`` and so on.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,44 +23,49 @@ from csm_kernels.cpu.native import threads
 from csm_kernels.dtypes import wide_dtype
 
 _LIBRARY = torch.library.Library("csm_kernels", "FRAGMENT")
-
-
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
 
 
-def is_watched(*args: Any) -> bool:
-    """Whether a mode or a profiler watches operators, or an argument has a class that may have no memory."""
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+
+
+def is_observed(*args: object) -> bool:
+    """Whether a mode or a profiler observes operators, or an argument is of a tensor class that may have no memory."""
     modes = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
     return bool(modes) or not _PLAIN.issuperset(map(type, args))
 
 
-def operator(schema: str, fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function. ``fake`` gives its results without data; by default PyTorch's operators in it do."""
+def operator(schema: str, fake: Callable[..., object] | None = None) -> Callable[[Operator], Operator]:
+    """A decorator that registers a function under ``schema``.
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    Args:
+        fake: computes the results' shapes without data; by default the function's form in PyTorch's operators does.
+    """
+
+    def register(function: Operator) -> Operator:
         name = schema.split("(")[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, function, "CPU")
         registered = getattr(torch.ops.csm_kernels, name).default
 
         @torch.library.register_fake(f"csm_kernels::{name}", lib=_LIBRARY)
-        def without_data(*args: Any) -> Any:
+        def without_data(*args: object) -> object:
             if fake is not None:
                 return fake(*args)
             with native.left_out():
                 return function(*args)
 
         @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            return registered(*args) if is_watched(*args) else function(*args)
+        def call(*args: object) -> object:
+            return registered(*args) if is_observed(*args) else function(*args)
 
-        return call
+        return cast(Operator, call)
 
     return register
 
 
-def nothing(*_: Any) -> None:
-    """What an operator that works in place does without data."""
+def do_nothing(*_: object) -> None:
+    """The ``fake`` of an operator that works in place."""
 
 
 # --- RMS norm ---------------------------------------------------------------------------------------------------------
@@ -75,8 +80,8 @@ def norm(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tens
         dtype: of the result.
 
     Returns:
-        r = 1 / sqrt(mean(x^2) + eps), [N, 1] in the wide dtype, and y = round(x r) scale, [N, d]; x r is rounded to
-        ``x``'s dtype, as Sesame's norm does.
+        r = 1 / sqrt(mean(x^2) + eps), [N, 1] in the wide dtype, and y = round(x r) scale, [N, d]. As in Sesame's norm,
+        x r is rounded to ``x``'s dtype.
     """
     if run := native.function("norm", x.dtype, dtype):
         x, wide_scale = x.contiguous(), scale.to(torch.float32).contiguous()
@@ -92,7 +97,7 @@ def norm(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tens
 
 @operator("normed(Tensor x, Tensor r, Tensor scale, ScalarType dtype) -> Tensor")
 def normed(x: Tensor, r: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``norm``'s y again, from its r."""
+    """``norm``'s y, recomputed from its r."""
     if run := native.function("norm", x.dtype, dtype):
         x, wide_scale = x.contiguous(), scale.to(torch.float32).contiguous()
         y = torch.empty_like(x, dtype=dtype)
@@ -156,7 +161,7 @@ def norm_backward(
 
 @operator("swiglu(Tensor a, Tensor b) -> Tensor")
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) b, of one shape and dtype."""
+    """silu(a) b; both have one shape and dtype."""
     if run := native.function("swiglu", a.dtype, b.dtype):
         a, b = a.contiguous(), b.contiguous()
         out = torch.empty_like(a)
@@ -167,10 +172,10 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 
 @operator("swiglu_backward(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)")
 def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(a) b again, and its gradients for a and b: with s = sigmoid(a), grad b (s + a s (1 - s)) and grad a s.
+    """silu(a) b, recomputed, and its gradients for a and b: with s = sigmoid(a), grad b (s + a s (1 - s)) and grad a s.
 
     Args:
-        grad, a, b: one shape; where their dtypes differ, PyTorch's promotion decides.
+        grad, a, b: one shape; if their dtypes differ, PyTorch's promotion applies.
     """
     if run := native.function("swiglu_backward", grad.dtype, a.dtype, b.dtype):
         grad, a, b = grad.contiguous(), a.contiguous(), b.contiguous()
@@ -188,7 +193,7 @@ def swiglu_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor,
 
 @operator("gathered(Tensor x, Tensor index) -> Tensor")
 def gathered(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` [B] int64 of x [A, d]. Like all indices here they come from a ``Fold``, and are not checked."""
+    """The rows ``index`` [B] int64 of x [A, d]. Indices in this module come from a ``Fold`` and are not checked."""
     if run := native.function("gather_rotated", x.dtype, index.dtype):
         x, index = x.contiguous(), index.contiguous()
         out = x.new_empty(index.shape[0], x.shape[1])
@@ -200,13 +205,13 @@ def gathered(x: Tensor, index: Tensor) -> Tensor:
 
 @operator("rotated(Tensor x, Tensor index, Tensor cos, Tensor sin, float factor) -> Tensor")
 def rotated(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
-    """Rows of heads, rotated, scaled, and brought into another order.
+    """Rows of heads, rotated, scaled and reordered.
 
-    Interleaved pairs (x[2i], x[2i + 1]) are rotated, in the wide dtype (Sesame's and Meta's convention).
+    Interleaved pairs (x[2i], x[2i + 1]), the convention of Sesame and Meta, are rotated in the wide dtype.
 
     Args:
         x: [T, heads d].
-        index: [B] int64, which of the T heads rows of d each result is.
+        index: [B] int64, for each result its row among the T * heads rows of d.
         cos, sin: [T or K, 1, d / 2] in the wide dtype; row t has the angles t modulo their number.
         factor: of the result.
 
@@ -221,11 +226,11 @@ def rotated(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float) -
 
 @operator("rotated_back(Tensor x, Tensor index, Tensor cos, Tensor sin, float factor, int heads) -> Tensor")
 def rotated_back(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: float, heads: int) -> Tensor:
-    """The way back: ``rotated``'s gradient.
+    """The gradient of ``rotated``.
 
     Args:
         x: [B, d].
-        index: [T heads] int64, where in x each of the T heads rows lies.
+        index: [T heads] int64, where each of the T * heads rows lies in x.
 
     Returns:
         [T, heads d].
@@ -237,7 +242,7 @@ def rotated_back(x: Tensor, index: Tensor, cos: Tensor, sin: Tensor, factor: flo
 
 
 def _run_rotation(
-    run: Any,
+    run: native.Function,
     x: Tensor,
     index: Tensor,
     cos: Tensor,
@@ -269,7 +274,7 @@ def _run_rotation(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
-    """[T, heads d] rotated, by unit complex numbers times the factor."""
+    """[T, heads d] rotated by unit complex numbers times the factor."""
     half = cos.shape[-1]
     wide, turn = x.to(cos.dtype), torch.complex(cos, sin) * factor
     pairs = torch.view_as_complex(wide.view(-1, cos.shape[0], x.shape[1] // (2 * half), half, 2))
@@ -280,9 +285,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: float) -> Tensor:
 # --- softmax ----------------------------------------------------------------------------------------------------------
 
 
-@operator("causal_softmax_(Tensor(a!) scores, int block, int before) -> ()", fake=nothing)
+@operator("causal_softmax_(Tensor(a!) scores, int block, int before) -> ()", fake=do_nothing)
 def causal_softmax_(scores: Tensor, block: int, before: int) -> None:
-    """Softmax over the scores that a row sees, in place; 0 in their rest.
+    """Softmax over the scores that a row sees, in place; the others become 0.
 
     Args:
         scores: [n, repeat * block, m] contiguous. Row i of a block of ``block`` sees its first ``before`` + i + 1.
@@ -295,7 +300,7 @@ def causal_softmax_(scores: Tensor, block: int, before: int) -> None:
     blocks = scores.view(-1, block, scores.shape[-1])
     blocks[..., before:].add_(_mask(block, scores.shape[-1] - before, scores.dtype))
     if scores.dtype == torch.bfloat16 and scores.shape[-1] % 32:
-        # A row of bf16 that is no multiple of 32 takes PyTorch two to three times as long as one of float32.
+        # PyTorch needs two to three times as long for a row of bf16 as for one of float32 if it is no multiple of 32.
         scores.copy_(scores.float().softmax(-1))
     else:
         torch.softmax(scores, -1, out=scores)
@@ -308,9 +313,9 @@ def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.full((rows, columns), -torch.inf, dtype=dtype).triu_(1)
 
 
-@operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()", fake=nothing)
+@operator("causal_softmax_backward_(Tensor(a!) grad, Tensor p, int block, int before) -> ()", fake=do_nothing)
 def causal_softmax_backward_(grad: Tensor, p: Tensor, block: int, before: int) -> None:
-    """p (grad - sum of grad p) of each row, in the place of ``grad``; both as in ``causal_softmax_``."""
+    """p (grad - sum of grad p) of each row, in place of ``grad``; both as in ``causal_softmax_``."""
     if run := native.function("causal_softmax_backward", grad.dtype, p.dtype):
         m = grad.shape[-1]
         if grad.numel():
@@ -321,16 +326,7 @@ def causal_softmax_backward_(grad: Tensor, p: Tensor, block: int, before: int) -
 
 @operator("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, bool wants_grad, float scale) -> Tensor")
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool, scale: float) -> Tensor:
-    """Weighted cross-entropy of rows of logits, which the gradient overwrites where it is wanted.
-
-    Args:
-        logits: [m, V] contiguous.
-        targets: [m] int64, each in [0, V).
-        weights: [m] in the wide dtype.
-        scale: of the gradient.
-
-    Returns:
-        [m] in the wide dtype.
+    """As ``head_chunks.cross_entropy_``.
 
     Raises:
         RuntimeError: a target outside of [0, V).

@@ -1,4 +1,4 @@
-"""Causal attention of many short sequences on a CPU, as a registered operator over ``cpu_attention``."""
+"""Causal attention of many short sequences on a CPU: ``attention`` as a registered operator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from csm_kernels.cpu import attention as cpu_attention
 from csm_kernels.cpu.attention import Kept, Order, uniform_order
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Kept, Tensor, Order]:
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Kept, Tensor, Order]:
     order = uniform_order(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     q, k, v = (x.reshape(-1, x.shape[2] * x.shape[3]) for x in (q, k, v))
     kept, out = cpu_attention.forward(q, k, v, None, None, order, q.shape[-1] // order.heads)
@@ -19,13 +19,13 @@ def _attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Kept, Tensor, Order]:
 @torch.library.custom_op("csm_kernels::short_attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``short_attention``, as a registered operator."""
-    return _attended(q, k, v)[1].view(q.shape)
+    return _attend(q, k, v)[1].view(q.shape)
 
 
 @torch.library.custom_op("csm_kernels::short_attention_gradients", mutates_args=())
 def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` for q, k and v."""
-    kept, out, order = _attended(q, k, v)
+    kept, out, order = _attend(q, k, v)
     grads = cpu_attention.backward(grad.reshape(out.shape), out, None, kept, None, None, order, q.shape[-1])
     dq, dk, dv = (g.view(x.shape) for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv

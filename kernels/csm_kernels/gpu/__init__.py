@@ -1,1 +1,1 @@
-"""All Triton: kernels and their launchers. Nothing here imports ``csm_kernels.cpu``."""
+"""All Triton: kernels and their launchers. Imports nothing of ``csm_kernels.cpu``."""
