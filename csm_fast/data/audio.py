@@ -1,4 +1,4 @@
-"""Read, mix to mono, cut, resample to 24 kHz; write 16-bit wav files."""
+"""Recordings: read, mix to mono, cut, resample to 24 kHz; write 16-bit wav files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_file, writing_to
 
 RESAMPLER = "soxr-HQ"  # named in manifests: another resampler gives other codes
-_RATES = (4_000, 768_000)  # below, no speech; above, a damaged header
-_BLOCK_SAMPLES = 1 << 22  # decoded at once, over all channels: 16 MiB in float32
-_UNKNOWN_SIZE = 0x7FFFF000  # a header written before the length was known (a pipe) holds this or more
+_RATES = (4_000, 768_000)  # Hz; below, no speech; above, a damaged header
+_BLOCK_SAMPLES = 1 << 22  # decoded at once, of all channels together: 16 MiB in float32
+_UNKNOWN_SIZE = 0x7FFFF000  # or more: in a header that was written before the length was known, to a pipe
 
 
 def audio_info(path: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """(sample rate in Hz, frames, channels) from the header, nothing decoded. Raises InputError as `read_audio`."""
+    """(sample rate in Hz, frames, channels) from the header, nothing decoded. Raises InputError as ``read_audio``."""
     where = _Where(path)
     with _open(where) as sound:
         return sound.samplerate, sound.frames, sound.channels
@@ -40,10 +40,10 @@ def read_audio(
     """A recording, or its cut [start, end) in seconds, as mono float32 [samples] at ``sample_rate`` Hz.
 
     Channels are averaged; values are not scaled or clipped. Only the cut is decoded. An ``end`` up to 80 ms past the
-    end of the recording is taken as the end (transcripts are rounded).
+    end of the recording counts as the end, because transcripts round times.
 
     Args:
-        row, metadata_file: named in errors where given, in front of the recording.
+        row, metadata_file: named in errors before the recording, if given.
 
     Raises:
         InputError: a file that is missing, unreadable, empty, not audio or truncated; no samples, NaN or infinite
@@ -69,11 +69,11 @@ def read_audio(
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 
-def silence(wave: np.ndarray, sample_rate: int, threshold_db: float = -40.0) -> tuple[float, float]:
+def measure_silence(wave: np.ndarray, sample_rate: int, threshold_db: float = -40.0) -> tuple[float, float]:
     """(leading, trailing) silence of a wave [samples], in seconds, to 10 ms.
 
-    A 10 ms window is silent when its RMS lies more than ``-threshold_db`` dB under that of the loudest window. A wave
-    without any sound is leading silence throughout: (its duration, 0.0).
+    A 10 ms window is silent if its RMS is more than ``-threshold_db`` dB below that of the loudest window. A wave
+    without any sound is all leading silence: (its duration, 0.0).
     """
     window = max(1, round(sample_rate * 0.01))
     count = -(-len(wave) // window)
@@ -99,15 +99,15 @@ def write_wav(path: str | os.PathLike[str], wave: Any, sample_rate: int) -> None
     samples = np.asarray(wave, dtype=np.float32)
     if samples.ndim != 1 or not np.isfinite(samples).all():
         raise ValueError(f"a wave is one-dimensional and finite, not of shape {samples.shape}")
-    buffer = io.BytesIO()  # the file itself is written by Python, so that a full disk is an OSError and not silence
+    buffer = io.BytesIO()  # Python writes the file itself: libsndfile would not report a full disk
     pcm = np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype(np.int16)
     soundfile.write(buffer, pcm, sample_rate, format="WAV", subtype="PCM_16")
     with writing_to(path):
         write_file(Path(path), buffer.getvalue())
 
 
-def content_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the file's bytes as 64 hex digits, read in blocks. Raises InputError as `read_audio`."""
+def hash_content(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the file's bytes as 64 hex digits, read in blocks. Raises InputError as ``read_audio``."""
     digest = hashlib.sha256()
     with _open_bytes(_Where(path)) as stream:
         while block := stream.read(1 << 20):
@@ -116,7 +116,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 class _Where:
-    """Which recording, and which row of which metadata file asked for it."""
+    """Which recording, and which row of which metadata file names it."""
 
     def __init__(self, path, row=None, metadata_file=None):
         self.path, self.row, self.metadata_file = os.fspath(path), row, metadata_file
@@ -139,7 +139,7 @@ def _open_bytes(where: _Where) -> BinaryIO:
 
 
 def _open(where: _Where) -> Any:
-    """An open soundfile.SoundFile that is whole as far as its headers tell."""
+    """An open soundfile.SoundFile. Its file is complete, as far as its headers say."""
     import soundfile
 
     with _open_bytes(where) as stream:
@@ -158,10 +158,10 @@ def _open(where: _Where) -> Any:
 
 
 def _promised_size(stream: BinaryIO, size: int) -> int | None:
-    """How many bytes the file should have by its own headers, or None where they do not say.
+    """How many bytes the file should have by its own headers; None if they do not say.
 
     libsndfile silently shortens wav, aiff, au, mp3 and ogg files that were cut off, so a half-copied data set would
-    train on half sentences. FLAC needs no help: decoding it comes out short or fails (`_decode`).
+    train on half sentences. FLAC needs no check: decoding a cut file fails or gives too few samples (``_decode``).
     """
     head = stream.read(32)
     if head[:4] in (b"RIFF", b"RIFX") and head[8:12] == b"WAVE":
@@ -192,12 +192,12 @@ def _promised_chunk(stream: BinaryIO, size: int, order: str, wanted: bytes) -> i
 
 
 def _promised_ogg(stream: BinaryIO, size: int) -> int | None:
-    # A page is at most 65,307 bytes: the last one begins inside this tail, and its segment table gives its length.
+    # A page has at most 65,307 bytes, so the last one begins inside this tail. Its segment table gives its length.
     stream.seek(max(0, size - 65_536))
     tail = stream.read()
     at = tail.rfind(b"OggS")
     while at >= 0 and (tail[at + 4 : at + 5] > b"\0" or tail[at + 5 : at + 6] > b"\7"):
-        at = tail.rfind(b"OggS", 0, at)  # sound that happens to read "OggS"; a page goes on with version 0 and 3 flags
+        at = tail.rfind(b"OggS", 0, at)  # "OggS" inside sound: in a page, version 0 and three flags follow
     if at < 0:
         return None
     if len(tail) < at + 27 or len(tail) < at + 27 + tail[at + 26]:
@@ -213,7 +213,7 @@ def _promised_mp3(stream: BinaryIO, head: bytes) -> int | None:
         at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(stream.read(4), (21, 14, 7, 0), strict=False))
     stream.seek(at)
     frame = stream.read(200)
-    # The Xing (or Info) header in the first frame counts the bytes from that frame on, if flag 2 is set.
+    # If flag 2 is set, the Xing (or Info) header in the first frame counts the bytes from that frame on.
     tag = max(frame.find(b"Xing"), frame.find(b"Info"))
     if tag < 0 or len(frame) < tag + 16:
         return None
@@ -234,7 +234,7 @@ def _cut(start: float | None, end: float | None, frames: int, rate: int, where: 
     if finish > duration + FRAME_SECONDS:
         raise where.error(f"is {duration:.3f} s long, but end is {finish:g} s", "correct end, in seconds")
     first, last = round(begin * rate), min(round(finish * rate), frames)
-    # One sample of grace: 0.30 - 0.22 s is 80 ms and, in floating point, a little less.
+    # One sample less is allowed: 0.30 - 0.22 s is 80 ms but, in floating point, a little less.
     if last - first < FRAME_SECONDS * rate - 1:
         what = f"gives only {max(0.0, (last - first) / rate) * 1000:.0f} ms of audio"
         raise where.error(what, "give at least 80 ms, or remove the row")
@@ -242,7 +242,7 @@ def _cut(start: float | None, end: float | None, frames: int, rate: int, where: 
 
 
 def _decode(sound: Any, first: int, last: int, where: _Where) -> np.ndarray:
-    """Sample frames [first, last) averaged to mono float32. In blocks: an hour of eight channels is gigabytes."""
+    """Sample frames [first, last) averaged to mono float32, in blocks: an hour of eight channels is gigabytes."""
     import soundfile
 
     blocks, missing = [], last - first
@@ -258,7 +258,7 @@ def _decode(sound: Any, first: int, last: int, where: _Where) -> np.ndarray:
             missing -= len(part)
     except soundfile.LibsndfileError as error:
         reason = f" ({error.error_string.strip().rstrip('.')})"
-    # The length of an mp3 may be an estimate, off by a few of its frames of 26 ms; a real loss is longer than that.
+    # The length of an mp3 may be an estimate that is wrong by a few of its frames of 26 ms; a cut is longer.
     if reason or missing > FRAME_SECONDS * sound.samplerate:
         what = f"is truncated or damaged: it cannot be decoded up to {last / sound.samplerate:.3f} s{reason}"
         raise where.error(what, "copy or export it again")

@@ -1,8 +1,8 @@
-"""Codes already made, found by what they were made from: the memory that lets pretokenize be killed and run again.
+"""Codes that were made before, by a key of everything they were made from, so that pretokenize can be killed and rerun.
 
-`<output>/.cache/` holds part files (safetensors: codes, code_offsets, content_key, clip_stats), each written whole
-under a name that ends in the start of its hash, and `files.jsonl`, the content hashes of audio files by (path, size,
-mtime). The shards of the finished stores hold the same arrays, so they serve as parts too.
+``<output>/.cache/`` holds part files (safetensors: codes, code_offsets, content_key, clip_stats). Each is written whole
+or not at all, and its name ends in the start of its hash. ``files.jsonl`` beside them has the content hashes of audio
+files by (path, size, mtime). The shards of finished stores have the same arrays, so they are parts, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,34 +22,37 @@ from csm_fast.system.arrays import map_arrays, write_arrays
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import file_sha256, fsync_path, write_file, writing_to
 
-OPEN_FILES = 16  # a mapped file costs a file descriptor, and there may be thousands of parts
-FLUSH_SECONDS, FLUSH_FRAMES = 5.0, 500_000  # what a kill can cost, and what is held in memory (32 MB)
+OPEN_FILES = 16  # a mapped file takes a file descriptor, and there may be thousands of parts
+FLUSH_SECONDS, FLUSH_FRAMES = 5.0, 500_000  # the most that a kill loses, and that is held in memory (32 MB)
 _PARTS = "part-" + "[0-9]" * 6 + "-" + "?" * 16 + ".safetensors"
-_RACY_NS = 2_000_000_000  # a file may change again within its clock's resolution, so younger hashes are not kept
+_RACY_NS = 2_000_000_000  # a file may change again within its clock's resolution: hashes of younger files are not kept
 
 
-def content_key(content: str, start: float | None, end: float | None, codec: str, codebooks: int, how: str) -> bytes:
-    """32 bytes naming everything the codes of a turn depend on.
+def make_content_key(
+    content: str, start: float | None, end: float | None, codec: str, codebooks: int, resampler: str
+) -> bytes:
+    """The SHA-256 of everything that the codes of a turn depend on; 32 bytes.
 
     Args:
         content: the hash of the audio file.
-        start, end: seconds cut out of it.
-        codec: the codec's fingerprint, and `codebooks` how many of its codebooks are kept.
-        how: the resampler.
+        start, end: seconds, the cut.
+        codec: the codec's fingerprint.
+        codebooks: how many of the codec's codebooks are kept.
+        resampler: its name.
     """
-    return hashlib.sha256(json.dumps([content, start, end, codec, codebooks, how]).encode()).digest()
+    return hashlib.sha256(json.dumps([content, start, end, codec, codebooks, resampler]).encode()).digest()
 
 
 class CodeCache:
-    """Codes by content key, from the parts in `<output>/.cache` and the stores under `output`.
+    """Codes by content key, from the parts in ``<output>/.cache`` and the stores under ``output``.
 
     Args:
-        output: the directory that holds `train/` and `val/`.
-        num_codebooks: K; parts of another K are of no use and left alone.
-        note: called with one line about each damaged file found.
+        output: the directory with ``train/`` and ``val/``.
+        num_codebooks: K; parts with another K are ignored.
+        note: called with one line about each damaged file.
     """
 
-    def __init__(self, output: Path, num_codebooks: int, note=print):
+    def __init__(self, output: Path, num_codebooks: int, note: Callable[[str], None] = print):
         self.folder, self._num_codebooks, self._note = output / ".cache", num_codebooks, note
         self._paths: list[Path] = []
         self._where: dict[bytes, tuple[int, int]] = {}  # key -> (file, turn)
@@ -76,7 +79,7 @@ class CodeCache:
         return key in self._where or key in self._new
 
     def get(self, key: bytes) -> tuple[np.ndarray, tuple[float, float, float]]:
-        """(codes uint16 [frames, K], (seconds, leading, trailing silence)) of a key that is here."""
+        """(codes uint16 [frames, K], (seconds, leading, trailing silence)) of a key in the cache."""
         if key in self._new:
             return self._new[key]
         file, turn = self._where[key]
@@ -91,14 +94,14 @@ class CodeCache:
         return arrays["codes"][begin:end], (seconds, leading, trailing)
 
     def add(self, key: bytes, codes: np.ndarray, stats: tuple[float, float, float]) -> None:
-        """Keep new codes; now and then everything kept so far goes to the disk as one part."""
+        """Keep new codes, in memory until the next ``flush``, which follows every few seconds."""
         self._new[key] = (codes, tuple(np.array(stats, np.float32).tolist()))
         self._new_frames += len(codes)
         if self._new_frames >= FLUSH_FRAMES or time.monotonic() - self._last_flush > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is only in memory as one part file: whole or not at all."""
+        """Write new codes as one part file, whole or not at all."""
         self.hashes.flush()
         if self._new:
             codes = [codes for codes, _ in self._new.values()]
@@ -121,7 +124,7 @@ class CodeCache:
         self._last_flush = time.monotonic()
 
     def clear(self) -> None:
-        """Delete the parts, once finished stores hold what is of use in them."""
+        """Delete the parts. Call it once finished stores have the codes."""
         self._mapped.clear()
         for path in self._paths:
             if path.parent == self.folder:
@@ -134,7 +137,7 @@ class CodeCache:
         self._paths.append(path)
         for turn in range(len(keys) // 32):
             self._where[keys[32 * turn : 32 * turn + 32]] = (file, turn)
-        self._where.pop(bytes(32), None)  # turns of stores written without keys
+        self._where.pop(bytes(32), None)  # the key of turns whose store was written without keys
 
     def _index_store(self, path: Path) -> None:
         try:
@@ -149,7 +152,7 @@ class CodeCache:
 
 
 class _FileHashes:
-    """Content hashes of audio files by (path, size, mtime), so that a rerun reads no audio that has not changed."""
+    """Content hashes of audio files by (path, size, mtime), so that a rerun reads only audio that has changed."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -167,7 +170,7 @@ class _FileHashes:
             self._known[name] = (size, mtime, content)
 
     def get(self, path: str, stamp: tuple[int, int]) -> str | None:
-        """The hash of `path` if it still has this (size, mtime in ns)."""
+        """The hash of ``path`` if it still has this (size, mtime in ns)."""
         known = self._known.get(path)
         return known[2] if known and known[:2] == stamp else None
 
@@ -176,7 +179,7 @@ class _FileHashes:
             self._known[path] = self._new[path] = (*stamp, content)
 
     def flush(self) -> None:
-        """Write new entries: appended, and a torn line of a killed run costs one hash."""
+        """Append new entries. A line that a killed run left unfinished costs one hash."""
         if not self._new:
             return
         lines = "".join(json.dumps([path, *entry]) + "\n" for path, entry in self._new.items())
@@ -185,7 +188,7 @@ class _FileHashes:
         self._new = {}
 
     def compact(self, keep: set[str]) -> None:
-        """Rewrite the file with the paths in `keep` only."""
+        """Rewrite the file with the paths in ``keep`` only."""
         entries = {path: entry for path, entry in self._known.items() if path in keep}
         with writing_to(self._path.parent):
             write_file(self._path, "".join(json.dumps([p, *e]) + "\n" for p, e in entries.items()))

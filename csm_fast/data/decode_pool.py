@@ -1,9 +1,9 @@
-"""Decoding and resampling in worker processes: requests in, float32 waves out, in order, a bounded number in flight.
+"""Worker processes that decode and resample: requests in, float32 waves out, in order, a bounded number in flight.
 
-Each worker is a plain child process fed over pipes and driven by one thread of the parent. Compared with
-multiprocessing, a child never imports the caller's main module (a script without an ``if __name__`` guard works) or
-torch; a wave crosses as raw bytes; a decoder that crashes takes down one child and fails one clip; and when the parent
-is killed, its children read the end of their input and leave.
+Each worker is a plain child process, driven over pipes by one thread of the parent. Unlike with multiprocessing, a
+child imports neither the caller's main module (so a script works without an ``if __name__`` guard) nor torch, and a
+wave is sent as raw bytes. A decoder that crashes ends one child and fails one clip. When the parent is killed, its
+children read the end of their input and exit.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ import numpy as np
 from csm_fast.config.shape import SAMPLE_RATE
 from csm_fast.system.errors import InputError
 
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from csm_fast.data.decode_pool import serve; serve()"
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from csm_fast.data.decode_pool import serve_requests; serve_requests()"
+)
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a worker is asked for: the content hash of the file, or the wave between two times of it.
+    """A request to a worker: for the content hash of a file, or for the wave between two times of it.
 
     Attributes:
         path: the audio file.
         wave: True for the wave, False for the hash.
         start, end: seconds, None for the file's ends.
-        row, file: where the metadata names it, for errors.
-        sample_rate: the wave's samples per second.
-        max_seconds: a longer wave is not decoded, only its length comes back; 0 for no limit.
-        tag: anything, kept in the parent.
+        row, file: the row and the metadata file that name it, for errors.
+        sample_rate: of the wave, in Hz.
+        max_seconds: of a longer wave only the length is returned, and nothing is decoded; 0: no limit.
+        tag: anything; it stays in the parent.
     """
 
     path: str
@@ -57,9 +60,14 @@ class Request:
 
 @dataclass(slots=True)
 class Reply:
-    """What came back. `stamp` is the file's (size, mtime in ns) when it was read; `error` says why nothing was.
+    """The answer to a request.
 
-    `stats` is (seconds, leading silence, trailing silence), in seconds.
+    Attributes:
+        stamp: the file's (size, mtime in ns) when it was read.
+        content: the hash that was asked for.
+        wave: the wave that was asked for, float32 [samples].
+        stats: (duration, leading silence, trailing silence) in seconds.
+        error: why the request failed.
     """
 
     stamp: tuple[int, int] = (0, 0)
@@ -69,21 +77,21 @@ class Reply:
     error: InputError | None = None
 
 
-def stamp(path: str) -> tuple[int, int]:
-    """(size, mtime in ns): changes whenever the file does, but for edits within the clock's resolution."""
+def file_stamp(path: str) -> tuple[int, int]:
+    """(size, mtime in ns): changes with the file, except for edits within the clock's resolution."""
     info = os.stat(path)
     return info.st_size, info.st_mtime_ns
 
 
-def answer(request: Request) -> Reply:
-    """Do what `request` asks, in this process. Every failure of the clip comes back as an InputError naming its row."""
+def answer_request(request: Request) -> Reply:
+    """Do what ``request`` asks, in this process. Failures of the clip are returned as an InputError with its row."""
     where: dict[str, Any] = {"file": request.file or None, "row": request.row or None}
     try:
         from csm_fast.data import audio
 
-        before = stamp(request.path)
+        before = file_stamp(request.path)
         if not request.wave:
-            return Reply(before, content=audio.content_hash(request.path))
+            return Reply(before, content=audio.hash_content(request.path))
         if request.max_seconds:
             rate, frames, _ = audio.audio_info(request.path)
             end = frames / rate if request.end is None else min(request.end, frames / rate)
@@ -97,10 +105,10 @@ def answer(request: Request) -> Reply:
             row=request.row or None,
             metadata_file=request.file or None,
         )
-        leading, trailing = audio.silence(wave, request.sample_rate)
+        leading, trailing = audio.measure_silence(wave, request.sample_rate)
         return Reply(before, wave=wave, stats=(len(wave) / request.sample_rate, float(leading), float(trailing)))
     except InputError as error:
-        if error.row is None:  # found without read_audio, which alone knows the row
+        if error.row is None:  # only read_audio knows the row
             error = InputError(f"{request.path} {error.what}", mend=error.mend, **where)
         return Reply(error=error)
     except FileNotFoundError:
@@ -115,7 +123,7 @@ def answer(request: Request) -> Reply:
 
 
 class DecodePool:
-    """`workers` child processes; with 0, the calling process does the work itself. Close it, or use it in a `with`."""
+    """``workers`` child processes; with 0 the calling process does the work. Close it, or use it in a ``with``."""
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -130,9 +138,9 @@ class DecodePool:
         self.close()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
-        """Yield (request, reply) in the order of `requests`, which is read only a few ahead of what was yielded."""
+        """Yield (request, reply) in the order of ``requests``, which is read only a few requests ahead."""
         if self._threads is None:
-            yield from ((request, answer(request)) for request in requests)
+            yield from ((request, answer_request(request)) for request in requests)
             return
         waiting: deque[tuple[Request, Future[Reply]]] = deque()
         for request in requests:
@@ -144,19 +152,19 @@ class DecodePool:
             yield request, reply.result()
 
     def close(self) -> None:
-        """End the children. What they were doing is thrown away."""
+        """End the children, and discard what they were doing."""
         if self._threads is None:
             return
         self._threads.shutdown(wait=False, cancel_futures=True)
         for child in list(self._children):
-            child.kill()  # and so its thread reads the end of the pipe
+            child.kill()  # so that its thread reads the end of the pipe
         self._threads.shutdown(wait=True)
         for child in self._children:
-            child.kill()  # one that a thread started meanwhile
+            child.kill()  # again: a thread may have started one meanwhile
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe:
-                    with contextlib.suppress(BrokenPipeError):  # a request that it never read, flushed once more
+                    with contextlib.suppress(BrokenPipeError):  # closing flushes a request that it never read
                         pipe.close()
 
     def _ask(self, request: Request) -> Reply:
@@ -169,11 +177,11 @@ class DecodePool:
             to.write(json.dumps(fields).encode() + b"\n")
             to.flush()
             head = json.loads(back.readline())
-            data = bytearray(head["bytes"])  # not bytes, so that the wave can be written to, as waves usually can
+            data = bytearray(head["bytes"])  # not bytes, so that the wave is writable
             if data and back.readinto(data) != len(data):
                 raise EOFError
         except (OSError, EOFError, ValueError):
-            # The child died: a crash inside the decoder, or the system took it for its memory.
+            # The child died: the decoder crashed, or the system killed it for its memory.
             child.kill()
             self._local.child = None
             what = f"the decoder crashed on {request.path}"
@@ -189,7 +197,7 @@ class DecodePool:
         )
 
     def _start(self) -> subprocess.Popen:
-        # One decoder per process is the parallelism; libraries' own threads would only get in each other's way.
+        # Each process decodes one file. Threads of libraries would compete with the other processes.
         environment = {**os.environ, **dict.fromkeys(_ONE_THREAD, "1")}
         command = [sys.executable, "-c", _START, json.dumps([path or os.getcwd() for path in sys.path])]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -197,14 +205,14 @@ class DecodePool:
         return child
 
 
-def serve() -> None:
-    """A worker's main: answer requests from standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
+def serve_requests() -> None:
+    """The main function of a worker: answer requests from standard input until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent decides when to end
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a decoder that prints must not land in the replies
+    os.dup2(2, 1)  # what a decoder prints must not get into the replies
     try:
         for line in requests:
-            reply = answer(Request(*json.loads(line)))
+            reply = answer_request(Request(*json.loads(line)))
             data = b"" if reply.wave is None else np.ascontiguousarray(reply.wave, np.float32).tobytes()
             error = reply.error
             head = {

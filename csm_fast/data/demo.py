@@ -1,9 +1,8 @@
 """Real speech for the demo: the English telephone prompts of Debian's asterisk-core-sounds-en, with transcripts.
 
 ``python -m csm_fast.data.demo TARGET`` fetches 24 minutes of one speaker (551 recordings, 8 kHz, CC-BY-SA-3.0) and
-writes TARGET/metadata.json. Nothing is installed and no system state changes. ``--sounds`` adds the 17 that are no
-speech, beeps and silence among them, under their descriptions: not to learn from, but the corpus that the benchmarks
-take whole.
+writes TARGET/metadata.json. It installs nothing and changes no system state. ``--sounds`` adds the 17 recordings that
+are not speech (beeps and silence among them), with their descriptions as texts: the benchmarks use the whole package.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from csm_fast.system.errors import InputError
 from csm_fast.system.files import write_file, writing_to
 
 PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")  # recordings, transcripts
-_AT_LEAST = 200  # recordings; fewer would be another package under the same name
+_AT_LEAST = 200  # recordings; fewer means another package of the same name
 _MEND = "run `make demo DATA=metadata.json` with your own recordings and transcripts"
 _FETCH = ("-qq", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20")
 _TIME_LIMIT_S = 300
@@ -32,16 +31,16 @@ _TIME_LIMIT_S = 300
 def fetch_debian_speech(target_dir: str | os.PathLike[str], sounds: bool = False) -> Path:
     """Fetch the recordings into ``target_dir``/recordings and describe them in ``target_dir``/metadata.json.
 
-    Does nothing when they are already there. Prints the number of recordings and the hours.
+    Does nothing if they are there already. Prints the number of recordings and the hours.
 
     Args:
-        sounds: also the recordings that are no speech; their text is what the package says of them.
+        sounds: also fetch the recordings that are not speech; their text is the package's description.
 
     Returns:
         The path of metadata.json: flat rows ``text``, ``path`` (relative), ``speaker`` 0.
 
     Raises:
-        InputError: not a Debian-like system, the archive out of reach, or a folder that cannot be written.
+        InputError: not a Debian-like system, no answer from the archive, or a folder that cannot be written.
     """
     target = Path(target_dir).expanduser()
     metadata = target / "metadata.json"
@@ -63,9 +62,9 @@ def fetch_debian_speech(target_dir: str | os.PathLike[str], sounds: bool = False
 def parse_transcripts(lines: Iterable[str], sounds: bool = False) -> Iterator[tuple[str, str]]:
     """(recording's name without extension, what is said) for each line ``name: text`` that is speech.
 
-    Left out: comments (``;``), entries that are a sound and not speech (all in brackets), empty ones. Cleaned: notes in
-    brackets and dots that mark an unfinished sentence are removed, ``*`` and ``#`` are spelled as they are spoken. With
-    ``sounds``, entries all in brackets are kept, without the brackets.
+    Left out are comments (``;``), sounds (entries all in brackets) and empty entries. Notes in brackets, and dots that
+    mark an unfinished sentence, are removed; ``*`` and ``#`` become words. With ``sounds``, entries all in brackets are
+    kept, without the brackets.
     """
     for line in lines:
         name, colon, text = line.strip().partition(":")
@@ -98,7 +97,7 @@ def _download(scratch: Path) -> Path:
     archives.mkdir()
     failure = _apt(("download", *PACKAGES), archives)
     if failure is not None:
-        # The machine may never have fetched package lists. Private ones need no root and leave the system's alone.
+        # The machine may never have fetched package lists. Private lists need no root and leave the system's alone.
         for folder in ("state/lists/partial", "cache/archives/partial"):
             (scratch / folder).mkdir(parents=True)
         private: tuple[str, ...] = ("-o", f"Dir::State={scratch}/state", "-o", f"Dir::Cache={scratch}/cache")
@@ -115,7 +114,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _apt(arguments: tuple[str, ...], folder: Path) -> str | None:
-    """Run apt-get in ``folder``; None when it did, else why not."""
+    """Run apt-get in ``folder``; returns None, or why it failed."""
     command = ("apt-get", *_FETCH, *arguments)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIME_LIMIT_S)
@@ -123,13 +122,13 @@ def _apt(arguments: tuple[str, ...], folder: Path) -> str | None:
         return f"no answer within {_TIME_LIMIT_S} s"
     if done.returncode != 0:
         return _last_line(done.stderr)
-    # `update` ends with 0 although every mirror failed; only the files that came count.
+    # `update` exits with 0 even if every mirror failed, so count the files.
     wanted = arguments[-1] == PACKAGES[-1]
     return "nothing was downloaded" if wanted and len(list(folder.glob("*.deb"))) < len(PACKAGES) else None
 
 
 def _copy(unpacked: Path, target: Path, with_sounds: bool) -> list[dict]:
-    """Copy the recordings that have a transcript and are speech, or all; their metadata rows, by name."""
+    """Copy the recordings that have a transcript and are speech, or all; returns their metadata rows by name."""
     lists = sorted(unpacked.glob("usr/share/doc/*/core-sounds-en.txt*"))
     sounds = sorted(path for path in unpacked.glob("usr/share/asterisk/sounds/*") if any(path.rglob("*.wav")))
     if not lists or not sounds:

@@ -19,11 +19,11 @@ import numpy as np
 
 from csm_fast.config.commands import PretokenizeConfig
 from csm_fast.data.audio import RESAMPLER
-from csm_fast.data.code_cache import CodeCache, content_key
+from csm_fast.data.code_cache import CodeCache, make_content_key
 from csm_fast.data.codec.base import Codec
 from csm_fast.data.codec.load import load_codec
 from csm_fast.data.corpus import Corpus, Split
-from csm_fast.data.decode_pool import DecodePool, Reply, Request, stamp
+from csm_fast.data.decode_pool import DecodePool, Reply, Request, file_stamp
 from csm_fast.data.statistics import LISTED, render_report, report_split
 from csm_fast.data.store_writer import TokenStoreWriter
 from csm_fast.data.text import TextTokenizer, load_text_tokenizer
@@ -118,7 +118,7 @@ class _Run:
         contents, unknown = {}, []
         for path, turns in users.items():
             try:
-                self.stamps[path] = stamp(path)
+                self.stamps[path] = file_stamp(path)
                 known = self.cache.hashes.get(path, self.stamps[path])
             except OSError:
                 known = None  # the error comes with the reply below
@@ -145,7 +145,7 @@ class _Run:
             self.corpus.tokenize(i, self.tokenizer)
             if i in self.corpus.refused:
                 continue
-            key = self.keys[i] = content_key(
+            key = self.keys[i] = make_content_key(
                 contents[turn.audio_path], turn.start, turn.end, codec.fingerprint, codec.num_codebooks, RESAMPLER
             )
             if key in self.cache:

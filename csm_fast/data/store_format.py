@@ -1,4 +1,4 @@
-"""What a token store's files must hold: the manifest's fields and each shard's arrays, checked on opening."""
+"""The format of a token store's files: the manifest's fields and each shard's arrays, and checks of them on opening."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 AGAIN = "run csm-fast pretokenize again"
 
-# name -> (dtype, shape after the first axis, which count the first axis has)
+# name -> (dtype, shape after the first axis, length of the first axis)
 ARRAYS: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "codes": ("uint16", ("K",), "frames"),
     "text": ("int32", (), "text"),
@@ -32,19 +32,23 @@ ARRAYS: dict[str, tuple[str, tuple[Any, ...], str]] = {
 }
 
 
-def corrupt(path: Path, what: str) -> InputError:
-    """A file of the store that does not hold what the manifest or the format says."""
+def corrupt_file(path: Path, what: str) -> InputError:
+    """The error for a file of the store that contradicts the manifest or the format."""
     return InputError(f"corrupt: {what}", file=path, mend=AGAIN)
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
-    """The operating system's refusal to read `path` as one line."""
+def unreadable_file(path: Path, error: OSError) -> InputError:
+    """The error for a file that the operating system does not let us read."""
     mend = "raise the limit on open files (ulimit -n)" if error.errno == errno.EMFILE else "check its permissions"
     return InputError(f"cannot be read ({error.strerror})", file=path, mend=mend)
 
 
 def read_manifest(path: Path, shown: Path) -> dict[str, Any]:
-    """manifest.json of the store at `path`, every field that readers rely on checked."""
+    """manifest.json of the store at ``path``. Every field that readers rely on is checked.
+
+    Args:
+        shown: the path that errors name.
+    """
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
@@ -52,14 +56,14 @@ def read_manifest(path: Path, shown: Path) -> dict[str, Any]:
         what = f"not a token store (no {MANIFEST})" if path.exists() else "no such directory"
         raise InputError(what, file=shown, mend="give a directory that csm-fast pretokenize wrote") from None
     except OSError as error:
-        raise unreadable(file, error) from None
+        raise unreadable_file(file, error) from None
     except ValueError:
-        raise corrupt(file, "not JSON") from None
+        raise corrupt_file(file, "not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError("not the manifest of a token store", file=file, mend=AGAIN)
     version = manifest.get("format_version")
     if not isinstance(version, int) or version < 1:
-        raise corrupt(file, f"format_version is {version!r}")
+        raise corrupt_file(file, f"format_version is {version!r}")
     if version > FORMAT_VERSION:
         what = f"format version {version}, this csm_fast reads up to {FORMAT_VERSION}"
         raise InputError(what, file=file, mend="upgrade csm_fast")
@@ -72,21 +76,21 @@ def read_manifest(path: Path, shown: Path) -> dict[str, Any]:
         for field, kind in fields.items():
             section = manifest.get(name)
             if not isinstance(section, dict) or not isinstance(section.get(field), kind):
-                raise corrupt(file, f"{name}.{field} is missing")
+                raise corrupt_file(file, f"{name}.{field} is missing")
     shards = manifest.get("shards")
     shard_fields = {"file": str, "sha256": str, "bytes": int, "turns": int, "frames": int}
     if not isinstance(shards, list) or not shards:
-        raise corrupt(file, "it names no shard")
+        raise corrupt_file(file, "it names no shard")
     for shard in shards:
         if not isinstance(shard, dict) or any(not isinstance(shard.get(k), kind) for k, kind in shard_fields.items()):
-            raise corrupt(file, "a shard is not described")
+            raise corrupt_file(file, "a shard is not described")
         if Path(shard["file"]).name != shard["file"]:
-            raise corrupt(file, f"shard {shard['file']!r} is outside the store")
+            raise corrupt_file(file, f"shard {shard['file']!r} is outside the store")
     return manifest
 
 
 def open_shard(path: Path, entry: Mapping[str, Any], num_codebooks: int) -> Arrays:
-    """Map one shard after checking its size, every array's dtype and shape, and the offsets."""
+    """Map one shard, and check its size, every array's dtype and shape, and the offsets."""
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -96,20 +100,20 @@ def open_shard(path: Path, entry: Mapping[str, Any], num_codebooks: int) -> Arra
     except FileNotFoundError:
         raise InputError("missing shard", file=path, mend=AGAIN) from None
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable_file(path, error) from None
     turns, text = entry["turns"], len(arrays["text"]) if "text" in arrays else 0
     firsts = {"frames": entry["frames"], "text": text, "turns": turns, "turns+1": turns + 1}
     for name, (dtype, rest, count) in ARRAYS.items():
         if name not in arrays:
-            raise corrupt(path, f"no array {name!r}")
+            raise corrupt_file(path, f"no array {name!r}")
         shape = (firsts[count], *(num_codebooks if n == "K" else n for n in rest))
         found = arrays[name]
         if found.dtype != dtype or found.shape != shape:
-            raise corrupt(path, f"{name} is {found.dtype} {list(found.shape)}, not {dtype} {list(shape)}")
+            raise corrupt_file(path, f"{name} is {found.dtype} {list(found.shape)}, not {dtype} {list(shape)}")
     if not turns:
-        raise corrupt(path, "it holds no turn")
+        raise corrupt_file(path, "it holds no turn")
     for name, end in (("code_offsets", entry["frames"]), ("text_offsets", text)):
         offsets = arrays[name]
         if offsets[0] != 0 or offsets[-1] != end or np.diff(offsets).min() < 1:
-            raise corrupt(path, f"{name} do not rise from 0 to {end}")
+            raise corrupt_file(path, f"{name} do not rise from 0 to {end}")
     return arrays

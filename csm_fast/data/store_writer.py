@@ -1,4 +1,4 @@
-"""Writing a token store, shard by shard; ``token_store`` tells the format and reads it."""
+"""Write a token store, shard by shard; ``token_store`` describes the format and reads it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from csm_fast.system.arrays import write_arrays
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import fsync_path, replace_directory, write_file, writing_to
 
-SHARD_FRAMES = 4_000_000  # 256 MB of codes at K = 32; also what the writer holds in memory at most
+SHARD_FRAMES = 4_000_000  # 256 MB of codes at K = 32; also the most that the writer holds in memory
 
 
 class TokenStoreWriter:
-    """Writes a store conversation by conversation; what stood at `path` stays valid until close() replaces it.
+    """Writes a store conversation by conversation. An older store at ``path`` stays valid until ``close`` replaces it.
 
-    Use it as a context manager: a clean end closes, an exception throws the unfinished store away. Everything is
-    written beside `path` first, so one writer per path at a time. The bytes depend on the conversations alone.
-    Memory: one shard's codes.
+    Use it as a context manager: the end of the block closes it, an exception discards the unfinished store. Everything
+    is written beside ``path`` first, so there may be one writer per path at a time. The bytes depend on the
+    conversations alone. It holds one shard's codes in memory.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TokenStoreWriter:
 
         Args:
             turns: one or more turns, each with text and frames.
-            content_keys: 32 bytes per turn naming what its codes were made from; zeros where not known.
+            content_keys: 32 bytes per turn, a key of what its codes were made from; zeros if not known.
             clip_stats: (seconds, leading silence, trailing silence) per turn, in seconds.
         """
         assert turns, "a conversation has at least one turn"
@@ -96,7 +96,7 @@ class TokenStoreWriter:
         self._counts["frames"] += frames
 
     def finish(self) -> None:
-        """Write what is left and the manifest, all synced to the disk, still beside `path`."""
+        """Write the last shard and the manifest and sync them to the disk, still beside ``path``."""
         try:
             if not self._counts["conversations"]:
                 mend = "check the metadata and what was skipped"
@@ -113,17 +113,17 @@ class TokenStoreWriter:
             raise
 
     def commit(self) -> None:
-        """Put the finished store at `path`."""
+        """Put the finished store at ``path``."""
         with writing_to(self.path):
             replace_directory(self._new, self.path)
 
     def close(self) -> None:
-        """finish() and commit()."""
+        """``finish`` and ``commit``."""
         self.finish()
         self.commit()
 
     def abort(self) -> None:
-        """Throw the unfinished store away; what stood at `path` is untouched."""
+        """Discard the unfinished store. A store at ``path`` is untouched."""
         shutil.rmtree(self._new, ignore_errors=True)
 
     def _flush(self) -> None:

@@ -1,7 +1,7 @@
-"""Llama-3 tokenizer with the Sesame template.
+"""The Llama-3 tokenizer with Sesame's template.
 
-``encode("Hello.", 3)`` is ``<|begin_of_text|>`` + ids of ``"[3]Hello."`` + ``<|end_of_text|>``, from whichever file the
-vocabulary comes: tokenizer.json, tokenizer.model, a hub repository, or Meta's llama-models package.
+``encode("Hello.", 3)`` is ``<|begin_of_text|>`` + ids of ``"[3]Hello."`` + ``<|end_of_text|>``. The vocabulary is that
+of a tokenizer.json, a tokenizer.model, a hub repository, or Meta's llama-models package.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class TextTokenizer:
     """Text and speaker -> ids, with the ids of Llama-3.
 
     Attributes:
-        name: where the vocabulary was found, for people.
+        name: where the vocabulary was found, for printing.
         vocab_size: 128,256 for Llama-3.
-        fingerprint: SHA-256 (64 hex digits) of the ids of a fixed multilingual text and the vocabulary's size: equal
-            for the same vocabulary in any file format, so token stores can be compared by it.
+        fingerprint: SHA-256 (64 hex digits) of the vocabulary's size and the ids of a fixed multilingual text. It is
+            the same for one vocabulary in any file format, so that token stores can be compared.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TextTokenizer:
         encode: Callable[[str], list[int]],
         decode: Callable[[list[int]], str],
     ):
-        """``encode`` gives the ids of a plain string, never a special one; ``decode`` is its inverse."""
+        """``encode`` returns the ids of a plain string, never a special id; ``decode`` is its inverse."""
         self.name, self.vocab_size = name, vocab_size
         self._encode, self._decode = encode, decode
         identity = json.dumps([vocab_size, encode(_PROBE)])
@@ -66,7 +66,7 @@ class TextTokenizer:
     def encode(self, text: str, speaker: int) -> list[int]:
         """``[128000] + ids(f"[{speaker}]{text}") + [128001]``; speaker -1 leaves out the prefix.
 
-        The text never becomes a special token: "<|end_of_text|>" inside it is encoded letter by letter.
+        The text never gives a special token: "<|end_of_text|>" inside it is encoded as letters.
 
         Raises:
             ValueError: a speaker below -1.
@@ -77,7 +77,7 @@ class TextTokenizer:
         return [BEGIN, *self._encode(prefix + text), END]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids, special ones left out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids without special ones; bytes that are not UTF-8 become U+FFFD."""
         return self._decode([i for i in map(int, ids) if i < BEGIN])
 
     def __repr__(self) -> str:
@@ -155,8 +155,8 @@ def _encode_json(tokenizer: Any, text: str) -> list[int]:
 def _from_model(path: str, name: str) -> TextTokenizer:
     import tiktoken
 
-    # Read here and not by tiktoken's loader, which would keep a copy in the temporary folder under a hash of the path
-    # and go on using it when the file changes.
+    # Not by tiktoken's loader: it keeps a copy in the temporary folder under a hash of the path, and uses the copy even
+    # if the file changes.
     ranks: dict[bytes, int] = {}
     try:
         with open(path, "rb") as stream:
@@ -178,7 +178,7 @@ def _from_model(path: str, name: str) -> TextTokenizer:
 
 
 def _llama_models_file() -> str | None:
-    """Llama-3's vocabulary inside Meta's package, found without importing it (its own imports are heavy)."""
+    """Llama-3's vocabulary in Meta's package, found without importing the package, which is slow."""
     spec = importlib.util.find_spec("llama_models")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = os.path.join(folder, "llama3", "tokenizer.model")
@@ -188,7 +188,7 @@ def _llama_models_file() -> str | None:
 
 
 def _download(repository: str) -> str:
-    """tokenizer.json of a hub repository. Raises InputError within seconds when the hub is out of reach."""
+    """tokenizer.json of a hub repository. Raises InputError, within seconds if the hub does not answer."""
     ways = f"check the id and the connection; or {_WAYS_OUT}"
     if hub.is_offline():
         what = f"{repository} is not in the hub cache, and HF_HUB_OFFLINE forbids fetching it"

@@ -1,7 +1,7 @@
 """The token store: codes and text ids of one split, memory-mapped from safetensors shards beside a manifest.
 
-A store is a directory: `manifest.json` (format, codec, text tokenizer, counts, every shard's size and hash) and
-`shard-00000.safetensors`, ... with flat arrays over the shard's F frames, N text ids and n turns:
+A store is a directory: ``manifest.json`` (format, codec, text tokenizer, counts, every shard's size and hash) and
+``shard-00000.safetensors``, ... with flat arrays over the shard's F frames, N text ids and n turns:
 
     codes           uint16 [F, K]    content_key  uint8 [n, 32]   what the codes were made from (pretokenize.py)
     text            int32 [N]        clip_stats   float32 [n, 3]  seconds, leading and trailing silence in seconds
@@ -9,7 +9,7 @@ A store is a directory: `manifest.json` (format, codec, text tokenizer, counts, 
     text_offsets    int64 [n + 1]    conversation int64 [n]       index over the whole store, 0, 1, 2, ...
                                      source_index int64 [n]       which turn of the metadata, counted from 0
 
-A conversation never straddles two shards. The manifest is written last; a directory without one is not a store.
+A conversation is in one shard. The manifest is written last; a directory without one is not a store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from csm_fast.data.store_format import MANIFEST, corrupt, open_shard, read_manifest
+from csm_fast.data.store_format import MANIFEST, corrupt_file, open_shard, read_manifest
 from csm_fast.packing.fit import Store
 from csm_fast.system.arrays import Arrays
 from csm_fast.system.errors import InputError
@@ -35,7 +35,8 @@ from csm_fast.system.files import file_sha256, old_directory
 
 @dataclass(frozen=True, slots=True)
 class TurnTokens:
-    """One turn. From a store, `text` int32 [n] and `codes` uint16 [frames, K] are read-only."""
+    """The text ids and codes of one turn. From a store, ``text`` int32 [n] and ``codes`` uint16 [frames, K] are
+    read-only."""
 
     text: np.ndarray
     codes: np.ndarray
@@ -65,14 +66,14 @@ class _Shard:
 
 
 class TokenStore:
-    """A split opened for reading; open it with TokenStore.open(path) or open_split(data_dir, split).
+    """A split opened for reading, with ``TokenStore.open(path)`` or ``open_split(data_dir, split)``.
 
-    Safe to use from several threads. Pickling one (a loader's worker process) sends the path, and the worker maps
-    the files again. Errors are InputErrors that name the file.
+    Several threads may use it. Pickling it, for a worker process, sends the path; the worker maps the files again.
+    Errors are InputErrors that name the file.
 
     Attributes:
         path: the directory as given.
-        manifest: manifest.json as read; `codec` and `text_tokenizer` are its identity dicts.
+        manifest: manifest.json as read; ``codec`` and ``text_tokenizer`` are its identity dicts.
         num_conversations, num_turns, num_frames, num_text_tokens: totals.
         conversation_rows: int32 [num_conversations], rows of each one packed: text ids + frames + 1 EOS per turn.
         turn_counts: int32 [num_conversations], turns of each conversation.
@@ -98,14 +99,14 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> TokenStore:
-        """Open the store at `path`: manifest, sizes and headers are checked now, each shard's hash on first use.
+        """Open the store at ``path``: manifest, sizes and headers are checked now, each shard's hash on first use.
 
         Args:
-            path: the store's directory (`tokens/train`).
-            verify: False leaves out the hashes, for a worker whose parent has checked them.
+            path: the store's directory (``tokens/train``).
+            verify: False skips the hashes, for a worker whose parent has checked them.
         """
         shown = Path(path)
-        path = _settled(shown)
+        path = _locate_store(shown)
         manifest = read_manifest(path, shown)
         shards, starts, turns, conversations = [], [np.zeros(1, np.int64)], 0, 0
         frames = text = 0
@@ -115,7 +116,7 @@ class TokenStore:
             conversation = arrays["conversation"]
             steps = np.diff(conversation, prepend=conversations - 1)
             if steps[0] != 1 or steps.min() < 0 or steps.max() > 1:
-                raise corrupt(shard_path, "its conversations are not numbered 0, 1, 2, ...")
+                raise corrupt_file(shard_path, "its conversations are not numbered 0, 1, 2, ...")
             starts.append(np.flatnonzero(np.diff(conversation)) + 1 + turns)
             shards.append(_Shard(shard_path, entry["sha256"], arrays, turns, not verify))
             turns += len(conversation)
@@ -126,7 +127,7 @@ class TokenStore:
         for name, number in counted.items():
             if manifest["counts"].get(name) != number:
                 said = manifest["counts"].get(name)
-                raise corrupt(path / MANIFEST, f"it counts {said} {name}, the shards hold {number}")
+                raise corrupt_file(path / MANIFEST, f"it counts {said} {name}, the shards hold {number}")
         return cls(shown, manifest, shards, np.concatenate(starts))
 
     def __len__(self) -> int:
@@ -137,7 +138,7 @@ class TokenStore:
         return (_reopen, (os.fspath(self.path), verify))
 
     def conversation(self, index: int) -> list[TurnTokens]:
-        """The turns of conversation `index` in order, read-only (copy before writing to them)."""
+        """The turns of conversation ``index`` in order, read-only (copy before writing to them)."""
         if not 0 <= index < self.num_conversations:
             raise IndexError(f"conversation {index} of {self.num_conversations}")
         first, last = self._turn_starts[index : index + 2].tolist()
@@ -181,11 +182,12 @@ class TokenStore:
             shard.arrays.read_into(codes[frames : frames + more_frames], "codes", code)
             shard.arrays.read_into(text[words : words + more_words], "text", word)
             frames, words = frames + more_frames, words + more_words
-        if not self._holds(text, codes):
+        if not self._in_range(text, codes):
             frames = words = 0
             for (shard, _, more_frames, _, more_words), first in zip(spans, firsts, strict=True):
                 some_text, some_codes = text[words : words + more_words], codes[frames : frames + more_frames]
-                self._check(shard, int(np.searchsorted(self._turn_starts, first, "right")) - 1, some_text, some_codes)
+                index = int(np.searchsorted(self._turn_starts, first, "right")) - 1
+                self._check_range(shard, index, some_text, some_codes)
                 frames, words = frames + more_frames, words + more_words
         return text, codes
 
@@ -195,18 +197,19 @@ class TokenStore:
             self._verify(shard)
         return shard
 
-    def _holds(self, text: np.ndarray, codes: np.ndarray) -> bool:
-        """An id outside its table reads another row's memory on a GPU, so ranges are checked although hashes hold."""
+    def _in_range(self, text: np.ndarray, codes: np.ndarray) -> bool:
+        """Whether all ids are in range. This is checked although the hash is right, because on a GPU an id outside its
+        table reads other memory."""
         highest, lowest = text.max(initial=0), text.min(initial=0)
         return codes.max(initial=0) < self.codebook_size and 0 <= lowest <= highest < self.text_tokenizer["vocab_size"]
 
-    def _check(self, shard: _Shard, index: int, text: np.ndarray, codes: np.ndarray) -> None:
-        """Refuse, by name, the conversation in which something is out of range."""
-        if self._holds(text, codes):
+    def _check_range(self, shard: _Shard, index: int, text: np.ndarray, codes: np.ndarray) -> None:
+        """Refuse a conversation with an id out of range."""
+        if self._in_range(text, codes):
             return
         if (code := codes.max(initial=0)) >= self.codebook_size:
-            raise corrupt(shard.path, f"conversation {index} has code {code} of {self.codebook_size}")
-        raise corrupt(shard.path, f"conversation {index} has a text id outside the vocabulary")
+            raise corrupt_file(shard.path, f"conversation {index} has code {code} of {self.codebook_size}")
+        raise corrupt_file(shard.path, f"conversation {index} has a text id outside the vocabulary")
 
     def content_hash(self) -> str:
         """Identity of the tokens: SHA-256 in hex of the manifest's list of shards and their hashes."""
@@ -219,18 +222,18 @@ class TokenStore:
         return text, frames, self.turn_array("speaker"), self.turn_array("conversation")
 
     def turn_array(self, name: str) -> np.ndarray:
-        """A per-turn array of the shards (speaker, source_index, content_key, clip_stats, ...) joined, as a copy."""
+        """A per-turn array (speaker, source_index, content_key, clip_stats, ...) of all shards, as a copy."""
         return np.concatenate([shard.arrays[name] for shard in self._shards])
 
-    def code_blocks(self, frames: int = 65_536):
-        """Iterate over all codes as uint16 [<= frames, K] views, for statistics in constant memory."""
+    def code_blocks(self, frames: int = 65_536) -> Iterator[np.ndarray]:
+        """All codes as uint16 [<= frames, K] views, for statistics in constant memory."""
         for shard in self._shards:
             self._verify(shard)
             codes = shard.arrays["codes"]
             yield from (codes[i : i + frames] for i in range(0, len(codes), frames))
 
-    def shard_arrays(self):
-        """(path, arrays) of each shard, for tools that move whole shards about."""
+    def shard_arrays(self) -> list[tuple[Path, Arrays]]:
+        """(path, arrays) of each shard."""
         return [(shard.path, shard.arrays) for shard in self._shards]
 
     def _count_rows(self) -> np.ndarray:
@@ -249,14 +252,14 @@ class TokenStore:
             if shard.verified:
                 return
             if file_sha256(shard.path) != shard.sha256:
-                raise corrupt(shard.path, "its hash is not the one in the manifest")
+                raise corrupt_file(shard.path, "its hash is not the one in the manifest")
             shard.verified = True
 
 
 def open_split(data_dir: str | os.PathLike[str], split: str, *, verify: bool = True) -> TokenStore:
-    """Open the store of `split` ("train" or "val") inside what `csm-fast pretokenize --output data_dir` wrote."""
+    """Open the store of ``split`` ("train" or "val") in a directory from ``csm-fast pretokenize --output data_dir``."""
     path = Path(data_dir).expanduser() / split
-    if not _settled(path).is_dir():
+    if not _locate_store(path).is_dir():
         there = sorted(p.parent.name for p in Path(data_dir).glob("*/" + MANIFEST))
         what = f"no {split!r} split here" + (f" (there is {', '.join(there)})" if there else "")
         if (Path(data_dir).expanduser() / MANIFEST).is_file():
@@ -278,9 +281,10 @@ def check_compatible(
     num_codebooks: int | None = None,
     text_vocab_size: int | None = None,
 ) -> None:
-    """Refuse, by name, a store made with another codec or text tokenizer than the model's. None is not compared.
+    """Refuse a store that was made with another codec or text tokenizer than the model's. None is not compared.
 
-    `text_vocab_size` is the size of the model's text table: the store's ids must fit in it.
+    Args:
+        text_vocab_size: rows of the model's text table, which the store's ids must fit.
     """
 
     def refuse(noun: str, made: str, wanted: str) -> None:
@@ -328,14 +332,14 @@ def read_tokens(store: TokenSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def recover_store(path: Path) -> None:
-    """Undo a replacement that was killed between its two renames (see replace_directory)."""
+    """Undo a replacement that was killed between its two renames (``replace_directory``)."""
     old = old_directory(path)
     if old.is_dir() and not path.exists():
         os.rename(old, path)
 
 
-def _settled(path: Path) -> Path:
-    """Where the store named `path` stands now: `path`, or the old directory of a killed replacement."""
+def _locate_store(path: Path) -> Path:
+    """Where the store of ``path`` is: there, or in the old directory of a killed replacement."""
     old = old_directory(path)
     return old if not path.exists() and (old / MANIFEST).is_file() else path
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from csm_fast.data import audio
-from csm_fast.data.audio import audio_info, content_hash, read_audio, silence, write_wav
+from csm_fast.data.audio import audio_info, hash_content, measure_silence, read_audio, write_wav
 from csm_fast.system.errors import InputError
 
 
@@ -210,7 +210,7 @@ def test_bad_cuts(tmp_path, case):
     assert line.startswith(f"m.csv, row 12: {path} {expected}"), line
 
 
-@pytest.mark.parametrize("function", [read_audio, audio_info, content_hash])
+@pytest.mark.parametrize("function", [read_audio, audio_info, hash_content])
 def test_files_that_cannot_be_opened(tmp_path, monkeypatch, function):
     assert message(function, tmp_path / "none.wav").endswith("none.wav: does not exist; check the path")
     assert "is a folder, not a recording" in message(function, tmp_path)
@@ -228,14 +228,16 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch, function):
 
 def test_silence():
     sound = np.concatenate([np.zeros(2_400), tone(1.0), np.zeros(7_200)]).astype(np.float32)
-    assert silence(sound, 24_000) == pytest.approx((0.1, 0.3), abs=0.0101)
-    assert silence(1e-3 * sound, 24_000) == silence(sound, 24_000)  # relative to the loudest, not absolute
+    assert measure_silence(sound, 24_000) == pytest.approx((0.1, 0.3), abs=0.0101)
+    assert measure_silence(1e-3 * sound, 24_000) == measure_silence(
+        sound, 24_000
+    )  # relative to the loudest, not absolute
     noisy = sound + np.random.default_rng(0).normal(0, 1e-4, len(sound)).astype(np.float32)
-    assert silence(noisy, 24_000) == silence(sound, 24_000)
-    assert silence(noisy, 24_000, threshold_db=-120.0) == (0.0, 0.0)
-    assert silence(tone(1.003), 24_000) == (0.0, 0.0)
-    assert silence(np.zeros(12_000, np.float32), 24_000) == (0.5, 0.0)
-    assert silence(np.zeros(0, np.float32), 24_000) == (0.0, 0.0)
+    assert measure_silence(noisy, 24_000) == measure_silence(sound, 24_000)
+    assert measure_silence(noisy, 24_000, threshold_db=-120.0) == (0.0, 0.0)
+    assert measure_silence(tone(1.003), 24_000) == (0.0, 0.0)
+    assert measure_silence(np.zeros(12_000, np.float32), 24_000) == (0.5, 0.0)
+    assert measure_silence(np.zeros(0, np.float32), 24_000) == (0.0, 0.0)
 
 
 def test_write_wav(tmp_path):
@@ -283,4 +285,4 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_content_hash(tmp_path):
     content = os.urandom(3_000_001)
     (tmp_path / "a.bin").write_bytes(content)
-    assert content_hash(tmp_path / "a.bin") == hashlib.sha256(content).hexdigest()
+    assert hash_content(tmp_path / "a.bin") == hashlib.sha256(content).hexdigest()

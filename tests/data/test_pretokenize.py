@@ -69,7 +69,7 @@ def test_a_second_run_encodes_nothing_and_changes_nothing(data):
 
 def test_unchanged_files_are_not_read_again(data, monkeypatch):
     run(data)
-    monkeypatch.setattr("csm_fast.data.audio.content_hash", lambda path: pytest.fail(f"{path} read again"))
+    monkeypatch.setattr("csm_fast.data.audio.hash_content", lambda path: pytest.fail(f"{path} read again"))
     assert run(data)[1].clips == 0
 
 
@@ -130,7 +130,7 @@ def test_audio_that_changes_while_it_is_read(data, monkeypatch):
         return wave
 
     monkeypatch.setattr(audio, "read_audio", meddle)
-    monkeypatch.setattr(audio, "silence", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(audio, "measure_silence", lambda *_: (0.0, 0.0))
     rows = load(data)
     save(data, [rows[0], rows[8]])
     monkeypatch.setattr(

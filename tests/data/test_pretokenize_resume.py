@@ -182,7 +182,7 @@ def test_a_decoder_that_crashes_fails_one_clip(data, monkeypatch):
     audio = fake / "csm_fast" / "data" / "audio.py"
     audio.unlink()
     audio.write_text(
-        "import os\ndef content_hash(path):\n    print('noise')\n"
+        "import os\ndef hash_content(path):\n    print('noise')\n"
         "    if path.endswith('crash.wav'): os.abort()\n    return 'h' * 64\n"
     )
     monkeypatch.syspath_prepend(str(fake))
