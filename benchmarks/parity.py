@@ -1,15 +1,15 @@
-"""Does csm_fast compute what the others compute? Run against Sesame's own code, which is fetched, not copied.
+"""Whether csm_fast computes what Sesame's own code computes. That code is cloned, not copied.
 
     git clone https://github.com/SesameAILabs/csm ../csm
     git clone https://github.com/knottwill/sesame-finetune ../sesame-finetune     # optional
     python -m benchmarks.parity --sesame-csm ../csm --sesame-finetune ../sesame-finetune
 
-Needs torchtune (0.4.0, which Sesame pins, or 0.6.1), which imports only beside an older torchao and pulls in much else:
+Needs torchtune (0.4.0, which Sesame pins, or 0.6.1). torchtune imports only with an older torchao, and needs more:
 
     pip install --no-deps torchtune==0.4.0 torchao==0.9.0
     pip install omegaconf datasets blobfile kagglehub psutil
 
-Better in an environment of its own: PEFT refuses to work beside that torchao.
+Use an environment of its own: PEFT refuses to work with that torchao.
 
 Compares ``csm_fast.forward`` bound to Sesame's ``Model`` with the blog's forward (in our words and, given
 sesame-finetune, in its own), with our ``CSM`` and with transformers, on the same weights, batch and frames: losses, and
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import csm_fast
 from benchmarks.common.baselines import blog_forward, transformers_gradients, transformers_loss, transformers_model
+from benchmarks.common.models import random_batch
 from csm_fast import CSM, CSMConfig, TransformerConfig
 from csm_fast.model.stacks import model_config
 from csm_fast.weights.config_json import sesame_config
@@ -48,7 +49,7 @@ Result = tuple[float, dict[str, Tensor]]
 
 
 def sesame_models(directory: Path) -> types.ModuleType:
-    """Sesame's ``models.py``, under a name of its own so that nothing else called ``models`` is meant."""
+    """Sesame's ``models.py``, under another name than the common ``models``."""
     file = directory / "models.py"
     spec = importlib.util.spec_from_file_location("sesame_csm_models", file)
     if not file.is_file() or spec is None or spec.loader is None:
@@ -60,7 +61,7 @@ def sesame_models(directory: Path) -> types.ModuleType:
 
 
 def finetune_forward(directory: Path, models: types.ModuleType) -> Callable[..., Tensor]:
-    """sesame-finetune's ``utils.forward``. Only that function is run: its file imports codecs and reads variables."""
+    """sesame-finetune's ``utils.forward``, without the rest of the file, which imports codecs and reads variables."""
     tree = ast.parse((directory / "utils.py").read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "forward"]
     namespace = {"torch": torch, "F": F, "_create_causal_mask": models._create_causal_mask}
@@ -69,7 +70,7 @@ def finetune_forward(directory: Path, models: types.ModuleType) -> Callable[...,
 
 
 def patch_flavors(models: types.ModuleType, config: CSMConfig) -> None:
-    """Teach Sesame's code this shape, under the names that our config.json gives it."""
+    """Register this shape in Sesame's code, under the names that our config.json gives it."""
     from torchtune.models import llama3_2
 
     def builder(c: TransformerConfig) -> Callable[[], nn.Module]:
@@ -99,27 +100,13 @@ def sesame_model(models: types.ModuleType, config: CSMConfig) -> Any:
     return models.Model(models.ModelArgs(**{f.name: names[f.name] for f in dataclasses.fields(models.ModelArgs)}))
 
 
-def ragged_batch(config: CSMConfig, conversations: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
+def make_batch(config: CSMConfig, conversations: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
     """Random tokens and mask [B, S, K + 1]: conversations of turns of (text rows, audio frames), right-padded."""
-    generator = torch.Generator().manual_seed(1)
-    width = config.num_codebooks + 1
-    longest = max(sum(text + frames + 1 for text, frames in turns) for turns in conversations)
-    tokens = torch.zeros(len(conversations), longest, width, dtype=torch.long)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for i, turns in enumerate(conversations):
-        row = 0
-        for text, frames in turns:
-            tokens[i, row : row + text, -1] = torch.randint(0, config.text_vocab_size, (text,), generator=generator)
-            mask[i, row : row + text, -1] = True
-            row += text
-            codes = torch.randint(0, 2048, (frames, width - 1), generator=generator) % config.audio_vocab_size
-            tokens[i, row : row + frames, :-1] = codes
-            mask[i, row : row + frames + 1, :-1] = True  # the last one is the end of speech, all zeros
-            row += frames + 1
-    return tokens, mask
+    rows = ["".join("t" * text + "a" * frames + "e" for text, frames in turns) for turns in conversations]
+    return random_batch(config, rows, seed=1)
 
 
-def run(model: Any, forward: Callable[..., Tensor], batch, autocast: bool = False) -> Result:
+def compute_gradients(model: Any, forward: Callable[..., Tensor], batch, autocast: bool = False) -> Result:
     """Loss and gradients of the model's parameters under a fixed seed."""
     model.zero_grad()
     torch.manual_seed(SEED)
@@ -129,7 +116,7 @@ def run(model: Any, forward: Callable[..., Tensor], batch, autocast: bool = Fals
     return float(loss.detach()), {n: p.grad.double() for n, p in model.named_parameters()}
 
 
-def errors(got: Result, want: Result) -> tuple[float, float, str]:
+def relative_errors(got: Result, want: Result) -> tuple[float, float, str]:
     """Relative error of the loss, the worst one of a gradient, and whose."""
     if got[1].keys() != want[1].keys():
         raise SystemExit(f"parameters differ: {sorted(got[1].keys() ^ want[1].keys())[:4]}")
@@ -139,12 +126,14 @@ def errors(got: Result, want: Result) -> tuple[float, float, str]:
 
 
 class Table:
+    """A line per comparison, printed at once; ``failed`` counts those outside of their limits."""
+
     def __init__(self) -> None:
         self.failed = 0
         print(f"{'comparison':80} {'loss':>10} {'rel. error':>10} {'gradient':>9}  worst parameter")
 
     def line(self, name: str, got: Result, want: Result, loss=LOSS, gradient=GRADIENT) -> None:
-        loss_error, gradient_error, worst = errors(got, want)
+        loss_error, gradient_error, worst = relative_errors(got, want)
         good = loss_error <= loss and gradient_error <= gradient  # false for NaN
         self.failed += not good
         print(f"{name:80} {got[0]:10.6f} {loss_error:10.1e} {gradient_error:9.1e}  {worst}{'' if good else '  FAILED'}")
@@ -154,7 +143,7 @@ class Table:
         print(f"{name:80} {'yes' if good else 'NO, FAILED':>10}")
 
 
-def compare(models: types.ModuleType, config: CSMConfig, finetune: Callable | None, table: Table) -> None:
+def compare_models(models: types.ModuleType, config: CSMConfig, finetune: Callable | None, table: Table) -> None:
     theirs = sesame_model(models, config)
     ours: Any = CSM(config).init_weights(seed=0)
     with torch.no_grad():
@@ -171,15 +160,16 @@ def compare(models: types.ModuleType, config: CSMConfig, finetune: Callable | No
     }
     bound = types.MethodType(csm_fast.forward, theirs)
     for label, conversations in batches.items():
-        batch = ragged_batch(config, conversations)
-        blog = run(theirs, blog_forward, batch)
-        drop_in = run(theirs, lambda _, *args: bound(*args), batch)
+        batch = make_batch(config, conversations)
+        blog = compute_gradients(theirs, blog_forward, batch)
+        drop_in = compute_gradients(theirs, lambda _, *args: bound(*args), batch)
+        own = compute_gradients(ours, csm_fast.forward, batch)
         table.line(f"{label}: csm_fast on Sesame's Model / the blog's forward on it", drop_in, blog)
         if finetune is not None:
-            own = run(theirs, lambda *args: finetune(*args) / 2, batch)
-            table.line(f"{label}: csm_fast on Sesame's Model / sesame-finetune's forward, halved", drop_in, own)
-        table.line(f"{label}: CSM / Sesame's Model, both csm_fast", run(ours, csm_fast.forward, batch), drop_in)
-        table.line(f"{label}: CSM / the blog's forward on Sesame's Model", run(ours, csm_fast.forward, batch), blog)
+            halved = compute_gradients(theirs, lambda *args: finetune(*args) / 2, batch)
+            table.line(f"{label}: csm_fast on Sesame's Model / sesame-finetune's forward, halved", drop_in, halved)
+        table.line(f"{label}: CSM / Sesame's Model, both csm_fast", own, drop_in)
+        table.line(f"{label}: CSM / the blog's forward on Sesame's Model", own, blog)
         peer = transformers_model(config, ours.state_dict())
         torch.manual_seed(SEED)
         loss = transformers_loss(peer, *batch) / 2  # it adds CE0 and CEd, the blog's formula averages them
@@ -188,27 +178,24 @@ def compare(models: types.ModuleType, config: CSMConfig, finetune: Callable | No
         table.line(f"{label}: csm_fast on Sesame's Model / transformers", drop_in, (float(loss.detach()), grads))
         del peer
 
-        narrow = run(theirs, blog_forward, batch, autocast=True)
-        rounding = errors(narrow, blog)
+        narrow = compute_gradients(theirs, blog_forward, batch, autocast=True)
+        rounding = relative_errors(narrow, blog)
         limits = max(2 * rounding[0], 1e-3), max(2 * rounding[1], 1e-2)
         table.line(f"{label}: bf16 autocast, the blog's forward / float32 (its rounding)", narrow, blog, 1, 1)
-        got = run(theirs, csm_fast.forward, batch, autocast=True)
-        table.line(f"{label}: bf16 autocast, csm_fast on Sesame's Model / float32", got, blog, *limits)
-        got = run(ours, csm_fast.forward, batch, autocast=True)
-        table.line(f"{label}: bf16 autocast, CSM / float32", got, blog, *limits)
+        for name, model in (("csm_fast on Sesame's Model", theirs), ("CSM", ours)):
+            got = compute_gradients(model, csm_fast.forward, batch, autocast=True)
+            table.line(f"{label}: bf16 autocast, {name} / float32", got, blog, *limits)
         half = copy.deepcopy(theirs).bfloat16()
-        rounding = errors(run(half, blog_forward, batch), blog)
+        rounding = relative_errors(compute_gradients(half, blog_forward, batch), blog)
         limits = max(2 * rounding[0], 1e-2), max(2 * rounding[1], 1e-2)
-        got = run(half, csm_fast.forward, batch)
+        got = compute_gradients(half, csm_fast.forward, batch)
         table.line(f"{label}: bf16 weights, csm_fast on Sesame's Model / float32", got, blog, *limits)
 
     with tempfile.TemporaryDirectory() as directory:
         save_model(ours, directory)
         loaded = models.Model.from_pretrained(directory)
-        weights = loaded.state_dict()
-        equal = all(torch.equal(t, weights[n]) for n, t in ours.state_dict().items()) and len(weights) == len(
-            ours.state_dict()
-        )
+        weights, saved = loaded.state_dict(), ours.state_dict()
+        equal = weights.keys() == saved.keys() and all(torch.equal(t, weights[n]) for n, t in saved.items())
         table.check("Sesame's Model.from_pretrained(what save_model wrote): bit-identical", equal)
         save_model(theirs, directory)
         again = csm_fast.load_model(directory)
@@ -217,7 +204,7 @@ def compare(models: types.ModuleType, config: CSMConfig, finetune: Callable | No
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sesame-csm", type=Path, required=True, help="a clone of SesameAILabs/csm")
     parser.add_argument("--sesame-finetune", type=Path, help="a clone of knottwill/sesame-finetune")
     args = parser.parse_args()
@@ -230,7 +217,7 @@ def main() -> int:
     config = dataclasses.replace(CSMConfig.small(), text_vocab_size=4096)
     patch_flavors(models, config)
     table = Table()
-    compare(models, config, finetune, table)
+    compare_models(models, config, finetune, table)
     print(f"{table.failed} failed" if table.failed else "all agree")
     return 1 if table.failed else 0
 

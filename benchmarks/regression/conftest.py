@@ -5,23 +5,23 @@
     pytest benchmarks/ --benchmark-compare=0002 --benchmark-compare-fail=min:10%
 
 Runs lie under ``.benchmarks/``, where pytest-benchmark keeps them; a machine is its processor or GPU, its cores and the
-threads in use. Something slower than stored by more than ``SLOWER`` percent fails the run and is named. A stored run is
-replaced only on request, so that a little slower every week is caught as well.
+threads in use. If something is slower than stored by more than ``SLOWER`` percent, the run fails and names it. A stored
+run is replaced only on request, so that many small slow-downs add up and are caught as well.
 
-How it is timed follows from what repeats where others use the machine too. With both of its cores in demand by five
-processes, largest over smallest of the same code in two to four processes, the middle one of some fifteen benchmarks:
-55 % for the fastest round on two threads in wall-clock time, 61 % on one thread, 20 % without the time in which another
-process had the core, 10 % relative to the yardstick as well; means 32 and 20 %. Hence
+On a machine that others use, too, some ways to measure time repeat better than others. With five processes on its two
+cores, the same code in two to four processes differed from the fastest to the slowest by (the middle one of some
+fifteen benchmarks): 55 % for the fastest round on two threads in wall-clock time, 61 % on one thread, 20 % without the
+time in which another process had the core, 10 % relative to the yardstick as well; means by 32 and 20 %. Therefore
 
-- one thread on a CPU (``OMP_NUM_THREADS`` overrules): with two, a neighbour on one core stalls both at every barrier.
-  What is not seen so is an operator that no longer uses its threads;
-- a clock that leaves out what the neighbours took, and counts what the program itself waits for;
+- one thread on a CPU (unless ``OMP_NUM_THREADS`` is set): with two, another process on one core delays both at every
+  barrier. An operator that no longer uses its threads is not found;
+- a clock that omits the time in which other processes had the core, and counts what the program itself waits for;
 - the fastest round: whatever disturbs a round makes it slower, never faster;
-- a yardstick between the rounds that no change of ours can touch, in plain PyTorch: a stored figure is scaled by the
-  yardstick now over the yardstick then;
-- what seems slower is timed again, up to ``AGAIN`` times, before it is believed: a slower program stays slower.
+- a yardstick between the rounds, in plain PyTorch, so that our changes do not affect it: a stored figure is scaled by
+  the yardstick now over the yardstick then;
+- what seems slower is timed again, up to ``AGAIN`` times: a slower program stays slower.
 
-What neighbours do to the caches and to memory remains; the summary says when they had much of the time.
+The effect of other processes on caches and memory remains; the summary says when they had much of the time.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from pytest_benchmark.session import PerformanceRegression
 from pytest_benchmark.utils import get_tag, parse_compare_fail
 
 from benchmarks.common.device import wait
+from benchmarks.common.processes import KEPT_MEMORY
 from benchmarks.common.record import environment
 from csm_fast.system.device import compute_dtype, keep_freed_memory, resolve_device, resolve_precision
 
@@ -51,26 +52,26 @@ SECONDS = 1.0
 AGAIN = 5
 """Times that what seems slower is timed again."""
 ROUND = 2e-3
-"""Seconds that a round lasts at least; shorter calls are repeated within it."""
+"""Least seconds of a round; shorter calls are repeated within it."""
 FEWEST, MOST = 5, 200
 """Rounds."""
 MACHINE = ("device", "cores", "threads")
-"""The fields that make two runs runs of the same machine."""
+"""Two runs with the same values of these fields are from the same machine."""
 TIMES = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3", "ld15iqr", "hd15iqr", "total")
 
 STORED = pytest.StashKey[dict[str, dict[str, Any]]]()
-"""The run that is compared with: its benchmarks by name, scaled once they have been measured now."""
+"""The benchmarks of the stored run by name, each scaled when it has been measured now."""
 SEEN = pytest.StashKey[dict[str, float]]()
 """The fastest round of what has been measured now, in seconds."""
 FACTS = pytest.StashKey[dict[str, Any]]()
 SESSION = pytest.StashKey[pytest.Session]()
 BUSY = 0.1
-"""Share of the time that others may have before the reader is told."""
+"""The summary names the share of the time that other processes had from here on."""
 
 
 class Clock:
-    """Seconds that pass for this thread: the time on the wall less the time that it was ready to run and another had
-    its core. Linux counts that; elsewhere it is the time on the wall."""
+    """Seconds of this thread: wall-clock time less the time in which it was ready to run and another had its core.
+    Linux counts that; elsewhere it is wall-clock time."""
 
     def __init__(self) -> None:
         try:
@@ -88,7 +89,7 @@ class Clock:
             return time.perf_counter()
         while True:
             before, now, after = self._waited_ns(), time.perf_counter(), self._waited_ns()
-            if before == after:  # or this thread lost its core between two of them
+            if before == after:  # else this thread lost its core in between
                 return now - after * 1e-9
 
     def _waited_ns(self) -> int:
@@ -104,8 +105,8 @@ CLOCK = pytest.StashKey[Clock]()
 def pytest_configure(config: pytest.Config) -> None:
     """Choose what to compare with, before pytest-benchmark reads its options."""
     # As csm-fast-train sets up its process; without it, equal code differs by a tenth from process to process.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    for name, value in KEPT_MEMORY.items():
+        os.environ.setdefault(name, value)
     keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -113,11 +114,11 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if option.benchmark_disable or option.benchmark_skip or option.collectonly:
         return
-    option.benchmark_quiet = not option.benchmark_verbose  # there is a shorter table at the end
+    option.benchmark_quiet = not option.benchmark_verbose  # ``print_summary`` is shorter
     if option.benchmark_storage == "file://./.benchmarks":
         option.benchmark_storage = f"file://{config.rootpath / '.benchmarks'}"
     if option.benchmark_compare in ([], True):
-        mine = stored_runs(option.benchmark_storage, machine())
+        mine = find_stored_runs(option.benchmark_storage, describe_machine())
         saves = option.benchmark_save or option.benchmark_autosave
         if mine and (option.benchmark_compare or not saves):
             option.benchmark_compare = str(mine[-1])
@@ -131,19 +132,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def is_whole(config: pytest.Config) -> bool:
-    """Whether nothing was left out by the command line; part of the suite is no run to compare with."""
+    """Whether the command line leaves nothing out; only a whole run is stored unasked."""
     chosen = config.option.keyword or config.option.markexpr
     return not chosen and all(Path(arg).is_dir() for arg in config.args)
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Device, cores, threads, versions."""
     facts = {name: value for name, value in environment().items() if name not in ("commit", "date")}
     return {**facts, "cores": os.cpu_count()}
 
 
-def stored_runs(storage: str, here: dict[str, Any]) -> list[Path]:
-    """Files of runs of this machine, the last one last; what cannot be read is no run."""
+def find_stored_runs(storage: str, here: dict[str, Any]) -> list[Path]:
+    """Files of runs of this machine, the newest last; files that cannot be read are skipped."""
     found = []
     for path in Path(storage.removeprefix("file://")).glob("*/[0-9][0-9][0-9][0-9]_*.json"):
         try:
@@ -157,19 +158,18 @@ def stored_runs(storage: str, here: dict[str, Any]) -> list[Path]:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return machine()
+    return describe_machine()
 
 
 def pytest_benchmark_compare_machine_info(config: pytest.Config, compared_benchmark: dict[str, Any]) -> None:
-    """pytest-benchmark has read a stored run. It compares with these very dictionaries, after ``scale``."""
+    """pytest-benchmark has read a stored run, and compares with the same dictionaries after ``scale_stored``."""
     config.stash[FACTS] = compared_benchmark
-    config.stash[STORED] = {
-        b["fullname"]: b for b in compared_benchmark["benchmarks"] if "yardstick" in b["extra_info"]
-    }
+    some = compared_benchmark["benchmarks"]
+    config.stash[STORED] = {b["fullname"]: b for b in some if "yardstick" in b["extra_info"]}
 
 
-def scale(stored: dict[str, Any], yardstick: float) -> None:
-    """Turn the seconds of a stored benchmark into those it would have taken at the speed of the machine now."""
+def scale_stored(stored: dict[str, Any], yardstick: float) -> None:
+    """Scale the seconds of a stored benchmark to the speed of the machine now."""
     factor = yardstick / stored["extra_info"]["yardstick"]
     for name in TIMES:
         if name in stored["stats"]:
@@ -185,13 +185,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
     try:
-        table(terminalreporter, config)
+        print_summary(terminalreporter, config)
         return (yield)
-    except PerformanceRegression:  # what is slower has been named; the traceback would say no more
+    except PerformanceRegression:  # its message has named what is slower; a traceback adds nothing
         config.stash[SESSION].exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def table(out: pytest.TerminalReporter, config: pytest.Config) -> None:
+def print_summary(out: pytest.TerminalReporter, config: pytest.Config) -> None:
     seen, stored = config.stash[SEEN], config.stash[STORED]
     if not seen:
         return
@@ -230,8 +230,8 @@ def dtype(device: torch.device) -> torch.dtype:
 
 
 class Yardstick:
-    """Work that tells how fast the machine is: seconds of a matrix product, and of a function of every element of a
-    tensor. (A copy beside them, of more than the caches hold, made figures less steady.)"""
+    """How fast the machine is: seconds of a matrix product, and of an elementwise function of a tensor. (With a copy
+    larger than the caches as a third part, figures repeated worse.)"""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, clock: Clock):
         self.device, self.clock = device, clock
@@ -256,7 +256,7 @@ class Timer:
 
     Attributes:
         benchmark: pytest-benchmark's fixture, which keeps the seconds of each round.
-        stored: what pytest-benchmark will compare them with, if there is something.
+        stored: what pytest-benchmark compares them with, or None.
         yards: seconds of the yardstick's parts, one row per round.
     """
 
@@ -265,19 +265,19 @@ class Timer:
         self.yards: list[tuple[float, float]] = []
 
     def run(self, call: Callable[[], Any]) -> None:
-        """``SECONDS`` of rounds, and as many again where it seems slower than what is stored."""
+        """Run rounds for ``SECONDS``, and again if the call seems slower than the stored one."""
 
         def finished() -> None:
             call()
             wait(self.yardstick.device)
 
         clock = self.yardstick.clock
-        for _ in range(2):  # builds matrix products and plans, takes memory, compiles
+        for _ in range(2):  # the first calls build matrix products and plans, allocate memory, compile
             finished()
         started = clock()
         finished()
         repeats = max(1, math.ceil(ROUND / (clock() - started)))
-        # pytest-benchmark's own loop has no place for a yardstick: it gets one round, and is handed the others.
+        # pytest-benchmark's own loop has no place for a yardstick: it runs one round, and the others are added to it.
         self.benchmark.pedantic(finished, iterations=repeats, rounds=1)
         if self.benchmark.stats is None:  # --benchmark-disable
             return
@@ -293,7 +293,7 @@ class Timer:
                 gc.enable()
         self.benchmark.extra_info["yardstick"] = self.length()
         if self.stored:
-            scale(self.stored, self.length())
+            scale_stored(self.stored, self.length())
 
     def _rounds(self, call: Callable[[], None], repeats: int) -> None:
         clock, end = self.yardstick.clock, time.perf_counter() + SECONDS
@@ -328,7 +328,7 @@ def yardstick(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Con
 
 @pytest.fixture
 def timed(benchmark: Any, yardstick: Yardstick, request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], None]:
-    """``timed(call)`` times it, and has it compared."""
+    """``timed(call)`` times the call, and pytest-benchmark compares it."""
     stash, name = request.config.stash, request.node.nodeid
 
     def run(call: Callable[[], Any]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from benchmarks.common.stores import open_writer
 from benchmarks.compare.data import Synthetic
 from csm_fast import CSMConfig
 from csm_fast.config.train import DataSection, LossSection
-from csm_fast.data.store_writer import TokenStoreWriter
-from csm_fast.data.token_store import TokenStore, TurnTokens
+from csm_fast.data.token_store import TokenStore
 from csm_fast.packing.loader import Packer
 
 RECORDINGS = 2000
@@ -19,21 +17,10 @@ RECORDINGS = 2000
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> TokenStore:
     """Random recordings, some three hours of them."""
-    config = CSMConfig.small()
-    codec = {
-        "kind": "random",
-        "name": "random codes",
-        "fingerprint": "0" * 64,
-        "sample_rate": 24000,
-        "samples_per_frame": 1920,
-        "num_codebooks": config.num_codebooks,
-        "codebook_size": config.audio_vocab_size - 3,
-    }
-    tokenizer = {"name": "random ids", "fingerprint": "0" * 64, "vocab_size": config.text_vocab_size}
-    path: Path = tmp_path_factory.mktemp("tokens") / "train"
-    with TokenStoreWriter(path, codec=codec, text_tokenizer=tokenizer, resampler="none") as writer:
-        for i, (turn,) in enumerate(Synthetic(RECORDINGS, config).turns):
-            writer.add_conversation([TurnTokens(turn.text, turn.codes, turn.speaker, i)])
+    path, config = tmp_path_factory.mktemp("tokens") / "train", CSMConfig.small()
+    with open_writer(path, config) as writer:
+        for turns in Synthetic(RECORDINGS, config).turns:
+            writer.add_conversation(turns)
     return TokenStore.open(path)
 
 

@@ -1,8 +1,8 @@
 """Every operator of ``csm_fast.ops``, forward and forward with backward, at a small and a middle size.
 
 The sizes are packs of 448 rows (eight clips) and of 2,048 rows of CSMConfig.small; a sixteenth of the frames reaches
-the depth decoder. Inputs are those of ``benchmarks.kernels``, which also compares the operators with others
-and checks their numbers; here they are only timed, against their own past.
+the depth decoder. The inputs are those of ``benchmarks.kernels``, which also checks the operators' numbers and compares
+them with others.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class LongPoint(Point):
         return Layout((self.rows // 2,) * 2)
 
 
-def from_case(case: str, system: str, point: Point) -> tuple[Callable[..., Any], Inputs]:
+def make_case(case: str, system: str, point: Point) -> tuple[Callable[..., Any], Inputs]:
     """(operator, inputs) of a system of ``benchmarks.kernels``."""
     made = CASES[case](point)
     (chosen,) = (s for s in made.systems if s.name == system)
     return chosen.run, made.make()
 
 
-def with_codes(point: Point) -> tuple[Callable[..., Any], Inputs]:
+def make_embed_with_codes(point: Point) -> tuple[Callable[..., Any], Inputs]:
     """``frame_embed_with_codes``, as a training step calls it."""
-    _, held = from_case("frame_embed", "csm_fast", point)
+    _, held = make_case("frame_embed", "csm_fast", point)
     width, codes = point.config.backbone.embed_dim, point.config.num_codebooks - 1
     frames = held.tensors["audio_rows"][:: round(1 / FRACTION)]
     upstream = (*held.upstream, random_tensor(point, len(frames), codes, width))
@@ -63,7 +63,7 @@ def with_codes(point: Point) -> tuple[Callable[..., Any], Inputs]:
     return ops.frame_embed_with_codes, Inputs({**tensors, "frames": frames}, held.wanted, upstream)
 
 
-def layer(point: Point, stack: str) -> tuple[Callable[..., Any], Inputs]:
+def make_layer(point: Point, stack: str) -> tuple[Callable[..., Any], Inputs]:
     """A layer of the backbone or of the depth decoder; on a CPU that is ``ops.llama_layer``."""
     model: Any = CSM(point.config).init_weights(0)
     one = getattr(model, stack).layers[0].to(point.device, point.dtype)
@@ -88,28 +88,28 @@ def layer(point: Point, stack: str) -> tuple[Callable[..., Any], Inputs]:
     return run, Inputs(tensors, tuple(tensors), (random_tensor(point, *shape),))
 
 
-def prepared(op: str, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], Inputs]:
+def make_operator(op: str, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], Inputs]:
     torch.manual_seed(0)
     kind = LongPoint if op == "packed_attention-long" else Point
     point = kind(op, rows, FRACTION, CSMConfig.small(), dtype, device)
     if op == "frame_embed_with_codes":
-        return with_codes(point)
+        return make_embed_with_codes(point)
     if op.startswith("layer-"):
-        return layer(point, op.removeprefix("layer-"))
+        return make_layer(point, op.removeprefix("layer-"))
     if op == "frame_embed-sparse":
-        return from_case("frame_embed", "csm_fast, sparse gradient", point)
-    return from_case("packed_attention" if op == "packed_attention-long" else KERNELS[op], "csm_fast", point)
+        return make_case("frame_embed", "csm_fast, sparse gradient", point)
+    return make_case("packed_attention" if op == "packed_attention-long" else KERNELS[op], "csm_fast", point)
 
 
 OPS = [*KERNELS, "packed_attention-long", "frame_embed_with_codes", "layer-backbone", "layer-decoder"]
 POINTS = [(op, mode, rows) for op in OPS for mode in (FORWARD, BOTH) for rows in ROWS]
 POINTS += [("frame_embed-sparse", BOTH, rows) for rows in ROWS]  # forward it is the dense one
-# 12 MB gathered at random out of 200, and nothing else: with neighbours in the caches 0.40 to 0.72 ms from process to
-# process, where the others agree within a sixth. At 2,048 rows it is steady.
+# They only gather 12 MB at random out of 200: when other processes use the caches, 0.40 to 0.72 ms from process to
+# process, where the other benchmarks agree within a sixth. At 2,048 rows they agree, too.
 UNSTEADY = [("frame_embed", FORWARD, 448), ("frame_embed_with_codes", FORWARD, 448)]
 
 
 @pytest.mark.parametrize(("op", "mode", "rows"), [point for point in POINTS if point not in UNSTEADY])
 def test_operator(timed, device, dtype, op, mode, rows):
-    run, inputs = prepared(op, rows, device, dtype)
+    run, inputs = make_operator(op, rows, device, dtype)
     timed(functools.partial(perform, run, inputs, mode))

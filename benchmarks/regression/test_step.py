@@ -17,7 +17,7 @@ from csm_fast.train.optim.build import cast_weights, make_optimizer
 RECORDINGS = 100
 
 
-def full_pack(rows: int, config: CSMConfig, device: torch.device) -> Pack:
+def make_full_pack(rows: int, config: CSMConfig, device: torch.device) -> Pack:
     """The first pack of random recordings, packed as ``csm-fast-train --batch-rows`` does."""
     store = Subset(Synthetic(RECORDINGS, config), list(range(RECORDINGS)))
     packer = Packer(store, DataSection(batch_rows=rows, pack_rows=rows), LossSection(), pad=device.type)
@@ -30,7 +30,7 @@ def test_forward_and_backward(timed, device, dtype, rows):
     config = CSMConfig.small()
     model = CSM(config).init_weights(0).to(device, dtype)
     compile_layers(model, "auto")
-    pack = full_pack(rows, config, device)
+    pack = make_full_pack(rows, config, device)
 
     def step() -> None:
         packed_loss(model, pack, 0.5, 0.5)[0].backward()

@@ -59,13 +59,10 @@ def run_suite(tmp_path: Path, *arguments: str, plugin: str = SHORT) -> subproces
 def store(tmp_path: Path) -> Path:
     """A stored run of this machine in which the benchmark took ten times as long as the yardstick; it takes a tenth."""
     stats = {name: 0.01 for name in suite.TIMES} | {"ops": 100.0, "rounds": 5, "iterations": 1, "outliers": "0;0"}
-    one = {
-        "fullname": f"benchmarks/regression/test_ops.py::test_operator[{ONE}]",
-        "name": ONE,
-        "stats": stats,
-    }
-    one["extra_info"] = {"yardstick": 0.001}
-    run = {"machine_info": suite.machine(), "commit_info": {"id": "0"}, "datetime": "2026-01-01", "benchmarks": [one]}
+    fullname = f"benchmarks/regression/test_ops.py::test_operator[{ONE}]"
+    one = {"fullname": fullname, "name": ONE, "stats": stats, "extra_info": {"yardstick": 0.001}}
+    run = {"machine_info": suite.describe_machine(), "commit_info": {"id": "0"}, "datetime": "2026-01-01"}
+    run["benchmarks"] = [one]
     path = tmp_path / "runs" / get_machine_id() / "0001_x.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(run))
@@ -87,7 +84,7 @@ def test_an_unchanged_operator_passes_and_is_stored_on_request(tmp_path):
     done = run_suite(tmp_path, "--benchmark-compare", "--benchmark-autosave")
     assert done.returncode == 0 and "has failed" not in done.stderr, done.stdout + done.stderr
     assert "stored: 2026-01-01" in done.stdout and "now/stored" in done.stdout
-    last = suite.stored_runs(f"file://{tmp_path / 'runs'}", suite.machine())[-1]
+    last = suite.find_stored_runs(f"file://{tmp_path / 'runs'}", suite.describe_machine())[-1]
     assert last != stored
     (one,) = json.loads(last.read_text())["benchmarks"]
     assert one["fullname"].endswith(f"[{ONE}]") and one["extra_info"]["yardstick"] > 0
@@ -118,13 +115,13 @@ def test_only_runs_of_the_same_machine_count(tmp_path):
         (folder / f"{number:04}_x.json").write_text(json.dumps(run))
     (folder / "0005_cut.json").write_text('{"machine_info": ')
     (folder / "notes.json").write_text("{}")
-    found = [path.name for path in suite.stored_runs(f"file://{tmp_path}", here)]
+    found = [path.name for path in suite.find_stored_runs(f"file://{tmp_path}", here)]
     assert found == ["0002_x.json", "0001_x.json"]  # the last one is the newest
 
 
 def test_stored_seconds_follow_the_yardstick():
     stored = {"extra_info": {"yardstick": 0.002}, "stats": {"min": 1.0, "median": 1.5, "rounds": 7, "ops": 0.5}}
-    suite.scale(stored, 0.003)  # the machine is slower now
+    suite.scale_stored(stored, 0.003)  # the machine is slower now
     assert stored["stats"] == pytest.approx({"min": 1.5, "median": 2.25, "rounds": 7, "ops": 1 / 3})
 
 
