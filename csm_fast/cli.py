@@ -10,64 +10,41 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from csm_fast.commands import INTERRUPTED
 from csm_fast.system.errors import InputError, OutOfMemory, is_out_of_memory
 from csm_fast.system.version import __version__
 
 
 class Command(NamedTuple):
-    """A command: what it is for, the dataclass of its settings (None: it has none) and the function that gets them,
-    each as ``module:name`` below ``csm_fast``. The function returns the exit status; None is 0."""
+    """A command: what it is for, the dataclass of its settings as ``module:name`` below ``csm_fast`` (None: it has
+    none), and its module in ``csm_fast.commands``, whose ``run`` takes them and returns the exit status (None is 0)."""
 
     purpose: str
     config: str | None
-    function: str
+    module: str
 
 
 COMMANDS = {
     "pretokenize": Command(
-        "recordings with transcripts -> a token store",
-        "config.commands:PretokenizeConfig",
-        "commands.pretokenize:run",
+        "recordings with transcripts -> a token store", "config.commands:PretokenizeConfig", "pretokenize"
     ),
-    "train": Command(
-        "fine-tune on a token store (also: csm-fast-train)",
-        "config.train:TrainConfig",
-        "commands.train:run",
-    ),
-    "generate": Command(
-        "speech from a model and a text",
-        "config.commands:GenerateConfig",
-        "commands.generate:run",
-    ),
+    "train": Command("fine-tune on a token store (also: csm-fast-train)", "config.train:TrainConfig", "train"),
+    "generate": Command("speech from a model and a text", "config.commands:GenerateConfig", "generate"),
     "plan": Command(
-        "what fits on which GPU, and how long it takes, before anything is loaded",
-        "config.commands:PlanConfig",
-        "commands.plan:plan",
+        "what fits on which GPU, and how long it takes, before anything is loaded", "config.commands:PlanConfig", "plan"
     ),
     "profile": Command(
-        "where the time of a training step goes, operator by operator",
-        "config.commands:ProfileConfig",
-        "commands.profile:run",
+        "where the time of a training step goes, operator by operator", "config.commands:ProfileConfig", "profile"
     ),
-    "merge": Command(
-        "an adapter and its base -> one model",
-        "config.commands:MergeConfig",
-        "commands.merge:merge",
-    ),
+    "merge": Command("an adapter and its base -> one model", "config.commands:MergeConfig", "merge"),
     "verify-adapter": Command(
         "does an adapter still give the loss it was saved with?",
         "config.commands:VerifyAdapterConfig",
-        "commands.merge:verify",
+        "verify_adapter",
     ),
-    "doctor": Command(
-        "what is on this machine, what was chosen for it and why",
-        None,
-        "commands.doctor:run",
-    ),
+    "doctor": Command("what is on this machine, what was chosen for it and why", None, "doctor"),
 }
 PROGRAMS = {"train": "csm-fast-train"}  # commands that have a program of their own
-
-INTERRUPTED = 130  # exit status that shells use for Ctrl-C; a run that was saved but is unfinished returns it, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,8 +76,8 @@ def _run(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
     try:
         config = _parse(PROGRAMS.get(name, f"csm-fast {name}"), command, argv)
-        function = _load(command.function)
-        return (function(config) if command.config else function()) or 0
+        run = importlib.import_module(f"csm_fast.commands.{command.module}").run
+        return (run(config) if command.config else run()) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, OutOfMemory) else 2
@@ -118,12 +95,6 @@ def _run(name: str, argv: list[str]) -> int:
         return 141
 
 
-def _load(path: str) -> Any:
-    """``module:name`` below ``csm_fast``."""
-    module, name = path.split(":")
-    return getattr(importlib.import_module(f"csm_fast.{module}"), name)
-
-
 def _parse(prog: str, command: Command, argv: list[str]) -> Any:
     """The settings of a command from its flags and, under ``--config``, a YAML file; None where it has none."""
     from csm_fast.config.parse import Parser, add_flags, from_flags
@@ -131,7 +102,8 @@ def _parse(prog: str, command: Command, argv: list[str]) -> Any:
     if command.config is None:
         Parser(prog=prog, description=command.purpose).parse_args(argv)
         return None
-    cls = _load(command.config)
+    module, name = command.config.split(":")
+    cls = getattr(importlib.import_module(f"csm_fast.{module}"), name)
     usage = f"{prog} [--config FILE] [options]"
     parser = Parser(prog=prog, description=command.purpose, allow_abbrev=False, usage=usage)
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below; flags override it")

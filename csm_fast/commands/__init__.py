@@ -1,1 +1,6 @@
-"""The commands behind ``csm-fast``, one file each, thin over the rooms below."""
+"""One file per command: ``run`` takes the finished config and returns the exit status. ``cli`` alone imports them.
+
+Imports every room below.
+"""
+
+INTERRUPTED = 130  # exit status that shells use for Ctrl-C; also of a run that was saved but is unfinished

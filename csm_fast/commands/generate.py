@@ -11,7 +11,7 @@ from csm_fast.config.commands import GenerateConfig
 from csm_fast.config.shape import FRAME_SECONDS
 from csm_fast.data.audio import read_audio, write_wav
 from csm_fast.data.metadata import load_metadata
-from csm_fast.generate.generator import Generator, Speech, Utterance
+from csm_fast.generate.generator import Generator, Utterance
 from csm_fast.generate.voice import load_voice
 from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
@@ -22,11 +22,6 @@ log = logging.getLogger("csm_fast")
 
 
 def run(config: GenerateConfig) -> None:
-    """Speak, write the sound file, print what it is."""
-    speak(config)
-
-
-def speak(config: GenerateConfig) -> Speech:
     """Write ``config.out`` and say how long it is and whether the model ended it.
 
     Raises:
@@ -73,4 +68,3 @@ def speak(config: GenerateConfig) -> Speech:
     write_wav(out, wave, codec.sample_rate)
     ended = "ended by EOS" if speech.ended else "cut at --max-seconds"
     log.info("%s: %.1f s, %s, through %s", config.out, len(wave) / codec.sample_rate, ended, codec.name)
-    return speech

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
-from csm_fast.evaluate.probe import PROBE, Probe, read_probe
+from csm_fast.config.commands import MergeConfig
+from csm_fast.evaluate.probe import Probe, read_probe
 from csm_fast.model.csm import CSM
-from csm_fast.system.device import resolve_device
 from csm_fast.system.errors import InputError
 from csm_fast.train.checkpoint import STATE
-from csm_fast.weights.adapter_files import adapter_size, load_adapters
+from csm_fast.weights.adapter_files import adapter_size
 from csm_fast.weights.adapter_formats import SavedAdapter
 from csm_fast.weights.files import ADAPTER_CONFIG
 from csm_fast.weights.load import load_base
@@ -33,10 +32,7 @@ log = logging.getLogger("csm_fast")
 ALLOWED_4BIT, FLOOR_4BIT = 3.0, 0.03
 
 
-# ---------------------------------------------------------------------------------------------------------- merging
-
-
-def merge(config: MergeConfig) -> None:
+def run(config: MergeConfig) -> None:
     """``csm-fast merge``: write base + adapter as one model under Sesame's names, checked on the adapter's probe.
 
     Raises:
@@ -54,13 +50,13 @@ def merge(config: MergeConfig) -> None:
             mend="give --out a directory of its own",
         )
     log.info("Base      %s", saved.base)
-    log.info("Adapter   %s", describe(saved))
+    log.info("Adapter   %s", describe_adapter(saved))
     probe = read_probe(config.adapter)
     if probe is None:
         log.info("Check     none: the adapter carries no probe")
     else:
         log.info("Probe     %d rows, loss %.6f when it was saved (%s)", probe.pack.rows, probe.loss, probe.name)
-    _merge_and_check(model, saved, probe, "cpu")
+    merge_and_check(model, saved, probe, "cpu")
     save_model(model, config.out, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype])
     if record := read_record(config.adapter):
         write_record(Path(config.out), record)
@@ -80,33 +76,7 @@ def check_out(out: Path) -> None:
             raise InputError(f"holds {kind}", file=out, mend="give --out a directory of its own")
 
 
-def verify(config: VerifyAdapterConfig) -> None:
-    """``csm-fast verify-adapter``: the probe's loss after loading the adapter as it was trained, and after merging.
-
-    Raises:
-        InputError: no probe, no such adapter or base, they do not belong together, or a loss has drifted.
-    """
-    probe = read_probe(config.adapter)
-    if probe is None:
-        raise InputError(
-            f"holds no {PROBE}, so there is no loss to compare with",
-            file=config.adapter,
-            mend="give a checkpoint of csm-fast-train; csm-fast merge works without",
-        )
-    device = resolve_device(config.device)
-    model, saved = load_base(config.adapter, config.base)
-    log.info("Base      %s", saved.base)
-    log.info("Adapter   %s", describe(saved))
-    log.info("Probe     %d rows, loss %.6f when it was saved (%s)", probe.pack.rows, probe.loss, probe.name)
-    allowed = probe.allowed(probe.loss_of(model) if probe.silenced is None else probe.silenced)
-    load_adapters(model, config.adapter, compute_dtype=probe.dtype, device=device)  # quantised there, as in training
-    _check(probe, "loaded", probe.loss_of(model.to(device), device), allowed)
-    del model  # one at a time
-    model, saved = load_base(config.adapter, config.base)
-    _merge_and_check(model.to(device), saved, probe, device)
-
-
-def _merge_and_check(model: CSM, saved: SavedAdapter, probe: Probe | None, device: torch.device | str) -> None:
+def merge_and_check(model: CSM, saved: SavedAdapter, probe: Probe | None, device: torch.device | str) -> None:
     if probe is None:
         replace_whole(model, saved)
         add_adapters(model, saved)
@@ -121,10 +91,10 @@ def _merge_and_check(model: CSM, saved: SavedAdapter, probe: Probe | None, devic
         log.info("4 bits    loss %.6f without adapters, %.6f in full precision", probe.silenced, plain)
         allowed = max(FLOOR_4BIT, ALLOWED_4BIT * shift / max(abs(probe.loss), 1e-12))
     add_adapters(model, saved)
-    _check(probe, "merged", probe.loss_of(model, device), allowed)
+    check_loss(probe, "merged", probe.loss_of(model, device), allowed)
 
 
-def _check(probe: Probe, what: str, loss: float, allowed: float) -> None:
+def check_loss(probe: Probe, what: str, loss: float, allowed: float) -> None:
     drift = probe.drift(loss)
     log.info("%-9s loss %.6f, relative drift %.1e (%.1e allowed)", what.capitalize(), loss, drift, allowed)
     if not drift <= allowed:
@@ -135,7 +105,7 @@ def _check(probe: Probe, what: str, loss: float, allowed: float) -> None:
         )
 
 
-def describe(saved: SavedAdapter) -> str:
+def describe_adapter(saved: SavedAdapter) -> str:
     """An adapter in a line."""
     section, size = saved.section, sum(adapter_size(saved.where).values())
     besides = ", ".join(sorted({name.removesuffix(".rows") for name in saved.whole if not name.endswith(".index")}))

@@ -6,10 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from csm_fast.commands import INTERRUPTED
 from csm_fast.config.train import RunSection, TrainConfig
 from csm_fast.system.device import keep_freed_memory, resolve_device
-
-INTERRUPTED = 130  # exit status of a run that was stopped, saved and can be continued
 
 
 def run(config: TrainConfig) -> int:

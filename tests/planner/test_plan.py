@@ -19,6 +19,7 @@ from csm_fast.config.train import TrainConfig
 from csm_fast.planner import gpus
 from csm_fast.planner.estimate import estimate
 from csm_fast.planner.speed import flops, rows_per_second
+from csm_fast.planner.variants import plan_variant
 from csm_fast.system.errors import InputError
 from csm_fast.system.memory import GIB
 from csm_fast.weights.config_json import sesame_config, transformers_config
@@ -168,7 +169,7 @@ def test_a_card_without_bf16_is_planned_in_fp16(capsys):
     lines = printed(capsys, "--gpu", "t4")
     assert "full bf16 8-bit" not in table(lines, "weight") and "--precision fp16" in lines[-1]
     with pytest.raises(InputError, match="multiplies no bf16"):
-        plan.plan(build(PlanConfig, {"gpu": "t4", "weights": "bf16-kahan"}))
+        plan.run(build(PlanConfig, {"gpu": "t4", "weights": "bf16-kahan"}))
 
 
 def test_data_tell_hours_and_the_share_of_audio(capsys, tmp_path):
@@ -179,7 +180,7 @@ def test_data_tell_hours_and_the_share_of_audio(capsys, tmp_path):
     assert all(cells[-1] == "s" for name, cells in table(lines, "fits").items() if cells[0] == "yes")
     assert f"--data {tmp_path / 'tokens'}" in lines[-1]
     with pytest.raises(InputError):
-        plan.plan(build(PlanConfig, {"gpu": "12GB", "data": str(tmp_path / "nothing")}))
+        plan.run(build(PlanConfig, {"gpu": "12GB", "data": str(tmp_path / "nothing")}))
 
 
 def test_without_a_card_it_is_this_machine(capsys):
@@ -234,7 +235,7 @@ def test_a_recipe_fits_the_card_it_is_named_after(size):
     config = build(TrainConfig, read_yaml(str(ROOT / f"configs/gpu-{size}.yaml"), TrainConfig))
     found = estimate(CSMConfig.csm_1b(), config, rows=config.data.pack_rows, device="cuda", packs=2)
     assert found.needed <= gpus.find_gpu(size).bytes
-    rows = plan.planned(
+    rows = plan_variant(
         "recipe",
         {},
         build(PlanConfig, read_yaml(str(ROOT / f"configs/gpu-{size}.yaml"), PlanConfig)),
@@ -248,4 +249,4 @@ def test_a_recipe_fits_the_card_it_is_named_after(size):
 
 @pytest.mark.parametrize("seconds, text", [(3, "3 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")])
 def test_durations(seconds, text):
-    assert plan.duration(seconds) == text
+    assert plan.format_duration(seconds) == text
