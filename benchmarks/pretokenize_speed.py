@@ -73,14 +73,14 @@ def mark_silence(codes: np.ndarray) -> np.ndarray:
 
 def load_moshi(source: Path) -> Any:
     """moshi's Mimi with a file's weights and all codebooks, without an import of transformers, as its users have it."""
-    from csm_fast.data.codec.backends import _moshi_model
-    from csm_fast.data.codec.mimi_shape import described
-    from csm_fast.data.codec.mimi_weights import architecture, read_weights, to_module
+    from csm_fast.data.codec.backends import _make_moshi
+    from csm_fast.data.codec.mimi_shape import complete_sizes
+    from csm_fast.data.codec.mimi_weights import load_module, read_sizes, read_weights
 
     state, _ = read_weights(source)
-    sizes = described(architecture(state))
-    model = _moshi_model(sizes)
-    to_module(state, model)
+    sizes = complete_sizes(read_sizes(state))
+    model = _make_moshi(sizes)
+    load_module(state, model)
     model.set_num_codebooks(sizes.num_quantizers)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""What a user may set: model shapes, training settings, the commands' settings, and how flags and YAML become them.
+"""What a user may set: shapes of models, settings of training and of the commands, and parsers of flags and YAML.
 
 Imports ``system`` only, and no torch.
 """

@@ -122,7 +122,7 @@ def _apt(arguments: tuple[str, ...], folder: Path) -> str | None:
         return f"no answer within {_TIME_LIMIT_S} s"
     if done.returncode != 0:
         return _last_line(done.stderr)
-    # `update` exits with 0 even if every mirror failed, so count the files.
+    # ``update`` exits with 0 even if every mirror failed, so count the files.
     wanted = arguments[-1] == PACKAGES[-1]
     return "nothing was downloaded" if wanted and len(list(folder.glob("*.deb"))) < len(PACKAGES) else None
 

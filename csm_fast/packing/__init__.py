@@ -1,5 +1,4 @@
-"""Rows of a token store laid out as packs: which conversations share one, in what order, and which frames are
-supervised.
+"""From the turns of a token store to packs: which documents share one, in what order, and which frames are supervised.
 
 Imports ``config`` and ``system``. ``fit`` has no torch: the planner uses it.
 """

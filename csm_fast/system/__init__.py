@@ -1,2 +1,4 @@
-"""Files, locks, devices, memory and the terminal: what any program needs. Knows nothing of speech or models; imports
-no other room."""
+"""Files, locks, devices, memory, the hub and the terminal: what any program needs, without speech or models.
+
+Imports no other room.
+"""

@@ -1,4 +1,4 @@
-"""What a run says and hears on the terminal: a live bar, or quiet lines, and Ctrl-C."""
+"""Progress on the terminal: a live bar, or lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
-    """One turn is "1 turn", more are "1,200 turns"."""
+    """A number and a noun: "1 turn", "1,200 turns"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 class StepProgress:
-    """Steps done and time left, on standard error: a live bar on a terminal, one line per log elsewhere.
+    """Steps done and time left on standard error: a live bar on a terminal, elsewhere a line for each ``status``.
 
     Args:
         total: optimizer steps of the run.
@@ -38,13 +38,13 @@ class StepProgress:
             self.bar.close()
 
     def update(self) -> None:
-        """One step more."""
+        """Count one step."""
         self.done += 1
         if self.bar is not None:
             self.bar.update(1)
 
     def status(self, step: int, text: str) -> None:
-        """The newest figures."""
+        """Show the newest figures."""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             return
@@ -53,7 +53,7 @@ class StepProgress:
         self.write(f"step {step}/{self.total}  {text}  {left // 60}:{left % 60:02d} left")
 
     def write(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line, above the bar."""
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
@@ -64,11 +64,11 @@ INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
 class ClipProgress:
-    """Clips done, seconds of audio per second, and the time left, on standard error.
+    """Clips done, seconds of audio per second and time left on standard error.
 
     Args:
         total: clips to do.
-        verb: what is done to them, e.g. "encoding".
+        verb: what is done to them, such as "encoding".
     """
 
     def __init__(self, total: int, verb: str):
@@ -80,11 +80,11 @@ class ClipProgress:
             from tqdm import tqdm
 
             layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} clips{postfix}, {remaining} left"
-            # No smoothing: clips differ so much in length that the latest few say nothing about the rest.
+            # No smoothing: clips differ too much in length for the latest few to predict the rest.
             self._bar = tqdm(total=total, desc=verb, bar_format=layout, dynamic_ncols=True, smoothing=0)
 
     def update(self, clips: int, audio_seconds: float) -> None:
-        """`clips` more are done, with so much audio."""
+        """Count ``clips`` more clips and their audio."""
         self._done += clips
         self._audio += audio_seconds
         now = time.monotonic()
@@ -96,7 +96,7 @@ class ClipProgress:
             self._line(now)
 
     def close(self) -> None:
-        """The last state; call it once, also after an error."""
+        """Show the last state. Call it once, also after an error."""
         if self._bar is not None:
             self._bar.close()
         elif self._total:

@@ -1,4 +1,4 @@
-"""What this machine is and what it does well: device, precision, memory."""
+"""Device and precision of a run, its peak memory, and the name of the processor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from csm_fast.system.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
+    """The device that ``--device`` means; an ``InputError`` if there is none of that name."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:  # its text lists two dozen kinds of devices
+    except RuntimeError:  # its message lists two dozen kinds of devices
         raise InputError(
             f"--device {name or '(empty)'} names no device", mend="use auto, cpu, cuda or cuda:1, ..."
         ) from None
@@ -26,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # for what asks for the current one's abilities, and keeps nothing on another
+            torch.cuda.set_device(device)  # libraries ask what the current device can do, and allocate on it
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--device {name} is not there ({str(error).splitlines()[0]})", mend="use auto or cpu"
@@ -35,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """bf16 where the machine multiplies it fast; fp16 on GPUs whose tensor cores know only that; fp32 otherwise."""
+    """bf16 if the device multiplies it fast, fp16 on GPUs whose tensor cores have only that, fp32 otherwise."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -48,12 +49,12 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The type of the matrix products under a resolved ``precision``."""
+    """The type of operands of matrix products under a resolved ``precision``."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak device memory; on a CPU the process's peak resident memory."""
+    """Peak device memory in GiB; on a CPU the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -65,11 +66,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, where the C library is glibc; returns whether that worked.
+    """Have glibc keep the memory that this process frees; returns whether that worked.
 
-    A training step frees and takes the same gigabyte again and again. By default glibc returns large blocks to the
-    system at once, and every new page costs a fault: a seventh of a step's time and more. For a process of one's own
-    only; ``csm-fast-train`` calls it, the library does not.
+    A training step allocates and frees the same gigabyte again and again. By default glibc returns large blocks to the
+    system at once, and every new page costs a page fault. This setting is for the whole process, so commands use it
+    and the library does not.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -85,15 +86,15 @@ VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512"
 
 
 def processor() -> str:
-    """The processor's name, and the most that its vector instructions can do: names of rented ones hardly tell."""
-    told: dict[str, str] = {}
+    """The processor's name and its best vector instructions, which the names of virtual machines often do not show."""
+    fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
-            told.setdefault(name.strip(), value.strip())
+            fields.setdefault(name.strip(), value.strip())
     except OSError:
         pass
-    features = set(told.get("flags", "").split())
+    features = set(fields.get("flags", "").split())
     best = next((shown for flag, shown in VECTORS.items() if flag in features), "")
-    name = told.get("model name") or platform.processor() or platform.machine()
+    name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({best})" if best else name

@@ -1,4 +1,4 @@
-"""One exception for everything a user can mend: it prints as one line."""
+"""Errors that a user can correct; commands print them as one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class InputError(ValueError):
     """Bad input from the user: a file, a row, a flag, a configuration.
 
     Commands print it as one line (no traceback) and exit with status 2. The line reads
-    ``<file>, row <row>: <what>; <mend>``, leaving out what was not given.
+    ``<file>, row <row>: <what>; <mend>``, without what was not given.
 
     Args:
         what: what is wrong, with the offending value.
@@ -36,20 +36,20 @@ class InputError(ValueError):
         super().__init__(" ".join(line.split()))
 
     def __reduce__(self):
-        # Keyword-only arguments do not survive the default reduction, and data workers send these across processes.
+        # The default reduction loses keyword-only arguments, and these errors are sent between processes.
         return (_rebuild, (self.what, self.file, self.row, self.mend))
 
 
 class OutOfMemory(InputError):
-    """The machine's memory did not suffice. Commands print it as one line and exit with status 1."""
+    """Memory ran out. Commands print it as one line and exit with status 1."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is Python's or PyTorch's way to say that memory ran out."""
+    """Whether ``error`` is one of Python's or PyTorch's errors for memory that ran out."""
     line = next(iter(str(error).strip().splitlines()), "")
-    # The last is oneDNN's, PyTorch's library of CPU kernels.
-    said = ("out of memory", "allocate memory", "could not create a primitive")
-    return isinstance(error, MemoryError) or any(words in line for words in said)
+    # The last is from oneDNN, PyTorch's library of CPU kernels.
+    messages = ("out of memory", "allocate memory", "could not create a primitive")
+    return isinstance(error, MemoryError) or any(words in line for words in messages)
 
 
 def _rebuild(what, file, row, mend):

@@ -10,7 +10,17 @@ from csm_fast.system.files import writing_to
 
 
 class Lock:
-    """One run of a command per output directory; the system frees it when the process ends, however it ends."""
+    """A lock on an output directory, so that one process at a time runs a command there.
+
+    The system releases it when the process ends, however it ends.
+
+    Args:
+        name: of the lock file in ``output``.
+        command, flag: for the message, what holds the lock, and the flag that names another directory.
+
+    Raises:
+        InputError: another process holds the lock, or the file cannot be written.
+    """
 
     def __init__(self, output: Path, name: str = ".cache/lock", command: str = "pretokenize", flag: str = "--output"):
         with writing_to(output):
@@ -18,7 +28,7 @@ class Lock:
             self._file = open(output / name, "a+", encoding="utf-8")  # noqa: SIM115  open while the lock is held
         try:
             import fcntl
-        except ImportError:  # Windows: two runs at once are then the user's care
+        except ImportError:  # no file locks on Windows: concurrent runs are not detected
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,7 +38,7 @@ class Lock:
             self._file.close()
             mend = f"wait for it, or choose another {flag}"
             raise InputError(f"another {command} (process {holder}) is writing here", file=output, mend=mend) from None
-        except OSError:  # a file system without locks, such as a mounted cloud drive
+        except OSError:  # file systems such as mounted cloud drives have no locks
             return
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

@@ -1,4 +1,4 @@
-"""Bytes free on this machine, and sizes as people write them ("12GiB")."""
+"""Memory that a run may use, and sizes such as "12GiB"."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_bytes(text: str) -> int | None:
-    """Bytes of "12GB" (decimal), "12GiB", "12000MB", "12G" (binary, as tools that say G mean it); None for what is no
-    amount of memory."""
+    """Bytes of "12GB" or "12000MB" (decimal), "12GiB" or "12G" (binary); None if ``text`` is not a size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(b|ib|)\s*", text.lower())
     if not match:
         return None
@@ -28,14 +27,14 @@ def parse_bytes(text: str) -> int | None:
 
 
 def available_bytes(device: Any, limit: str | None = None) -> int:
-    """Memory that a run may have: ``limit``, else the GPU's whole, else the machine's (or its control group's).
+    """Bytes that a run may use: ``limit``, else the GPU's memory, else the machine's or its control group's.
 
     Args:
         device: a ``torch.device``, or its name.
         limit: such as 12GB or 11.5GiB.
 
     Raises:
-        InputError: a limit that is no amount of memory.
+        InputError: ``limit`` is not a size.
     """
     if limit is not None:
         found = parse_bytes(limit)
@@ -53,7 +52,7 @@ def available_bytes(device: Any, limit: str | None = None) -> int:
 
 
 def _machine_bytes() -> int:
-    """The machine's memory, or the smallest limit of the control groups (v2, v1) around this process."""
+    """The machine's memory, or the lowest limit of the control groups (v2, v1) that this process is in."""
     found = []
     try:
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -64,7 +63,7 @@ def _machine_bytes() -> int:
             text = path.read_text().strip()
         except OSError:
             continue
-        if text.isdigit():  # "max" is none
+        if text.isdigit():  # "max" means no limit
             found.append(int(text))
     return min(found)
 

@@ -1,4 +1,4 @@
-"""Quiet imports of peft and bitsandbytes, with the hint how to install them."""
+"""Import peft and bitsandbytes quietly, and say how to install them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ INSTALL = "pip install -e '.[qlora]'"
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Import bitsandbytes, or what imports it (PEFT), without downloads, foreign code and warnings.
+    """Import bitsandbytes, or PEFT, which imports it, without downloads, foreign code and warnings.
 
-    Where the package ``kernels`` is installed, bitsandbytes fetches a kernel from the hub and runs it while it is
-    being imported; where it is not, it logs a warning about that at every import.
+    If the package ``kernels`` is installed, importing bitsandbytes downloads a kernel from the hub and runs it. If not,
+    every import logs a warning about that.
     """
 
     def unrelated(record: logging.LogRecord) -> bool:
@@ -44,13 +44,9 @@ def quiet_import() -> Iterator[None]:
 
 
 def load_bitsandbytes() -> Any:
-    """The module ``bitsandbytes``.
-
-    Raises:
-        InputError: not installed, or it does not load on this machine.
-    """
+    """The module ``bitsandbytes``; an ``InputError`` if it is not installed, or does not load on this machine."""
     loaded = sys.modules.get("bitsandbytes")
-    if hasattr(loaded, "nn"):  # whole. Products ask too, from autograd's threads, where warnings must be left alone
+    if hasattr(loaded, "nn"):  # completely. Autograd's threads call this, too, and must not change warning filters
         return loaded
     try:
         with quiet_import():
@@ -60,7 +56,7 @@ def load_bitsandbytes() -> Any:
 
 
 def load_peft() -> Any:
-    """The module ``peft``; an ``InputError`` where it is not installed."""
+    """The module ``peft``; an ``InputError`` if it is not installed."""
     try:
         with quiet_import():
             peft = importlib.import_module("peft")

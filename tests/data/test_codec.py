@@ -18,8 +18,8 @@ from csm_fast.data.codec import mimi_weights as codec_weights
 from csm_fast.data.codec import offline as offline_codec
 from csm_fast.data.codec.base import Codec
 from csm_fast.data.codec.load import load_codec
-from csm_fast.data.codec.mimi_weights import table_hash
-from csm_fast.data.codec.offline import OfflineShape, fit, offline_file, synthetic_speech
+from csm_fast.data.codec.mimi_weights import hash_tables
+from csm_fast.data.codec.offline import OfflineShape, fit_codec, offline_file, synthetic_speech
 from csm_fast.system import hub
 from csm_fast.system.errors import InputError
 
@@ -93,15 +93,15 @@ def lively_weights(width: int = 128, levels: int = 6) -> dict[str, torch.Tensor]
             return 0.1 * random.randn(*size)
         return offline_codec.random_weight(name, size, 0)
 
-    return codec_weights.mapped(make, model)
+    return codec_weights.make_weights(make, model)
 
 
 def moshi_state(flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same weights as moshi itself saves them."""
     from transformers import MimiConfig
 
-    model = codec_backends._moshi_model(MimiConfig(**codec_weights.architecture(flat)))
-    codec_weights.to_module(flat, model)
+    model = codec_backends._make_moshi(MimiConfig(**codec_weights.read_sizes(flat)))
+    codec_weights.load_module(flat, model)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -185,8 +185,8 @@ def test_transformers_saves_what_we_load(tmp_path, sounds):
     from transformers import MimiConfig, MimiModel
 
     flat = lively_weights()
-    model = MimiModel(MimiConfig(**codec_weights.architecture(flat), sliding_window=20)).eval()
-    codec_weights.to_module(flat, model)
+    model = MimiModel(MimiConfig(**codec_weights.read_sizes(flat), sliding_window=20)).eval()
+    codec_weights.load_module(flat, model)
     model.save_pretrained(tmp_path)
     codec = load_codec("transformers", source=tmp_path, num_codebooks=6)
     assert codec.kind == "transformers" and codec.model.config.sliding_window == 20
@@ -239,17 +239,17 @@ def test_same_weights_same_codes_through_moshi(tmp_path, seconds):
 
 
 def test_fit_is_reproducible_whatever_the_threads():
-    first = fit(SMALL)
+    first = fit_codec(SMALL)
     torch.manual_seed(123)
     torch.set_num_threads(2)
     try:
-        second = fit(SMALL)
+        second = fit_codec(SMALL)
     finally:
         torch.set_num_threads(1)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = fit(OfflineShape(**{**SMALL.__dict__, "seed": 1}))
-    assert table_hash(codec_weights.codebooks(other)) != table_hash(codec_weights.codebooks(first))
+    other = fit_codec(OfflineShape(**{**SMALL.__dict__, "seed": 1}))
+    assert hash_tables(codec_weights.codebook_tables(other)) != hash_tables(codec_weights.codebook_tables(first))
 
 
 def test_every_codebook_is_used(small):
@@ -265,7 +265,7 @@ def test_every_codebook_is_used(small):
 def test_fitted_once_and_kept(small_file, monkeypatch, tmp_path):
     before = small_file.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(offline_codec, "fit", lambda shape: pytest.fail("fitted again"))
+        patch.setattr(offline_codec, "fit_codec", lambda shape: pytest.fail("fitted again"))
         assert offline_file(small_file.parent, SMALL) == small_file
     assert small_file.read_bytes() == before
     assert [p.name for p in small_file.parent.iterdir()] == [small_file.name]
@@ -280,7 +280,7 @@ def test_interrupted_fit_leaves_nothing(tmp_path, monkeypatch):
     def stop(shape):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(offline_codec, "fit", stop)
+    monkeypatch.setattr(offline_codec, "fit_codec", stop)
     with pytest.raises(KeyboardInterrupt):
         offline_file(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -293,7 +293,7 @@ def test_auto_falls_back_loudly(small_file, monkeypatch, caplog):
     def unreachable(repository, filename):
         raise InputError(f"{repository} is not in the local cache and the hub cannot be reached")
 
-    monkeypatch.setattr(codec_load, "hub_file", unreachable)
+    monkeypatch.setattr(codec_load, "get_hub_file", unreachable)
     monkeypatch.setattr(offline_codec, "offline_file", lambda cache_dir=None: small_file)
     with caplog.at_level(logging.WARNING, logger="csm_fast"):
         codec = load_codec("auto", num_codebooks=8)

@@ -16,8 +16,8 @@ from csm_fast.data.codec import mimi_encoder
 from csm_fast.data.codec import offline as offline_codec
 from csm_fast.data.codec.backends import TransformersCodec
 from csm_fast.data.codec.mimi_encoder import MimiEncoder, encode_packs
-from csm_fast.data.codec.mimi_shape import MIMI, described, supported, weight_shapes
-from csm_fast.data.codec.mimi_weights import flat_name, mapped
+from csm_fast.data.codec.mimi_shape import MIMI, complete_sizes, is_supported, weight_shapes
+from csm_fast.data.codec.mimi_weights import flat_name, make_weights
 from csm_fast.data.codec.offline import OfflineShape, synthetic_speech
 
 SHAPE = OfflineShape(
@@ -52,7 +52,7 @@ def mimi(**changes):
             return random.uniform(0.5, 2, size)
         return offline_codec.random_weight(name, size, 0)
 
-    flat = mapped(make, model)
+    flat = make_weights(make, model)
     model.load_state_dict({name: flat[flat_name(name)] for name in model.state_dict()})
     for module in model.modules():
         if hasattr(module, "_embed"):
@@ -108,7 +108,7 @@ def chains(model):
 )
 def test_the_codes_are_transformers_codes(changes, waves, one_thread, monkeypatch):
     model = mimi(**changes)
-    assert supported(model.config)
+    assert is_supported(model.config)
     encoder = encoder_of(model, SHAPE.num_quantizers)
     with torch.inference_mode():
         wanted = [model.encode(wave[None, None], return_dict=True).audio_codes[0].T.numpy() for wave in waves]
@@ -144,13 +144,13 @@ def test_sizes_and_shapes_are_transformers(changes):
 
     with torch.device("meta"):
         model = MimiModel(MimiConfig(**changes))
-    sizes = described(changes)
-    assert supported(sizes) == supported(model.config) == ("use_conv_shortcut" not in changes)
+    sizes = complete_sizes(changes)
+    assert is_supported(sizes) == is_supported(model.config) == ("use_conv_shortcut" not in changes)
     for name, value in vars(sizes).items():
         assert value == getattr(model.config, name, value), name
     assert sizes.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
     assert not MIMI.keys() - model.config.to_dict().keys() - {"frame_rate"}
-    if supported(sizes):
+    if is_supported(sizes):
         shapes = {flat_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
         assert weight_shapes(sizes) == shapes
 

@@ -1,1 +1,4 @@
-"""Codecs: Mimi through transformers or moshi, and the offline codec of tests and demos."""
+"""Codecs: Mimi through transformers or moshi, and the offline codec of tests and demos.
+
+Imports ``config`` and ``system``.
+"""

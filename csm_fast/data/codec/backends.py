@@ -1,12 +1,12 @@
-"""What runs a codec: transformers' Mimi, moshi's, and on a CPU an encoder of our own in transformers' place."""
+"""The libraries that run a codec: transformers, moshi, and on a CPU our own encoder in place of transformers'."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from csm_fast.data.codec.base import Codec
-from csm_fast.data.codec.mimi_shape import supported, weight_shapes
-from csm_fast.data.codec.mimi_weights import check_shapes, flat_name, needs
+from csm_fast.data.codec.mimi_shape import is_supported, weight_shapes
+from csm_fast.data.codec.mimi_weights import check_shapes, flat_name, missing_library
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TransformersCodec(Codec):
-    """transformers' MimiModel; the offline codec runs on it too."""
+    """transformers' MimiModel."""
 
     kind = "transformers"
     _encoder: MimiEncoder | None = None
@@ -24,7 +24,7 @@ class TransformersCodec(Codec):
         try:
             from transformers import MimiConfig, MimiModel
         except ImportError as error:
-            raise needs("transformers", error) from None
+            raise missing_library("transformers", error) from None
         return MimiModel(MimiConfig(**self._arguments))
 
     def to(self, device: str | torch.device) -> Codec:
@@ -32,13 +32,13 @@ class TransformersCodec(Codec):
         if "model" in vars(self):
             for module in self.model.modules():
                 if hasattr(module, "_embed"):
-                    module._embed = None  # a cached table that .to() leaves behind
+                    module._embed = None  # a cached table that .to() does not move
         return super().to(device)
 
     def check(self) -> None:
-        """Raises InputError where the weights are not those of the sizes; as early, and without transformers where
-        coding needs none."""
-        if self.device == "cpu" and supported(self._sizes) and self._state is not None:
+        """Raises InputError if the weights do not have the shapes of the sizes. Imports transformers only if encoding
+        does."""
+        if self.device == "cpu" and is_supported(self._sizes) and self._state is not None:
             check_shapes(self._state, weight_shapes(self._sizes))
         else:
             super().check()
@@ -46,7 +46,7 @@ class TransformersCodec(Codec):
     def _cpu_encoder(self) -> MimiEncoder | None:
         from csm_fast.data.codec.mimi_encoder import MimiEncoder
 
-        if self._encoder is None and self.device == "cpu" and supported(self._sizes):
+        if self._encoder is None and self.device == "cpu" and is_supported(self._sizes):
             flat = self._state
             if flat is None:
                 flat = {flat_name(name): value.float() for name, value in self.model.state_dict().items()}
@@ -77,19 +77,21 @@ class TransformersCodec(Codec):
 
 
 class OfflineCodec(TransformersCodec):
+    """The offline codec, which has Mimi's architecture and runs on transformers' MimiModel."""
+
     kind = "offline"
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return super()._decode(codes).clamp(-1, 1)  # a random decoder knows no full scale
+        return super()._decode(codes).clamp(-1, 1)  # the output of a random decoder is not limited
 
 
 class MoshiCodec(Codec):
-    """moshi's MimiModel. It compiles parts of itself unless told otherwise, which costs minutes and changes shapes."""
+    """moshi's MimiModel. It runs under ``no_compile``: compiling parts of itself takes minutes."""
 
     kind = "moshi"
 
     def _make(self) -> Any:
-        model = _moshi_model(self._sizes)
+        model = _make_moshi(self._sizes)
         model.set_num_codebooks(self.num_codebooks)
         return model
 
@@ -106,12 +108,12 @@ class MoshiCodec(Codec):
             return self.model.decode(codes)
 
 
-def _moshi_model(config: Any) -> Any:
-    """moshi's Mimi of the sizes (``described``, or a MimiConfig), without weights."""
+def _make_moshi(config: Any) -> Any:
+    """moshi's Mimi without weights. ``config``: from ``complete_sizes``, or a MimiConfig."""
     try:
         from moshi.models import loaders
     except ImportError as error:
-        raise needs("moshi", error) from None
+        raise missing_library("moshi", error) from None
     width = config.hidden_size
     seanet = dict(loaders._seanet_kwargs, dimension=width, n_filters=config.num_filters)
     transformer = dict(

@@ -1,4 +1,4 @@
-"""Audio to codes and back: Mimi through transformers or moshi, and the offline codec, behind one small interface."""
+"""Audio to codes and back: the interface of all codecs, and everything that does not depend on the library."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
-from csm_fast.data.codec.mimi_shape import described
-from csm_fast.data.codec.mimi_weights import codebooks, to_module
+from csm_fast.data.codec.mimi_shape import complete_sizes
+from csm_fast.data.codec.mimi_weights import codebook_tables, hash_tables, load_module
 from csm_fast.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,25 +19,32 @@ if TYPE_CHECKING:
     import torch
 
 OFFLINE_NAME = "offline codec (Mimi's architecture narrowed, seeded random weights; its audio is not intelligible)"
-# What is coded at once: 2 minutes, some 4 GB of activations in Mimi's first layers. A longer clip is coded in pieces,
-# each after enough of what came before it to come out the same; the first is whole, the others advance by this or more.
+# Frames that are coded at once: 2 minutes, some 4 GB of activations in Mimi's first layers. A longer clip is coded in
+# pieces. Each starts with enough earlier frames to give the same codes, and advances by the second number or more.
 _WHOLE_FRAMES, _STEP_FRAMES = 1500, 500
-_LEFT_FRAMES = 16  # beyond the attention's reach: several times what Mimi's convolutions see (under 4 frames)
+_LEFT_FRAMES = 16  # added to the attention's reach: several times that of Mimi's convolutions (under 4 frames)
 
 logger = logging.getLogger("csm_fast")
 
 
 class Codec:
-    """One loaded codec. Made by `load_codec`; subclasses run a model on a batch, everything else is here.
+    """A codec, from ``load_codec``. Subclasses run a model on a batch.
 
     Attributes:
         kind: "transformers", "moshi" or "offline": what runs it.
-        name: what manifests and printouts say.
-        fingerprint: sha256 of the codebooks in use ([V, D] little-endian float32 tables, level after level), the same
-            for the same weights whatever runs them: two codecs are the same when their fingerprints are.
+        name: for manifests and printing.
+        fingerprint: SHA-256 of the codebooks in use ([V, D] little-endian float32 tables, level after level). It does
+            not depend on the library: two codecs are the same if their fingerprints are.
         sample_rate, samples_per_frame, num_codebooks, codebook_size: 24000, 1920, K and V.
-        side_by_side: whether `encode` gives each core clips of its own, so that it gains by many at once on a CPU.
-        marked_frames: frames so far whose codes came out all zero, and were given a 1 as their last code.
+        side_by_side: whether ``encode`` gives each core its own clips, so that many clips at once are faster on a CPU.
+        marked_frames: frames so far whose codes were all zero, and got 1 as their last code.
+
+    Args:
+        state: weights under flat names.
+        arguments: of MimiConfig.
+
+    Raises:
+        InputError: not the weights and sizes of a Mimi that CSM can use.
     """
 
     kind: str
@@ -51,21 +58,18 @@ class Codec:
     def __init__(
         self, state: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], *, name: str, num_codebooks: int
     ):
-        """Of flat weights and MimiConfig arguments; raises InputError where they are not a Mimi's that CSM can use."""
-        from csm_fast.data.codec.mimi_weights import table_hash
-
-        tables = codebooks(state)
+        tables = codebook_tables(state)
         if not 2 <= num_codebooks <= len(tables):
             mend = f"give --num-codebooks from 2 to {len(tables)}" + (", or a full Mimi" if num_codebooks > 1 else "")
             raise InputError(f"{name} has {len(tables)} codebooks, {num_codebooks} were asked for", mend=mend)
         self._state: Mapping[str, torch.Tensor] | None = state
-        self._arguments, self._sizes = arguments, described(arguments)
+        self._arguments, self._sizes = arguments, complete_sizes(arguments)
         if self._sizes.sampling_rate != SAMPLE_RATE or self._sizes.frame_size != SAMPLES_PER_FRAME:
             raise InputError(
                 f"{name} codes {self._sizes.frame_size} samples of {self._sizes.sampling_rate} Hz per frame",
                 mend=f"CSM needs Mimi's {SAMPLES_PER_FRAME} samples of {SAMPLE_RATE} Hz",
             )
-        self.name, self.fingerprint, self.num_codebooks = name, table_hash(tables[:num_codebooks]), num_codebooks
+        self.name, self.fingerprint, self.num_codebooks = name, hash_tables(tables[:num_codebooks]), num_codebooks
         self.codebook_size = self._sizes.codebook_size
         self.device = "cpu"
         self.marked_frames = 0
@@ -75,19 +79,19 @@ class Codec:
 
     @functools.cached_property
     def model(self) -> Any:
-        """What runs the codec, on its device; made when it is first asked for."""
+        """The library's module on the codec's device; made on first use."""
         assert self._state is not None
         model = self._make()
-        to_module(self._state, model)
+        load_module(self._state, model)
         self._state = None
         return model.eval().requires_grad_(False).to(self.device)
 
     def _make(self) -> Any:
-        """The module of the sizes, without weights."""
+        """The library's module of these sizes, without weights."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What a token store's manifest records about the codec, ready for JSON."""
+        """What a token store's manifest records about the codec: values for JSON."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -98,11 +102,11 @@ class Codec:
         }
 
     def matches(self, identity: Mapping[str, Any]) -> bool:
-        """Whether codes recorded under ``identity`` are this codec's: equal fingerprints, whatever ran the model."""
+        """Whether codes of this ``identity`` are this codec's: whether the fingerprints are equal."""
         return identity.get("fingerprint") == self.fingerprint
 
     def to(self, device: str | torch.device) -> Codec:
-        """Moves the codec to a device and returns it."""
+        """Move the codec to a device, and return it."""
         if "model" in vars(self):
             self.model.to(device)
         self.device = str(device)
@@ -115,9 +119,9 @@ class Codec:
             waves: each float [samples], mono, 24 kHz.
 
         Returns:
-            Each uint16 [ceil(samples / 1920), K]; the last frame is completed with silence. No frame is all zeros, for
-            that is CSM's end-of-speech mark. Always computed in float32 (no TF32), so that batches, devices and
-            implementations differ in near ties only.
+            Each uint16 [ceil(samples / 1920), K]; the last frame is completed with silence. No frame is all zeros,
+            because that is CSM's end of speech. Everything is computed in float32 (no TF32), so that batches, devices
+            and implementations differ in near ties only.
 
         Raises:
             InputError: a wave of another shape, or holding NaN or infinity.
@@ -159,14 +163,15 @@ class Codec:
                     pieces.append(self._encode(piece)[..., start - left :].cpu())
                 codes = torch.cat(pieces, dim=-1).transpose(1, 2).numpy().astype(np.uint16)  # [B, frames, K]
                 for row, index in enumerate(group):
-                    # Causal: what was added on the right of a shorter clip changes none of its own frames.
+                    # The codec is causal: padding on the right of a shorter clip changes none of its own frames.
                     results[index] = self._mark(codes[row, : frames[index]].copy())
         return results
 
     def decode(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """Audio of codes: integers [frames, K or fewer] -> float32 [frames * 1920] at 24 kHz.
 
-        Raises InputError for another shape or codes outside 0..V-1 (a CSM head has 3 ids more than Mimi has codes).
+        Raises:
+            InputError: another shape, or codes outside 0..V-1 (a CSM head has 3 ids more than Mimi has codes).
         """
         import numpy as np
         import torch
@@ -190,7 +195,7 @@ class Codec:
         return torch.cat(audio).numpy()[: len(array) * SAMPLES_PER_FRAME]
 
     def check(self) -> None:
-        """Raises InputError where the weights, or what runs them, are not what is needed."""
+        """Raises InputError if the weights or the library are not what is needed."""
         self.model  # noqa: B018 - making it checks
 
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
@@ -206,11 +211,11 @@ class Codec:
         return False
 
     def _encode_side_by_side(self, waves: list[torch.Tensor]) -> list[torch.Tensor]:
-        """float32 [frames * 1920] each -> int64 [frames, K] each, where `side_by_side`."""
+        """float32 [frames * 1920] each -> int64 [frames, K] each; only if ``side_by_side``."""
         raise NotImplementedError
 
     def _groups(self, frames: Sequence[int]) -> Iterator[list[int]]:
-        """Indices to code together: one by one on a CPU, batches of similar length elsewhere."""
+        """Indices of clips to code together: one by one on a CPU, batches of similar length elsewhere."""
         order = sorted((index for index, count in enumerate(frames) if count), key=lambda index: frames[index])
         group: list[int] = []
         for index in order:
@@ -222,7 +227,7 @@ class Codec:
             yield group
 
     def _pieces(self, frames: int) -> Iterator[tuple[int, int, int]]:
-        """(left, start, stop): frames start..stop come from running left..stop, which holds all they depend on."""
+        """(left, start, stop): frames start..stop are coded from left..stop, which is all that they depend on."""
         start, stop = 0, min(frames, _WHOLE_FRAMES)
         while start < frames:
             yield max(0, start - self._reach), start, stop
@@ -237,7 +242,7 @@ class Codec:
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    """Float32 convolutions and products without TF32, whatever the training side has set."""
+    """Float32 convolutions and matrix products without TF32, whatever PyTorch's settings are."""
     import torch
 
     precision = torch.get_float32_matmul_precision()

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from csm_fast.data.codec.base import OFFLINE_NAME, Codec, logger
-from csm_fast.data.codec.mimi_weights import MIMI_HUB, architecture, find_weights, hub_file, needs, read_weights
+from csm_fast.data.codec.mimi_weights import (
+    MIMI_HUB,
+    find_weights,
+    get_hub_file,
+    missing_library,
+    read_sizes,
+    read_weights,
+)
 from csm_fast.system.errors import InputError
 
 KINDS = ("auto", "transformers", "moshi", "offline")
@@ -21,17 +28,17 @@ def load_codec(
     num_codebooks: int = 32,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Codec:
-    """Loads a codec.
+    """Load a codec.
 
     Args:
-        kind: "transformers" or "moshi": Mimi's own weights, run by that library. "offline": the codec that needs no
-            download (`csm_fast.data.codec.offline`). "auto": Mimi through transformers where the hub's cache or the
-            hub has it, otherwise the offline codec, with a warning.
-        source: a safetensors file, a directory holding one, or a hub repository. Either library runs weights saved by
-            the other; their names tell. Default: kyutai/mimi. For "offline", a fitted file.
+        kind: "transformers" or "moshi" is Mimi's own weights, run by that library. "offline" is the codec that needs
+            no download (``offline``). "auto" is Mimi through transformers if the hub's cache or the hub has it,
+            otherwise the offline codec, with a warning.
+        source: a safetensors file, a directory with one, or a hub repository; by default kyutai/mimi. Either library
+            runs weights that the other saved. For "offline", a fitted file.
         device: where it runs.
         num_codebooks: how many levels to code with; CSM uses 32.
-        cache_dir: where the offline codec is kept; default: `offline_codec.default_cache_dir`.
+        cache_dir: where the offline codec is kept, by default ``offline.default_cache_dir``.
 
     Raises:
         InputError: unknown kind, missing library, nothing at ``source``, damaged or foreign weights.
@@ -40,7 +47,7 @@ def load_codec(
         raise InputError(f"unknown codec {kind!r}", mend=f"use one of {', '.join(KINDS)}")
     if kind == "auto" and source is None:
         try:
-            hub_file(*MIMI_HUB)
+            get_hub_file(*MIMI_HUB)
             kind = "transformers"
         except InputError as error:
             logger.warning("No Mimi here (%s): using the %s", error.what, OFFLINE_NAME)
@@ -61,7 +68,7 @@ def load_codec(
     from csm_fast.data.codec.backends import MoshiCodec, OfflineCodec, TransformersCodec
 
     made = {"offline": OfflineCodec, "moshi": MoshiCodec, "transformers": TransformersCodec}[kind]
-    codec = made(state, architecture(state, config), name=name, num_codebooks=num_codebooks).to(device)
+    codec = made(state, read_sizes(state, config), name=name, num_codebooks=num_codebooks).to(device)
     codec.check()
     return codec
 
@@ -70,4 +77,4 @@ def _fitted(offline_file: Any, cache_dir: str | os.PathLike[str] | None) -> Path
     try:
         return offline_file(cache_dir)
     except ImportError as error:
-        raise needs("transformers", error) from None
+        raise missing_library("transformers", error) from None

@@ -1,13 +1,13 @@
-"""Mimi's encoder and quantizer for CPUs: the arithmetic of transformers and moshi, arranged for caches and cores.
+"""Mimi's encoder and quantizer for CPUs: transformers' and moshi's arithmetic in an order that suits caches and cores.
 
-What differs is the order of the work, not what is computed, so codes differ in near ties only:
+It computes the same values in another order, so codes differ in near ties only:
 
-* A convolution stage runs over pieces of time that stay in a core's cache, in the channels-last layout that oneDNN
-  takes without copying, each piece with the few positions before it that the stage looks back at.
-* Clips are laid end to end behind the convolutions, without padding: the transformer's and the quantizer's matrix
-  products see a few hundred rows at once, and only the attention goes clip by clip, in blocks of the window.
+* A convolution stage runs over pieces of time that fit a core's cache, in the channels-last layout that oneDNN takes
+  without copying. Each piece starts with the few earlier positions that the stage looks back at.
+* After the convolutions, clips are laid end to end without padding. The matrix products of the transformer and of the
+  quantizer get a few hundred rows at once. Only the attention runs clip by clip, in blocks of the window.
 * A level of the quantizer is one product and one argmin: a row's own square is the same for all centroids.
-* Each core takes packs of its own (`encode_packs`), instead of all cores sharing every small operation.
+* Each core encodes its own packs (``encode_packs``), instead of sharing every small operation with the others.
 
 Shapes: T positions at the rate in question, N positions or frames of all clips of a pack, D width, K levels.
 """
@@ -23,20 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csm_fast.data.codec.mimi_weights import codebooks, interleaved
+from csm_fast.data.codec.mimi_weights import codebook_tables, interleave_pairs
 
-PACK_SAMPLES = 240_000  # 10 s: 250 rows for the transformer, 125 for the quantizer; more is no faster per row
+PACK_SAMPLES = 240_000  # 10 s: 250 rows for the transformer, 125 for the quantizer; more are no faster per row
 _TILE_VALUES = 1 << 17  # 512 KiB of float32 in a stage's widest tensor: half a core's second-level cache
 _QUANTIZER_ROWS = 256  # 2 MiB of scores
 _threads_lock = threading.Lock()
 
 
 class MimiEncoder:
-    """The encoding half of a Mimi, as plain functions over prepared weights (copies, float32, on the CPU).
+    """The encoding half of a Mimi, with its own copies of the weights, float32 on the CPU.
 
     Args:
         flat: weights under flat names, float32 on the CPU.
-        config: their sizes (`mimi_shape.described`), which are `mimi_shape.supported`.
+        config: sizes from ``complete_sizes`` that ``is_supported`` accepts.
         num_codebooks: K, levels to code with.
     """
 
@@ -52,7 +52,7 @@ class MimiEncoder:
         down = flat["downsample.conv.weight"]  # [D, D, 2 stride]
         self.down_stride = down.shape[-1] // 2
         self.down = down.permute(0, 2, 1).reshape(len(down), -1).contiguous()
-        tables = codebooks(flat)[:num_codebooks]
+        tables = codebook_tables(flat)[:num_codebooks]
         self.levels = [(table.contiguous(), table.square().sum(1)) for table in tables]
         names = [f"quantizer.{part}_residual_vector_quantizer.input_proj.weight" for part in ("semantic", "acoustic")]
         self.inputs = [flat[name][..., 0].contiguous() if name in flat else None for name in names]
@@ -81,7 +81,7 @@ class MimiEncoder:
         return x
 
     def downsample(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """[N, D] -> [N / stride, D]: a convolution twice as wide as its stride, which repeats a clip's first row."""
+        """[N, D] -> [N / stride, D]: a convolution twice as wide as its stride, after copies of the first row."""
         stride, windows = self.down_stride, []
         for part in x.split(list(lengths)):
             groups = torch.cat([part[:1].expand(stride, -1), part]).view(len(part) // stride + 1, -1)
@@ -89,7 +89,7 @@ class MimiEncoder:
         return torch.cat(windows) @ self.down.T
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Codes int64 [N, K] of latents [N, D]: level by level the nearest centroid, and what it leaves."""
+        """Codes int64 [N, K] of latents [N, D]: at each level the centroid nearest to what earlier levels left."""
         codes = torch.empty(len(x), self.num_codebooks, dtype=torch.int64)
         for rows, found in zip(x.split(_QUANTIZER_ROWS), codes.split(_QUANTIZER_ROWS), strict=True):
             residual = rows
@@ -104,11 +104,12 @@ class MimiEncoder:
 
 
 def encode_packs(encoder: MimiEncoder, waves: Sequence[Tensor], threads: int | None = None) -> list[Tensor]:
-    """`MimiEncoder.encode` over many waves, in packs of about 10 s, `threads` packs at a time (default: PyTorch's).
+    """``MimiEncoder.encode`` of many waves in packs of about 10 s, ``threads`` packs at a time (default: PyTorch's).
 
-    Each pack runs on one core: while this lasts, PyTorch's number of threads in this process is 1.
+    Each pack runs on one core: meanwhile PyTorch's number of threads in this process is 1.
     """
-    order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))  # the longest first, so that all end together
+    # The longest first, so that all threads end at about the same time.
+    order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))
     packs: list[list[int]] = []
     room = 0
     for i in order:
@@ -129,7 +130,7 @@ def encode_packs(encoder: MimiEncoder, waves: Sequence[Tensor], threads: int | N
         if workers < 2:
             coded = [run(pack) for pack in packs]
         else:
-            torch.set_num_threads(1)  # a thread takes the number over when it first computes
+            torch.set_num_threads(1)  # a new thread copies this number on its first operation
             try:
                 with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
                     coded = list(pool.map(run, packs))
@@ -142,7 +143,7 @@ def encode_packs(encoder: MimiEncoder, waves: Sequence[Tensor], threads: int | N
 
 
 class _Conv:
-    """A causal convolution: weight [out, in, 1, k] channels-last, and how many positions before the first it reads."""
+    """A causal convolution: weight [out, in, 1, k] channels-last; ``before`` is how many earlier positions it reads."""
 
     def __init__(self, flat: Mapping[str, Tensor], name: str, stride: int = 1, dilation: int = 1):
         weight = flat[name + ".conv.weight"][:, :, None]
@@ -152,7 +153,8 @@ class _Conv:
         self.before = (weight.shape[-1] - 1) * dilation + 1 - stride
 
     def run(self, x: Tensor, first: bool) -> Tensor:
-        """[1, in, 1, T] -> [1, out, 1, T / stride], after zeros where a clip begins, else (T - before) / stride."""
+        """[1, in, 1, T] -> [1, out, 1, T / stride] at a clip's beginning, which gets zeros before it; else
+        [1, out, 1, (T - before) / stride]."""
         if first and self.before:
             x = F.pad(x, (self.before, 0))
         return F.conv2d(x, self.weight, self.bias, (1, self.stride), 0, (1, self.dilation))
@@ -173,8 +175,8 @@ class _Stage:
         out = torch.empty(len(x) // self.down.stride, self.down.weight.shape[0])
         start = 0
         while start < len(x):
-            # The next pieces begin with what all convolutions of the stage look back at, and lose it one by one. Where
-            # that reaches before the clip there would be no zeros between them, so the first piece is at least as long.
+            # Later pieces begin with the positions that all convolutions of the stage look back at; each convolution
+            # drops its part. The first piece is at least as long as that, so that no later one begins before the clip.
             stop = min(len(x), start + max(self.tile, -(-self.before // self.down.stride) * self.down.stride))
             piece = x[max(0, start - self.before) if start else 0 : stop]
             length, channels = piece.shape
@@ -195,7 +197,7 @@ class _Stage:
 
 
 def _stages(flat: Mapping[str, Tensor], config: Any) -> tuple[list[_Stage], _Stage]:
-    """The stages in order, and the last convolution, which is one without a stride or blocks."""
+    """The stages in order, and the last convolution, a stage without stride and blocks."""
     first: _Conv | None = _Conv(flat, "encoder.layers.0")
     stages, at = [], 1
     for ratio in reversed(config.upsampling_ratios):
@@ -217,8 +219,8 @@ class _Layer:
             return flat[name + part].contiguous()
 
         self.heads, self.head_dim, self.eps = config.num_attention_heads, config.head_dim, config.norm_eps
-        # Pairs that are rotated lie side by side, so that a rotation is one product of complex numbers.
-        query, key = (interleaved(get(f"self_attn.{part}.weight")) for part in ("q_proj", "k_proj"))
+        # Pairs that are rotated together lie side by side, so that a rotation is one product of complex numbers.
+        query, key = (interleave_pairs(get(f"self_attn.{part}.weight")) for part in ("q_proj", "k_proj"))
         self.qkv = torch.cat([query, key, get("self_attn.v_proj.weight")])
         self.out, self.fc1, self.fc2 = (get(f"{p}.weight") for p in ("self_attn.o_proj", "mlp.fc1", "mlp.fc2"))
         self.scales = [get(f"{part}_layer_scale.scale") for part in ("self_attn", "mlp")]
@@ -240,7 +242,7 @@ class _Layer:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> list[Tensor]:
-    """Causal attention of one clip [T, heads, head_dim], ``window`` positions wide; its rows, block after block."""
+    """Causal attention of one clip [T, heads, head_dim] over ``window`` positions; returns its rows in blocks."""
     blocks, count = [], len(query)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     for start in range(0, count, window):

@@ -1,7 +1,4 @@
-"""What a Mimi is made of: the numbers of its configuration, and the names and shapes of its weights.
-
-So far as coding and checking need them, without the seconds that importing transformers takes.
-"""
+"""Mimi's sizes, and the names and shapes of its weights, without importing transformers, which takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
 
-# kyutai/mimi's config.json, which are also the defaults of transformers' MimiConfig.
+# kyutai/mimi's config.json, and the defaults of transformers' MimiConfig.
 MIMI: dict[str, Any] = {
     "sampling_rate": SAMPLE_RATE,
     "frame_rate": SAMPLE_RATE / SAMPLES_PER_FRAME,
@@ -47,11 +44,11 @@ MIMI: dict[str, Any] = {
 }
 
 
-def described(arguments: Mapping[str, Any]) -> SimpleNamespace:
-    """A Mimi's numbers by the names of MimiConfig, from those that differ from kyutai/mimi's, and what follows.
+def complete_sizes(arguments: Mapping[str, Any]) -> SimpleNamespace:
+    """All sizes of a Mimi by the names of MimiConfig, from those that differ from kyutai/mimi's.
 
-    Besides: ``head_dim``; ``rope_parameters`` (``rope_type`` and ``rope_theta``, from either spelling of a
-    config.json); ``encodec_frame_rate``, positions per second behind the convolutions; ``frame_size`` in samples.
+    Added are ``head_dim``, ``rope_parameters`` (``rope_type`` and ``rope_theta``, from either spelling of a
+    config.json), ``encodec_frame_rate`` (positions per second after the convolutions) and ``frame_size`` in samples.
     """
     given = {name: value for name, value in arguments.items() if value is not None}  # a config.json may say null
     sizes = SimpleNamespace(**{**MIMI, **given})
@@ -65,11 +62,11 @@ def described(arguments: Mapping[str, Any]) -> SimpleNamespace:
     return sizes
 
 
-def supported(sizes: Any) -> bool:
-    """Whether a Mimi is of the form that ``weight_shapes`` and `mimi_encoder.MimiEncoder` know; every published is.
+def is_supported(sizes: Any) -> bool:
+    """Whether ``weight_shapes`` and ``MimiEncoder`` can handle a Mimi. They can handle every published one.
 
     Args:
-        sizes: from ``described``, or a transformers MimiConfig.
+        sizes: from ``complete_sizes``, or a transformers MimiConfig.
     """
     return (
         sizes.use_causal_conv
@@ -86,7 +83,7 @@ def supported(sizes: Any) -> bool:
 
 
 def weight_shapes(sizes: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by flat name of a ``supported`` Mimi's weights: convolutions [out, in, k], transposed [in, out, k]."""
+    """Shapes by flat name of a supported Mimi's weights: convolutions [out, in, k], transposed ones [in, out, k]."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, out: int, inputs: int, kernel: int, transposed: bool = False) -> None:
@@ -99,7 +96,7 @@ def weight_shapes(sizes: Any) -> dict[str, tuple[int, ...]]:
             convolution(f"{name}.layers.{layer}.block.1", narrow, width, sizes.residual_kernel_size)
             convolution(f"{name}.layers.{layer}.block.3", width, narrow, 1)
 
-    # ELUs have numbers among the layers, too.
+    # ELUs are numbered among the layers, too.
     hidden, width, at = sizes.hidden_size, sizes.num_filters, 1
     convolution("encoder.layers.0", width, 1, sizes.kernel_size)
     for ratio in reversed(sizes.upsampling_ratios):

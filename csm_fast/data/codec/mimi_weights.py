@@ -1,9 +1,8 @@
-"""Mimi's weights under either of their two names: find and read a file, tell its naming, translate, tell the sizes.
+"""Mimi's weights under transformers' or moshi's names: find a file, read it, translate names, read the sizes.
 
-The *flat* names, those of transformers' Mimi checkpoints (``encoder.layers.0.conv.weight``), are the common form here;
-moshi's names (``encoder.model.0.conv.conv.weight``) are translated to and from it. The correspondence is the one that
-transformers' public conversion script for Mimi states, including its permutation: moshi rotates interleaved pairs of a
-head's channels, transformers rotates its two halves.
+Weights are kept under the *flat* names of transformers' Mimi checkpoints (``encoder.layers.0.conv.weight``). moshi's
+names (``encoder.model.0.conv.conv.weight``) are translated to and from these, as transformers' public conversion script
+for Mimi does, with its permutation: moshi rotates interleaved pairs of a head's channels, transformers its two halves.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 MIMI_HUB = ("kyutai/mimi", "model.safetensors")
 _HUB_SECONDS = 5.0
-HEAD_DIM = 64  # of every published Mimi; the one size that weights do not show when no config.json is beside them
+HEAD_DIM = 64  # of every published Mimi; the one size that cannot be read off the weights
 
 # (moshi's spelling, flat spelling), applied in this order.
 _FROM_MOSHI = [
@@ -55,9 +54,9 @@ _ACOUSTIC = "quantizer.acoustic_residual_vector_quantizer."
 
 
 def flat_name(name: str) -> str:
-    """A weight's flat name, from moshi's name, from that inside a transformers model, or from itself.
+    """The flat name of a weight, from moshi's name, the name inside a transformers model, or the flat name.
 
-    moshi's fused attention input keeps one name, ``...self_attn.in_proj.weight``, which flat files do not have.
+    moshi's fused attention input becomes ``...self_attn.in_proj.weight``, which flat files do not have.
     """
     rules = _FROM_NESTED if re.match(r"(encoder|decoder)\.(?!layers|model)", name) else _FROM_MOSHI
     for pattern, replacement in rules:
@@ -68,7 +67,8 @@ def flat_name(name: str) -> str:
 def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors under flat names, float32 on the CPU; the file's metadata) from a safetensors file of either naming.
 
-    Raises InputError for a missing, damaged or foreign file.
+    Raises:
+        InputError: a missing or damaged file, or another model's.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -110,11 +110,12 @@ def from_moshi(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return flat
 
 
-def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
-    """Loads flat weights into transformers' or moshi's Mimi, accounting for every name and shape.
+def load_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
+    """Load flat weights into transformers' or moshi's Mimi, and check every name and shape.
 
-    Raises InputError naming what is missing, left over or of another shape. What only training wrote (a codebook's
-    ``initialized`` mark) may be missing.
+    Raises:
+        InputError: a weight is missing, left over or of another shape. A codebook's ``initialized``, which only
+            training uses, may be missing.
     """
     import torch
 
@@ -126,7 +127,7 @@ def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None
             if not set(parts) <= set(flat):
                 raise _lacking(parts[0])
             query, attention_key, value = (flat[part] for part in parts)
-            tensor = torch.cat([interleaved(query), interleaved(attention_key), value])
+            tensor = torch.cat([interleave_pairs(query), interleave_pairs(attention_key), value])
             remaining -= set(parts)
         elif key in flat:
             tensor = flat[key]
@@ -142,7 +143,7 @@ def to_module(flat: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None
 
 
 def check_shapes(flat: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError as ``to_module`` does, where weights are not those that ``shapes`` tells."""
+    """Raises InputError as ``load_module`` does, if the weights' names and shapes are not ``shapes``."""
     for name, shape in shapes.items():
         if name in flat:
             _check_shape(name, flat[name], shape)
@@ -170,17 +171,17 @@ def _check_all_used(remaining: set[str]) -> None:
         )
 
 
-def interleaved(weight: torch.Tensor) -> torch.Tensor:
-    """A query's or key's projection [heads * 64, D] of transformers' layout in moshi's: rotated pairs side by side."""
+def interleave_pairs(weight: torch.Tensor) -> torch.Tensor:
+    """A query or key projection [heads * 64, D] from transformers' layout to moshi's: rotated pairs side by side."""
     return _permute(weight, (weight.shape[0] // HEAD_DIM, 2, HEAD_DIM // 2))
 
 
 def _permute(weight: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Reorders a projection's output channels, seen as ``shape``, by swapping the last two of the three axes."""
+    """Reorder a projection's output channels: seen as ``shape``, the last two of its three axes are swapped."""
     return weight.reshape(*shape, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def codebooks(flat: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def codebook_tables(flat: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The K codebook tables [V, D] float32, level by level: ``embed_sum / max(cluster_usage, 1e-5)``, as Mimi does."""
     tables = []
     for prefix in (_SEMANTIC, _ACOUSTIC):
@@ -193,8 +194,8 @@ def codebooks(flat: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     return tables
 
 
-def architecture(flat: Mapping[str, torch.Tensor], config_file: Path | None = None) -> dict[str, Any]:
-    """Mimi's sizes as arguments of transformers' MimiConfig: from a config.json, else read off the weights' shapes."""
+def read_sizes(flat: Mapping[str, torch.Tensor], config_file: Path | None = None) -> dict[str, Any]:
+    """Mimi's sizes as arguments of transformers' MimiConfig, from a config.json or else from the weights' shapes."""
     if config_file is not None:
         config = read_json(config_file)
         if config.get("model_type", "mimi") != "mimi":
@@ -226,24 +227,25 @@ def architecture(flat: Mapping[str, torch.Tensor], config_file: Path | None = No
     }
 
 
-def mapped(make: Callable[[str, tuple[int, ...]], Any], module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Flat float32 weights for transformers' Mimi ``module``, each made by ``make(flat name, shape)`` (an array)."""
+def make_weights(make: Callable[[str, tuple[int, ...]], Any], module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Flat float32 weights for transformers' Mimi ``module``, each from the array of ``make(flat name, shape)``."""
     import torch
 
     shapes = {flat_name(name): tuple(value.shape) for name, value in module.state_dict().items()}
     return {name: torch.from_numpy(make(name, shape)).float().contiguous() for name, shape in shapes.items()}
 
 
-def needs(library: str, error: ImportError) -> InputError:
-    # moshi pins an old torch; its codec runs on newer ones, and needs little of what else it asks for.
+def missing_library(library: str, error: ImportError) -> InputError:
+    """The error for a library that cannot be imported, with the command that installs it."""
+    # moshi pins an old torch. Its codec runs on newer ones, and needs few of its other requirements.
     install = "pip install --no-deps moshi einops sentencepiece" if library == "moshi" else "pip install transformers"
     return InputError(f"this codec needs {library}, which cannot be imported ({error})", mend=install)
 
 
 def find_weights(source: str | os.PathLike[str] | None) -> tuple[str, Path, Path | None]:
-    """(name for printouts, weights file, config.json or None) of a file, a directory or a hub repository."""
+    """(name for printing, weights file, config.json or None) of a file, a directory or a hub repository."""
     if source is None:
-        return MIMI_HUB[0], hub_file(*MIMI_HUB), hub_file(MIMI_HUB[0], "config.json")
+        return MIMI_HUB[0], get_hub_file(*MIMI_HUB), get_hub_file(MIMI_HUB[0], "config.json")
     path = Path(source).expanduser()
     if path.is_dir():
         found = [path / MIMI_HUB[1]] if (path / MIMI_HUB[1]).is_file() else sorted(path.glob("*.safetensors"))
@@ -254,16 +256,16 @@ def find_weights(source: str | os.PathLike[str] | None) -> tuple[str, Path, Path
         path = found[0]
     if path.is_file():
         config = path.parent / "config.json"
-        # Beside moshi's file may lie the language model's config.json; only transformers' own layout has Mimi's.
+        # A config.json beside moshi's file may be the language model's; only in transformers' layout it is Mimi's.
         return f"Mimi from {path.name}", path, config if path.name == MIMI_HUB[1] and config.is_file() else None
     name = os.fspath(source)
     if name.count("/") == 1 and not path.parent.is_dir():
-        return name, hub_file(name, MIMI_HUB[1]), hub_file(name, "config.json")
+        return name, get_hub_file(name, MIMI_HUB[1]), get_hub_file(name, "config.json")
     raise InputError("no such codec file or directory", file=name, mend="check the path")
 
 
-def hub_file(repository: str, filename: str) -> Path:
-    """A hub file: from the local cache, else downloaded. Raises InputError within seconds when there is no hub."""
+def get_hub_file(repository: str, filename: str) -> Path:
+    """A file from the hub's cache or the hub. Raises InputError, within seconds if the hub does not answer."""
     if (cached := hub.cached_file(repository, filename)) is not None:
         return cached
     way_out = "give a local copy with source=, or use the offline codec"
@@ -275,8 +277,8 @@ def hub_file(repository: str, filename: str) -> Path:
         raise InputError(f"{repository}/{filename} cannot be downloaded ({error.reason})", mend=way_out) from None
 
 
-def table_hash(tables: list[torch.Tensor]) -> str:
-    """sha256 over codebook tables [V, D], level by level, as little-endian float32."""
+def hash_tables(tables: list[torch.Tensor]) -> str:
+    """SHA-256 of codebook tables [V, D], level by level, as little-endian float32."""
     import numpy as np
 
     digest = hashlib.sha256()

@@ -1,15 +1,15 @@
-"""The offline codec: Mimi's architecture for machines without hub access, made of nothing but a seed.
+"""The offline codec: Mimi's architecture with random weights, for machines without access to the hub.
 
-Its encoder and decoder are random, its codebooks are fitted once to synthetic speech-like sounds, and the result is
-kept as one safetensors file in a cache directory. Audio through it is not intelligible; everything else (frame rate,
-code counts, entropy, codes that depend on the sound and on their neighbours) is real enough to build, test and show
-every step of training.
+Its encoder and decoder are random, and its codebooks are fitted once to synthetic speech-like sounds. One safetensors
+file in a cache directory keeps the result. Audio through it is not intelligible. Everything else (frame rate, number of
+codes, entropy, codes that depend on the sound and on their neighbours) is realistic enough to build, test and show all
+steps of training.
 
-The same file everywhere. The identity of a codec is the hash of its codebooks, so two machines should fit the same
-ones. All drawing uses numpy's frozen ``RandomState``; everything computed runs in float64; what is stored is rounded
-to 8 significant bits (bfloat16's grid), which swallows the last-digit differences between CPUs, thread counts and
-library versions. Should two fits differ all the same, their hashes differ too, and a token store of the one is refused
-with the other; copying the file settles it (``load_codec("offline", source=FILE)``).
+Every machine should fit the same file, because the identity of a codec is the hash of its codebooks. So random numbers
+come from numpy's frozen ``RandomState``, everything is computed in float64, and the result is rounded to 8 significant
+bits (bfloat16's), which removes the differences in last digits between CPUs, thread counts and library versions. If two
+fits differ all the same, so do their hashes, and a token store from one is refused with the other; then copy the file
+(``load_codec("offline", source=FILE)``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csm_fast.config.shape import SAMPLE_RATE, SAMPLES_PER_FRAME
-from csm_fast.data.codec.mimi_weights import codebooks, flat_name, mapped, read_weights, table_hash
+from csm_fast.data.codec.mimi_weights import codebook_tables, flat_name, hash_tables, make_weights, read_weights
 from csm_fast.system.errors import InputError
 from csm_fast.system.files import fsync_path, replace_file, writing_to
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-VERSION = 2  # part of the file's name and of its hash: raise it whenever a fitted file would come out different
+VERSION = 2  # part of the file's name and of its hash: raise it when a fitted file would change
 HOP = 480  # 20 ms: the step at which the synthetic sounds change
 
 
 @dataclass(frozen=True)
 class OfflineShape:
-    """The offline codec's sizes. The default is Mimi narrowed (16 of 64 filters, width 256 of 512, 4 of 8 layers, codes
-    of 128 of 256 dimensions), which encodes about six times faster than Mimi on a CPU."""
+    """The offline codec's sizes. The default is a narrower Mimi: 16 filters instead of 64, width 256 instead of 512, 4
+    layers instead of 8, codes of 128 dimensions instead of 256."""
 
     num_filters: int = 16
     hidden_size: int = 256
@@ -82,7 +82,7 @@ def default_cache_dir() -> Path:
 
 
 def offline_file(cache_dir: str | os.PathLike[str] | None = None, shape: OfflineShape | None = None) -> Path:
-    """The fitted codec's safetensors file, made (about half a minute) when it is not there and never remade.
+    """The fitted codec's safetensors file. If it is not there it is made, which takes about half a minute.
 
     An interrupted fit leaves nothing behind, and two fits at once write the same file.
 
@@ -102,29 +102,29 @@ def offline_file(cache_dir: str | os.PathLike[str] | None = None, shape: Offline
         directory.mkdir(parents=True, exist_ok=True)
         with replace_file(path, shared=True) as temporary:
             temporary.touch()  # fails before the fit, not after it
-            state = fit(shape)
-            metadata = {"format": "pt", "csm_fast": "offline codec", "codebooks": table_hash(codebooks(state))}
+            state = fit_codec(shape)
+            metadata = {"format": "pt", "csm_fast": "offline codec", "codebooks": hash_tables(codebook_tables(state))}
             save_file(state, temporary, metadata=metadata)
             fsync_path(temporary)
     return path
 
 
 def read_offline(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The weights of a fitted file under flat names. Raises InputError when it is damaged or another kind of file."""
+    """The weights of a fitted file under flat names. Raises InputError for a damaged file, or another kind of file."""
     state, metadata = read_weights(path)
     if metadata.get("csm_fast") != "offline codec":
         raise InputError("is not an offline codec", file=path, mend="use --codec transformers for Mimi")
-    if metadata.get("codebooks") != table_hash(codebooks(state)):
+    if metadata.get("codebooks") != hash_tables(codebook_tables(state)):
         raise InputError("the offline codec's codebooks are damaged", file=path, mend="delete it for a new fit")
     return state
 
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """One weight (flat name) of the random codec, float64, a function of its name, shape and the seed alone.
+    """One weight (flat name) of the random codec, float64. It depends on its name, its shape and the seed alone.
 
-    The encoder works like a random scattering transform: sharp random filters at the high rates, and low-pass kernels
-    with random mixing of channels from 1,200 Hz down, behind ELUs driven hard enough to rectify. So codes follow the
-    envelopes of bands of sound, not the phase of the waveform, and neighbouring frames resemble each other.
+    The encoder works like a random scattering transform: random band filters at the high rates, then, from 1,200 Hz
+    down, low-pass kernels with random mixing of channels, after ELUs whose inputs are large enough to be rectified. So
+    codes follow the envelopes of bands of sound, not the phase of the waveform, and neighbouring frames are similar.
     """
     import numpy as np
 
@@ -146,7 +146,7 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         window = np.hanning(width + 2)[1:-1]
         window = window / np.sqrt((window**2).sum())
         layer = int(name.split(".")[2]) if name.startswith("encoder.") else 99
-        if layer == 0:  # from samples: no response to an offset, and a gain that makes speech drive the ELUs
+        if layer == 0:  # from samples: no response to an offset, and a gain that gives the ELUs large inputs
             weight -= weight.mean(-1, keepdims=True)
             return 10.0 * weight / np.sqrt((weight**2).sum((1, 2), keepdims=True))
         if layer < 9:  # 24 and 6 kHz: filters
@@ -156,14 +156,14 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return plain
 
 
-def fit(shape: OfflineShape) -> dict[str, torch.Tensor]:
+def fit_codec(shape: OfflineShape) -> dict[str, torch.Tensor]:
     """The whole codec under flat names, float32: random weights, whitened projections, fitted codebooks."""
     import torch
     from transformers import MimiConfig, MimiModel
 
     model = MimiModel(MimiConfig(**shape.mimi())).eval()
-    state = mapped(lambda name, size: random_weight(name, size, shape.seed), model)
-    # Rounded before use, as at the end: a float32 rounding that falls differently elsewhere must not reach the fit.
+    state = make_weights(lambda name, size: random_weight(name, size, shape.seed), model)
+    # Rounded before use as at the end, so that a last digit that differs between machines does not change the fit.
     state = {name: _round(value) for name, value in state.items()}
     model.load_state_dict({name: state[flat_name(name)] for name in model.state_dict()})
     model.double()
@@ -188,7 +188,7 @@ def fit(shape: OfflineShape) -> dict[str, torch.Tensor]:
             if hasattr(module, "_embed"):
                 module._embed = None
         sound = model.decode(model.encode(torch.from_numpy(sound)[None, None]).audio_codes).audio_values
-        # The decoder is linear in its last layer: make its noise as loud as quiet speech (0.05), by a power of two.
+        # The decoder is linear in its last layer. Scale its noise by a power of two to the level of quiet speech, 0.05.
         gain = 2.0 ** torch.round(torch.log2(0.05 / sound.square().mean().sqrt().clamp(min=1e-30))).item()
     last = max((name for name in state if name.startswith("decoder.layers.")), key=lambda name: int(name.split(".")[2]))
     state[last.rsplit(".", 1)[0] + ".weight"] *= gain
@@ -196,14 +196,14 @@ def fit(shape: OfflineShape) -> dict[str, torch.Tensor]:
 
 
 def _round(values: torch.Tensor) -> torch.Tensor:
-    """Float32 values on bfloat16's grid (8 significant bits), from any precision."""
+    """Values of any precision as float32, rounded to bfloat16 (8 significant bits)."""
     import torch
 
     return values.to(torch.bfloat16).float()
 
 
 def _rotary_in_float64(model: torch.nn.Module) -> None:
-    """Replaces transformers' RoPE tables, float32 with a last digit that differs between machines."""
+    """Replace transformers' rotary tables: those are float32, and their last digits differ between machines."""
     import torch
 
     class Rotary(torch.nn.Module):
@@ -223,9 +223,10 @@ def _rotary_in_float64(model: torch.nn.Module) -> None:
 
 
 def _whitening(data: torch.Tensor) -> torch.Tensor:
-    """[D, D] float64, symmetric: makes the variance equal in all directions of ``data`` [N, D] (but for the faintest).
+    """[D, D] float64, symmetric: makes the variance equal in all directions of ``data`` [N, D] except the weakest.
 
-    Loudness, one direction of the latents, otherwise outweighs the spectrum twenty to one, and all codes follow it.
+    Without it, loudness, which is one direction of the latents, has twenty times the variance of the spectrum, and all
+    codes follow it.
     """
     import torch
 
@@ -236,11 +237,10 @@ def _whitening(data: torch.Tensor) -> torch.Tensor:
 
 
 def _fit_levels(residual: torch.Tensor, levels: int, size: int, scale: float, seed: int) -> Iterator[torch.Tensor]:
-    """Yields one codebook [size, D] float32 per level: residuals [N, D] drawn at random, scaled down, centred.
+    """Yield one codebook [size, D] float32 per level: residuals [N, D] chosen at random, scaled down, centred.
 
-    Near-silent residuals are not drawn: as centroids they would split silence into codes that only noise chooses
-    between. Scaled-down samples leave enough of the residual for all levels to carry information, where k-means
-    collapses after a few.
+    Residuals near silence are not chosen: they would split silence into codes that only noise chooses between. Scaled
+    samples leave enough of the residual for all levels to carry information; k-means would not, after a few levels.
     """
     import numpy as np
     import torch
@@ -252,7 +252,7 @@ def _fit_levels(residual: torch.Tensor, levels: int, size: int, scale: float, se
         picked = np.resize(random.permutation(loud), size)
         table = residual[picked] * scale
         table = table - table.mean(0)
-        # Code 0 of every level is the one farthest from silence, so that silence is not 32 zeros (the end mark).
+        # Code 0 of every level is the one farthest from silence: 32 zeros are the end of speech.
         farthest = int(table.norm(dim=1).argmax())
         table[[0, farthest]] = table[[farthest, 0]]
         stored = _round(table)
@@ -263,7 +263,7 @@ def _fit_levels(residual: torch.Tensor, levels: int, size: int, scale: float, se
 
 
 def synthetic_speech(seed: int, clips: int, frames: int) -> Iterator[np.ndarray]:
-    """Yields ``clips`` speech-like sounds, float64 [frames * 1920] at 24 kHz within [-1, 1].
+    """Yield ``clips`` speech-like sounds, float64 [frames * 1920] at 24 kHz within [-1, 1].
 
     Pulse trains with gliding pitch and noise through four moving formants, in segments of 40 to 240 ms, with pauses,
     noise floors of -95 to -50 dB and levels of -28 to -14 dB; half of the clips have a telephone's bandwidth
