@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from model_cases import MemoryStore
 from train_cases import CODEC, TOKENIZER, config, conversations_of, make_trainer
 
 from csm_fast import InputError
@@ -17,29 +18,16 @@ from csm_fast.train.loop import train
 from csm_fast.train.setup import prepare
 
 
-class MemoryStore:
-    """Conversations in memory with what a run asks of a ``TokenStore``."""
+class RunStore(MemoryStore):
+    """Conversations in memory with what a run reads of a ``TokenStore``: no path, no hash, no shards."""
 
-    codec, text_tokenizer = CODEC, TOKENIZER
-    num_codebooks, codebook_size = CODEC["num_codebooks"], CODEC["codebook_size"]
+    codec, text_tokenizer, codebook_size = CODEC, TOKENIZER, CODEC["codebook_size"]
 
     def __init__(self, conversations):
-        self.conversations = conversations
-        self.turns = [turn for conversation in conversations for turn in conversation]
-        self.num_conversations, self.num_turns = len(conversations), len(self.turns)
-        self.num_frames = sum(len(turn.codes) for turn in self.turns)
+        super().__init__(conversations, CODEC["num_codebooks"])
+        turns = [turn for conversation in conversations for turn in conversation]
+        self.num_turns, self.num_frames = len(turns), sum(len(turn.codes) for turn in turns)
         self.conversation_rows = np.array([sum(len(t.text) + len(t.codes) + 1 for t in c) for c in conversations])
-
-    def conversation(self, index):
-        return self.conversations[index]
-
-    def turn_lengths(self):
-        counts = [len(conversation) for conversation in self.conversations]
-        texts, frames = (
-            [len(x) for x in parts] for parts in zip(*((t.text, t.codes) for t in self.turns), strict=True)
-        )
-        speakers = [turn.speaker for turn in self.turns]
-        return np.array(texts), np.array(frames), np.array(speakers), np.repeat(np.arange(len(counts)), counts)
 
 
 def losses(folder):
@@ -69,7 +57,7 @@ def test_a_store_in_memory(tmp_path):
     settings = config(tmp_path, max_steps=3, val_every=0, save_every=0)
     train(settings, store=open_split(str(tmp_path / "tokens"), "train"))
     settings.run.output_dir, settings.data.data = str(tmp_path / "memory"), "nowhere"
-    store = MemoryStore(conversations_of(24, 0))  # what train_cases.make_store writes
+    store = RunStore(conversations_of(24, 0))  # what train_cases.make_store writes
     assert train(settings, store=store)["val_loss_last"] is None
     assert losses(tmp_path / "memory") == losses(tmp_path / "run")
     settings.run.output_dir = str(tmp_path / "both")
@@ -78,17 +66,17 @@ def test_a_store_in_memory(tmp_path):
 
 def test_a_run_on_a_store_in_memory_continues_on_the_same_tokens_only(tmp_path):
     settings = config(tmp_path, max_steps=2, val_every=0)
-    train(settings, store=MemoryStore(conversations_of(24, 0)))
+    train(settings, store=RunStore(conversations_of(24, 0)))
     settings.run.max_steps = 3
     with pytest.raises(InputError, match="the token store"):
-        train(settings, store=MemoryStore(conversations_of(24, 1)))
-    assert train(settings, store=MemoryStore(conversations_of(24, 0)))["steps"] == 3
+        train(settings, store=RunStore(conversations_of(24, 1)))
+    assert train(settings, store=RunStore(conversations_of(24, 0)))["steps"] == 3
 
 
 def test_rows_of_embeddings_are_those_of_a_store_in_memory_too(tmp_path):
     model = prepare(config(tmp_path)).model
-    stores = open_split(str(tmp_path / "tokens"), "train"), MemoryStore(conversations_of(24, 0))
-    assert hash_tokens(stores[1]) != hash_tokens(MemoryStore(conversations_of(24, 1)))
+    stores = open_split(str(tmp_path / "tokens"), "train"), RunStore(conversations_of(24, 0))
+    assert hash_tokens(stores[1]) != hash_tokens(RunStore(conversations_of(24, 1)))
     for on_disk, in_memory in zip(*(rows_in([store], model) for store in stores), strict=True):
         assert torch.equal(on_disk, in_memory)
 

@@ -10,7 +10,7 @@ from model_cases import MICRO, MemoryStore, random_conversations, random_model, 
 from safetensors.torch import load_file, save_file
 
 from csm_fast import CSM, cli, load_model, save_model
-from csm_fast.commands import merge
+from csm_fast.commands import merge, verify_adapter
 from csm_fast.config.commands import MergeConfig, VerifyAdapterConfig
 from csm_fast.config.train import AdapterSection, DataSection, LossSection
 from csm_fast.evaluate import probe
@@ -92,11 +92,11 @@ def test_random_weights_are_a_base_too(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_and_merge(kind, dtype, base, tmp_path, told):
     model = adapter_on(base, tmp_path / "adapter", kind, dtype)
-    merge.verify(VerifyAdapterConfig(adapter=str(tmp_path / "adapter"), device="cpu"))
+    verify_adapter.run(VerifyAdapterConfig(adapter=str(tmp_path / "adapter"), device="cpu"))
     assert "Loaded    loss" in told.text and "Merged    loss" in told.text
     assert ("4 bits    loss" in told.text) == (kind == "qlora")
     told.clear()
-    merge.merge(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
+    merge.run(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
     assert "Merged    loss" in told.text
     merged = load_model(tmp_path / "merged")
     bound = 0.2 if kind == "qlora" else 1e-5 if dtype == torch.float32 else 2e-2
@@ -143,10 +143,10 @@ def test_a_damaged_adapter_drifts(kind, dtype, base, tmp_path):
     tensors = load_file(file)
     save_file({name: t * 3 if "lora_B" in name else t for name, t in tensors.items()}, file)
     with pytest.raises(InputError, match="the loaded model's loss is .* a drift of"):
-        merge.verify(VerifyAdapterConfig(adapter=str(tmp_path / "adapter"), device="cpu"))
+        verify_adapter.run(VerifyAdapterConfig(adapter=str(tmp_path / "adapter"), device="cpu"))
     if kind == "lora":
         with pytest.raises(InputError, match="the merged model's loss is .* a drift of"):
-            merge.merge(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
+            merge.run(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
         assert not (tmp_path / "merged").exists()
 
 
@@ -168,12 +168,12 @@ def test_a_weak_adapter_that_does_nothing_or_harm_drifts(kind, factor, base, tmp
     changes = saved.drift(saved.loss_of(load_model(base)) if kind == "lora" else saved.silenced)
     assert 3e-3 < changes < 1e-2
     arguments = VerifyAdapterConfig(adapter=str(tmp_path / "adapter"), device="cpu")
-    merge.verify(arguments)
+    verify_adapter.run(arguments)
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: t * factor if "lora_B" in name else t for name, t in tensors.items()}, file)
     with pytest.raises(InputError, match="the loaded model's loss is .* a drift of"):
-        merge.verify(arguments)
+        verify_adapter.run(arguments)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +211,11 @@ def test_a_wrong_or_missing_base(base, tmp_path):
     save_model(CSM(MICRO).init_weights(3), tmp_path / "other")
     arguments = {"adapter": str(tmp_path / "adapter"), "out": str(tmp_path / "merged")}
     with pytest.raises(InputError, match="belongs to the base .*/base .* not to .*/other"):
-        merge.merge(MergeConfig(**arguments, base=str(tmp_path / "other")))
+        merge.run(MergeConfig(**arguments, base=str(tmp_path / "other")))
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(InputError, match="its base cannot be loaded: .*; give it with --base"):
         load_model(tmp_path / "adapter")
-    merge.merge(MergeConfig(**arguments, base=str(tmp_path / "moved")))
+    merge.run(MergeConfig(**arguments, base=str(tmp_path / "moved")))
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(InputError, match="does not name its base; give it with --base"):
@@ -226,8 +226,8 @@ def test_without_a_probe_there_is_nothing_to_verify_but_merging_works(base, tmp_
     adapter_on(base, tmp_path / "adapter")
     (tmp_path / "adapter" / probe.PROBE).unlink()
     with pytest.raises(InputError, match="no loss to compare with"):
-        merge.verify(VerifyAdapterConfig(adapter=str(tmp_path / "adapter")))
-    merge.merge(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
+        verify_adapter.run(VerifyAdapterConfig(adapter=str(tmp_path / "adapter")))
+    merge.run(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
     assert "no probe" in told.text and (tmp_path / "merged/model.safetensors").exists()
 
 
