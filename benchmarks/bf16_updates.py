@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.common.record import Row, append_row, read_rows
 from benchmarks.common.tables import format_text, newest_rows
-from benchmarks.compare.data import Subset, Synthetic
+from benchmarks.compare.data import draw_recordings
 from csm_fast import CSM
 from csm_fast.config.shape import NAMED_SHAPES
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
@@ -57,10 +57,10 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.config = NAMED_SHAPES[args.shape]()
         if args.synthetic:
-            store: Any = Synthetic(args.synthetic, self.config)
+            drawn = draw_recordings(args.synthetic, self.config)
             held_out = max(1, args.synthetic // 10)
-            self.val: Any = Subset(store, list(range(held_out)))
-            store = Subset(store, list(range(held_out, args.synthetic)))
+            self.val: Any = drawn.choose(range(held_out))
+            store: Any = drawn.choose(range(held_out, args.synthetic))
         else:
             store, self.val = open_split(args.data, "train"), open_split(args.data, "val")
         self.data, self.loss = DataSection(batch_size=args.batch_size), LossSection()
@@ -121,17 +121,15 @@ def measure_ways(args: argparse.Namespace) -> list[Row]:
 
 def count_unmoved(model: Any, base: Any, reached: dict[str, torch.Tensor]) -> dict[str, float]:
     """Of the weights that had a gradient, the share that never changed: of all, and of the norms' scales."""
-    still, counted = {"all": 0, "scales": 0}, {"all": 0, "scales": 0}
+    counts = []
     for name, seen in reached.items():
         same = (model.get_parameter(name).float() == base.get_parameter(name)) & seen
-        for kind in ("all", "scales") if name.endswith(".scale") else ("all",):
-            still[kind] += int(same.sum())
-            counted[kind] += int(seen.sum())
-    return {
-        "never_changed": round(still["all"] / counted["all"], 4),
-        "scales_never_changed": round(still["scales"] / counted["scales"], 4),
-        "weights_reached": counted["all"],
-    }
+        counts.append((int(same.sum()), int(seen.sum()), name.endswith(".scale")))
+    still, counted = (sum(column) for column in list(zip(*counts, strict=True))[:2])
+    scales = [(same, seen) for same, seen, is_scale in counts if is_scale]
+    share = sum(same for same, _ in scales) / sum(seen for _, seen in scales)
+    figures = {"never_changed": round(still / counted, 4), "scales_never_changed": round(share, 4)}
+    return {**figures, "weights_reached": counted}
 
 
 def bytes_per_weight(update: StepRunner) -> float:

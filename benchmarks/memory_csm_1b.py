@@ -63,20 +63,10 @@ def train_steps(args: argparse.Namespace) -> Row:
             codes = rng.integers(1, 2048, (frames, shape.num_codebooks)).astype(np.uint16)
             store.add_conversation([TurnTokens(text, codes, 0, i)])
     output = args.workdir / "run" / args.stage
-    values = {
-        "model": str(args.workdir / "model"),
-        **METHODS[args.stage],
-        "activation_checkpointing": args.activation_checkpointing,
-        "precision": "bf16",
-        "data": str(args.workdir / "tokens"),
-        "batch_size": args.conversations,
-        "output_dir": str(output),
-        "max_steps": 2,
-        "log_every": 1,
-        "save_every": 0,
-        "device": "cpu",
-    }
-    config = build(TrainConfig, values)
+    values: Row = {"model": str(args.workdir / "model"), "data": str(args.workdir / "tokens")}
+    values |= {"output_dir": str(output), "precision": "bf16", "device": "cpu", **METHODS[args.stage]}
+    values |= {"activation_checkpointing": args.activation_checkpointing, "batch_size": args.conversations}
+    config = build(TrainConfig, {**values, "max_steps": 2, "log_every": 1, "save_every": 0})
     shutil.rmtree(args.workdir / "run", ignore_errors=True)
     planned = estimate(shape, config, rows=args.rows, audio_share=(frames + 1) / (TEXT + frames + 1), device="cpu")
     started = time.monotonic()

@@ -59,11 +59,8 @@ Case = tuple[str, CSMConfig, str, str, int, dict[str, Any]]  # shape's name, sha
 
 def with_layers(shape: CSMConfig, backbone: int, decoder: int) -> CSMConfig:
     """The shape with fewer layers of the same widths."""
-    return replace(
-        shape,
-        backbone=replace(shape.backbone, num_layers=backbone),
-        decoder=replace(shape.decoder, num_layers=decoder),
-    )
+    stacks = replace(shape.backbone, num_layers=backbone), replace(shape.decoder, num_layers=decoder)
+    return replace(shape, backbone=stacks[0], decoder=stacks[1])
 
 
 def make_pack(shape: CSMConfig, rows: int, fraction: float, seed: int = 0) -> Pack:

@@ -1,4 +1,4 @@
-"""Do two clones give the same demo? Token store, trained weights, losses and sample are compared.
+"""Whether two clones give the same demo: token store, trained weights, losses and sample.
 
     python -m benchmarks.same_results ../csm_fast-before .
     python -m benchmarks.same_results ../csm_fast-before . --tolerance 1e-3      # other kernels: equal to rounding
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from csm_fast.report.metrics import read_metrics
+
 STORES = ("tokens/train", "tokens/val")
 WEIGHTS = ("run/last/model.safetensors", "run/last/optimizer.safetensors", "run/best/model.safetensors")
-LOSSES = ("train_loss", "per_codebook", "grad_norm", "val_loss", "val_per_codebook", "lr")
+LOSSES = ("step", "train_loss", "per_codebook", "grad_norm", "val_loss", "val_per_codebook", "lr")
 
 
 def run_demo(clone: Path, out: Path, data: str | None) -> None:
@@ -31,10 +32,9 @@ def run_demo(clone: Path, out: Path, data: str | None) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def losses(run: Path) -> list[dict]:
+def read_losses(run: Path) -> list[dict]:
     """The rows of metrics.jsonl without what depends on time and memory."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{"step": row["step"], **{name: row.get(name) for name in LOSSES}} for row in rows]
+    return [{name: row.get(name) for name in LOSSES} for row in read_metrics(run / "metrics.jsonl")]
 
 
 def largest_difference(a: Path, b: Path) -> float:
@@ -61,18 +61,14 @@ def compare(before: Path, after: Path, tolerance: float) -> bool:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     for store in STORES:
-        names = sorted(p.name for p in (before / store).glob("*.safetensors"))
-        same = names == sorted(p.name for p in (after / store).glob("*.safetensors")) and all(
-            digest(before / store / name) == digest(after / store / name) for name in names
-        )
-        say(store, same)
+        found = [{p.name: digest(p) for p in (run / store).glob("*.safetensors")} for run in (before, after)]
+        say(store, found[0] == found[1])
     for name in WEIGHTS:
         same = digest(before / name) == digest(after / name)
         say(name, same, None if same else largest_difference(before / name, after / name))
-    same = losses(before / "run") == losses(after / "run")
-    say("run/metrics.jsonl, losses", same, None if same or not tolerance else 0.0)
-    same = digest(before / "sample.wav") == digest(after / "sample.wav")
-    say("sample.wav", same, None if same or not tolerance else 0.0)  # one rounding may sample another code
+    rounded = 0.0 if tolerance else None  # one rounding may change a loss's last digit, or sample another code
+    say("run/metrics.jsonl, losses", read_losses(before / "run") == read_losses(after / "run"), rounded)
+    say("sample.wav", digest(before / "sample.wav") == digest(after / "sample.wav"), rounded)
     return agree
 
 

@@ -1,8 +1,8 @@
-"""How others compute a CSM's training loss, written down independently of ``csm_fast``'s packed code.
+"""How others compute a CSM's training loss, written independently of ``csm_fast``'s packed code.
 
 ``blog_forward`` is the padded forward that the Speechmatics blog post published and sesame-finetune trains with;
-``transformers_loss`` drives transformers' ``CsmForConditionalGeneration``. Both serve as oracles in the tests and as
-what the benchmarks compare with.
+``transformers_loss`` calls transformers' ``CsmForConditionalGeneration``. Tests use both as the expected values, and
+benchmarks compare with them.
 """
 
 from __future__ import annotations
@@ -30,17 +30,11 @@ def rotations(attn: Any, length: int, dtype: torch.dtype) -> Tensor:
     low, high = getattr(rope, "low_freq_factor", 1.0), getattr(rope, "high_freq_factor", 4.0)
     factor, old = getattr(rope, "scale_factor", 1.0), getattr(rope, "old_context_len", 8192)
     if factor != 1:
-        scaled = []
-        for f in frequencies:
-            wavelength = 2 * math.pi / f
-            if wavelength < old / high:
-                scaled.append(f)
-            elif wavelength > old / low:
-                scaled.append(f / factor)
-            else:
-                share = (old / wavelength - low) / (high - low)
-                scaled.append((1 - share) * f / factor + share * f)
-        frequencies = torch.stack(scaled)
+        wavelengths = 2 * math.pi / frequencies
+        share = (old / wavelengths - low) / (high - low)
+        between = (1 - share) * frequencies / factor + share * frequencies
+        long = torch.where(wavelengths > old / low, frequencies / factor, between)
+        frequencies = torch.where(wavelengths < old / high, frequencies, long)
     angles = torch.outer(torch.arange(length).to(dtype), frequencies)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -59,7 +53,7 @@ def padded_stack(stack: Any, x: Tensor, mask: Tensor) -> Tensor:
     """A Llama stack on a padded batch with a dense attention mask, every row counting positions from 0.
 
     Args:
-        stack: torchtune's ``TransformerDecoder``, which is then called itself, or a module with its tree.
+        stack: torchtune's ``TransformerDecoder``, which is called itself, or a module with the same tree.
         x: [B, S, D].
         mask: [B, S, S] bool, True where the row may look.
     """
@@ -123,10 +117,8 @@ def blog_forward(self: Any, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
     embedded = embed_all(self, tokens)
     x = (embedded * tokens_mask.unsqueeze(-1)).sum(2)
     rows = tokens.shape[1]
-    # A padding row sees itself, or its softmax would be over nothing.
-    mask = causal(rows, x.device) & live.unsqueeze(1) & live.unsqueeze(2) | torch.eye(
-        rows, dtype=torch.bool, device=x.device
-    )
+    itself = torch.eye(rows, dtype=torch.bool, device=x.device)  # a padding row sees itself: a softmax needs a column
+    mask = causal(rows, x.device) & live.unsqueeze(1) & live.unsqueeze(2) | itself
     hidden = padded_stack(self.backbone, x, mask).to(dtype)[torch.roll(audio, -1, 1)]
     frames = tokens[audio][:, :-1]
     loss0 = F.cross_entropy(self.codebook0_head(hidden), frames[:, 0])
@@ -140,14 +132,14 @@ def blog_forward(self: Any, tokens: Tensor, tokens_mask: Tensor) -> Tensor:
 
 
 def bind(model: nn.Module, forward: Any) -> nn.Module:
-    """``model`` with ``forward`` as its training forward, the way users of the blog bind it."""
+    """``model`` with ``forward`` as its training forward, bound as users of the blog bind it."""
     model.forward = types.MethodType(forward, model)
     return model
 
 
 # --------------------------------------------------------------------------------------------------- transformers
 
-# A codec as small as transformers allows: it takes no part in training from tokens.
+# A codec as small as transformers allows: training from tokens does not use it.
 NO_CODEC = dict(
     model_type="mimi", hidden_size=8, num_filters=2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
     head_dim=8, intermediate_size=8, codebook_size=8, codebook_dim=8, vector_quantization_hidden_dimension=8,
@@ -159,10 +151,10 @@ def transformers_model(config: CSMConfig, state: dict[str, Tensor]) -> nn.Module
     """transformers' ``CsmForConditionalGeneration`` with the weights of ``state`` (Sesame's names)."""
     from transformers import CsmConfig, CsmForConditionalGeneration
 
-    # Its special ids are checked against the vocabulary; none of them is used here.
+    # transformers checks its special ids against the vocabulary; none of them is used here.
     special: dict[str, Any] = dict(pad_token_id=0, bos_token_id=0, audio_token_id=0, audio_eos_token_id=0)
     shape = CsmConfig(**transformers_config(config), **special, codec_config=NO_CODEC)
-    with next(iter(state.values())).device:  # its own first values take a while
+    with next(iter(state.values())).device:  # drawing the first values on the CPU takes long
         model: Any = CsmForConditionalGeneration(shape)
     result = model.load_state_dict(sesame_to_transformers(state, config), strict=False)
     left = [n for n in result.missing_keys if not n.startswith("codec_model.")] + result.unexpected_keys
@@ -174,11 +166,11 @@ def transformers_model(config: CSMConfig, state: dict[str, Tensor]) -> nn.Module
 def transformers_loss(model: Any, tokens: Tensor, tokens_mask: Tensor, fraction: float = 1 / 16) -> Tensor:
     """CE0 + CEd by transformers, the depth decoder on the frames that the blog's forward draws from the same seed.
 
-    transformers expands 2-D labels only when it encodes the audio itself, so the 3-D ones it makes of them are given:
-    -100 off the audio rows, and -100 for codebooks 1.. of frames outside the subset (its label -101).
+    transformers expands 2-D labels only when it encodes the audio itself, so this passes the expanded 3-D labels: -100
+    outside of audio rows, and -100 for codebooks 1.. of frames outside of the subset (its label -101).
 
-    Where as many frames are drawn as there are codebooks, the depth decoder of transformers 5.23 takes its [K]
-    positions for one row per frame and fails; it is given one frame less there.
+    If as many frames are drawn as there are codebooks, the depth decoder of transformers 5.23 reads its [K] positions
+    as one row per frame and fails; this draws one frame less then.
     """
     audio = tokens_mask[..., 0]
     frames = int(audio.sum())

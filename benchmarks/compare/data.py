@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,58 +17,27 @@ from csm_fast.packing.fit import MAX_POSITIONS
 from csm_fast.packing.pack import Pack
 
 
-class Synthetic:
-    """Random recordings of one turn each, as a store: 1 to 20 s, half of them under 5 s, three words a second."""
+class Recordings:
+    """Conversations in memory, as a store.
 
-    def __init__(self, recordings: int, config: CSMConfig, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        frames = np.clip(rng.lognormal(np.log(60), 0.6, recordings), 12, 250).astype(int)
-        words = np.maximum(3, frames * FRAME_SECONDS * 3 * 1.3).astype(int)  # 1.3 tokens a word
-        codes = [rng.integers(0, config.audio_vocab_size - 3, (n, config.num_codebooks)) for n in frames]
-        text = [rng.integers(0, config.text_vocab_size, n) for n in words]
-        self.turns = [
-            [TurnTokens(t.astype(np.int32), c.astype(np.uint16), 0, i)]
-            for i, (t, c) in enumerate(zip(text, codes, strict=True))
-        ]
-        self.num_codebooks, self.num_conversations, self.path = config.num_codebooks, recordings, "synthetic"
-        self.conversation_rows = frames + words + 1
+    Attributes:
+        conversation_rows: rows of each conversation, int64.
+    """
+
+    def __init__(self, turns: list[list[TurnTokens]], num_codebooks: int, path: str):
+        self.turns, self.num_codebooks, self.path = turns, num_codebooks, path
+        self.num_conversations = len(turns)
+        self.conversation_rows = np.array([sum(len(t.text) + len(t.codes) + 1 for t in some) for some in turns])
 
     def conversation(self, i: int) -> Any:
         return self.turns[i]
 
-
-class Splits:
-    """The splits of a folder of tokens, one after the other, as a store: a corpus is both."""
-
-    def __init__(self, data: str, names: list[str]):
-        self.stores = [open_split(data, name) for name in names]
-        self.num_codebooks, self.path = self.stores[0].num_codebooks, data
-        self.conversation_rows = np.concatenate([s.conversation_rows for s in self.stores])
-        self.num_conversations = len(self.conversation_rows)
-
-    def conversation(self, i: int) -> Any:
-        for store in self.stores:
-            if i < store.num_conversations:
-                return store.conversation(i)
-            i -= store.num_conversations
-        raise IndexError(i)
-
-
-class Subset:
-    """Some conversations of a store, as a store."""
-
-    def __init__(self, store: Any, chosen: list[int]):
-        self.store, self.chosen = store, chosen
-        self.num_codebooks, self.num_conversations, self.path = store.num_codebooks, len(chosen), store.path
-        self.conversation_rows = store.conversation_rows[chosen]
-
-    def conversation(self, i: int) -> Any:
-        return self.store.conversation(self.chosen[i])
+    def choose(self, chosen: Iterable[int]) -> Recordings:
+        return Recordings([self.turns[i] for i in chosen], self.num_codebooks, self.path)
 
     def turn_lengths(self) -> tuple[np.ndarray, ...]:
-        turns = [(i, t) for i in range(len(self.chosen)) for t in self.conversation(i)]
-        columns = ([len(t.text) for _, t in turns], [len(t.codes) for _, t in turns], [t.speaker for _, t in turns])
-        return *(np.array(c, dtype=np.int64) for c in columns), np.array([i for i, _ in turns])
+        turns = [(len(t.text), len(t.codes), t.speaker, i) for i, some in enumerate(self.turns) for t in some]
+        return tuple(np.array(turns, dtype=np.int64).T)
 
     @property
     def rows(self) -> int:
@@ -78,22 +48,37 @@ class Subset:
         return int(self.turn_lengths()[1].sum())
 
 
-def choose_subset(store: Any, share: float, middle: int | None) -> Subset:
-    """A share of the recordings, evenly over their lengths, or only the ``middle`` ones of middle length."""
-    chosen = np.argsort(store.conversation_rows, kind="stable")[:: max(1, round(1 / share))].tolist()
-    if middle:
-        first = (len(chosen) - middle) // 2
-        chosen = chosen[first : first + middle]
-    return Subset(store, chosen)
+def draw_recordings(count: int, config: CSMConfig, seed: int = 0) -> Recordings:
+    """Random recordings of one turn each: 1 to 20 s, half of them under 5 s, three words a second."""
+    rng = np.random.default_rng(seed)
+    frames = np.clip(rng.lognormal(np.log(60), 0.6, count), 12, 250).astype(int)
+    words = np.maximum(3, frames * FRAME_SECONDS * 3 * 1.3).astype(int)  # 1.3 tokens a word
+    codes = [rng.integers(0, config.audio_vocab_size - 3, (n, config.num_codebooks)).astype(np.uint16) for n in frames]
+    text = [rng.integers(0, config.text_vocab_size, n).astype(np.int32) for n in words]
+    turns = [[TurnTokens(t, c, 0, i)] for i, (t, c) in enumerate(zip(text, codes, strict=True))]
+    return Recordings(turns, config.num_codebooks, "synthetic")
 
 
-def open_recordings(args: argparse.Namespace, config: CSMConfig) -> Subset:
-    """The recordings that the command's settings name."""
-    store: Any = Synthetic(args.synthetic, config) if args.synthetic else Splits(args.data, args.splits)
-    return choose_subset(store, args.share, args.middle)
+def choose_recordings(rows: np.ndarray, share: float, middle: int | None) -> list[int]:
+    """A share of the recordings, evenly over their ``rows``, or only the ``middle`` ones of middle length."""
+    chosen = np.argsort(rows, kind="stable")[:: max(1, round(1 / share))].tolist()
+    first = (len(chosen) - middle) // 2 if middle else 0
+    return chosen[first : first + middle] if middle else chosen
 
 
-def pad_conversations(store: Subset, members: list[int]) -> tuple[Tensor, Tensor]:
+def open_recordings(args: argparse.Namespace, config: CSMConfig) -> Recordings:
+    """The recordings that the command's settings name; of ``args.data`` all splits together."""
+    if args.synthetic:
+        drawn = draw_recordings(args.synthetic, config)
+        return drawn.choose(choose_recordings(drawn.conversation_rows, args.share, args.middle))
+    stores = [open_split(args.data, name) for name in args.splits]
+    places = [(store, i) for store in stores for i in range(store.num_conversations)]
+    chosen = choose_recordings(np.concatenate([s.conversation_rows for s in stores]), args.share, args.middle)
+    turns = [store.conversation(i) for store, i in (places[n] for n in chosen)]
+    return Recordings(turns, stores[0].num_codebooks, args.data)
+
+
+def pad_conversations(store: Recordings, members: list[int]) -> tuple[Tensor, Tensor]:
     """Tokens and their mask, both [B, S, K + 1], of some conversations, as Sesame's users collate them."""
     size = (len(members), int(store.conversation_rows[members].max()), store.num_codebooks + 1)
     assert size[1] <= MAX_POSITIONS, f"a conversation has {size[1]} rows, more than the model's context"
@@ -110,7 +95,7 @@ def pad_conversations(store: Subset, members: list[int]) -> tuple[Tensor, Tensor
     return tokens, mask
 
 
-def bucket_conversations(store: Subset, size: int) -> list[list[int]]:
+def bucket_conversations(store: Recordings, size: int) -> list[list[int]]:
     """Batches of conversations of similar length."""
     order = np.argsort(store.conversation_rows, kind="stable").tolist()
     return [order[i : i + size] for i in range(0, len(order), size)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import baselines
-from benchmarks.compare.data import Subset, bucket_conversations, open_recordings, pad_conversations
+from benchmarks.compare.data import Recordings, bucket_conversations, open_recordings, pad_conversations
 from benchmarks.compare.systems import SYSTEMS
 from csm_fast import CSM, CSMConfig
 from csm_fast.config.shape import NAMED_SHAPES
@@ -32,9 +32,9 @@ def make_model(config: CSMConfig, device: torch.device, dtype: torch.dtype) -> C
     return model
 
 
-def check_members(subset: Subset) -> list[int]:
+def check_members(recordings: Recordings) -> list[int]:
     """Some recordings of middle length: frames enough for a sixteenth of them."""
-    groups = bucket_conversations(subset, min(16, subset.num_conversations))
+    groups = bucket_conversations(recordings, min(16, recordings.num_conversations))
     return groups[len(groups) // 2]
 
 
@@ -42,8 +42,8 @@ def compute_reference(args: argparse.Namespace) -> dict[str, float]:
     """CE0 and CEd of the checked batch in float32 by the padded forward, with a sixteenth of the frames and with all,
     as the chosen systems need them. The weights are the systems': float32 ones, or rounded to bf16."""
     config, device = NAMED_SHAPES[args.shape](), torch.device(args.device)
-    subset = open_recordings(args, config)
-    batch = [x.to(device) for x in pad_conversations(subset, check_members(subset))]
+    recordings = open_recordings(args, config)
+    batch = [x.to(device) for x in pad_conversations(recordings, check_members(recordings))]
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         fractions = sorted({SYSTEMS[name].fraction for name in args.systems if SYSTEMS[name].weights == dtype})

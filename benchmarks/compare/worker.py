@@ -82,7 +82,7 @@ class Running:
             self.form = contextlib.ExitStack()  # holds as long as this object lives
             self.form.enter_context(native.left_out())
             self.form.enter_context(ops.using("torch"))
-        self.subset = open_recordings(args, self.config)
+        self.recordings = open_recordings(args, self.config)
         self.model = self._make_model()
         self.compiled = self.system.compiled and compile_layers(self.model, "on")
         if args.checkpointing:
@@ -129,18 +129,18 @@ class Running:
     def _make_passes(self) -> dict[str, list[Any]]:
         passes: dict[str, list[Any]] = {}
         for size in self.args.batches:
-            groups = bucket_conversations(self.subset, size)
+            groups = bucket_conversations(self.recordings, size)
             passes[f"batches of {size}"] = [self._make_batch(members, i) for i, members in enumerate(groups)]
         if self.system.code == "csm_fast" and not self.args.checkpointing and not self.args.middle:
             rows = self.args.pack_rows
             section = DataSection(batch_rows=rows, pack_rows=rows)
-            packer = Packer(self.subset, section, LossSection(), pad=self.device.type)
+            packer = Packer(self.recordings, section, LossSection(), pad=self.device.type)
             packs = [p for i in range(packer.steps_in_epoch(0)) for p in packer.step(0, i).packs]
             passes[f"packs of {rows:,} rows"] = [pack.to(self.device) for pack in packs]
         return passes
 
     def _make_batch(self, members: list[int], seed: int) -> Any:
-        tokens, mask = (x.to(self.device) for x in pad_conversations(self.subset, members))
+        tokens, mask = (x.to(self.device) for x in pad_conversations(self.recordings, members))
         if self.system.code != "csm_fast":
             return tokens, mask
         torch.manual_seed(seed)
@@ -157,9 +157,9 @@ class Running:
             labels[label] = {"updates": len(batches), "laid_out": laid_out, "flops": flops}
         return {
             "labels": labels,
-            "rows": self.subset.rows,
-            "frames": self.subset.frames,
-            "recordings": self.subset.num_conversations,
+            "rows": self.recordings.rows,
+            "frames": self.recordings.frames,
+            "recordings": self.recordings.num_conversations,
             "recipe": self.system.recipe,
             "compiled": bool(self.compiled),
             "environment": environment(),
@@ -167,7 +167,7 @@ class Running:
 
     def check(self) -> float:
         """The loss of the batch that all are checked on."""
-        batch = self._make_batch(check_members(self.subset), 0)
+        batch = self._make_batch(check_members(self.recordings), 0)
         with torch.no_grad():
             torch.manual_seed(0)
             return float(self.loss(batch))

@@ -13,18 +13,8 @@ import torch.nn.functional as F
 from csm_kernels.depth_attention import depth_attention
 from torch import Tensor
 
-from benchmarks.kernels.points import (
-    Case,
-    Inputs,
-    Point,
-    Results,
-    System,
-    Work,
-    bound,
-    compiled,
-    mark_rows,
-    random_tensor,
-)
+from benchmarks.kernels.points import Case, Inputs, Point, Results, System, Work
+from benchmarks.kernels.system_kinds import bound, compiled, mark_rows, random_tensor
 from csm_fast import ops
 from csm_fast.model.rope import RopeSpec, rope_table
 

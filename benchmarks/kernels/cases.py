@@ -1,9 +1,8 @@
-"""The operators that ``benchmarks.kernels`` measures: their inputs, their competitors, and the work they
-cannot avoid.
+"""The operators that ``benchmarks.kernels`` measures: their inputs, the systems, and the work that none can avoid.
 
 A case is one operator at one size. Its systems all start from the same inputs and are all checked against the same
 formula in float64. ``csm_fast`` is called through its public functions; "eager" is what the published training code
-does, on the same packed rows (so without the padding that it would also pay for).
+does, on the same packed rows, that is without its padding.
 """
 
 from __future__ import annotations
@@ -19,19 +18,9 @@ from torch import Tensor
 
 from benchmarks.common.tables import MIB
 from benchmarks.kernels.attention_cases import depth_case, packed_case
-from benchmarks.kernels.points import (
-    Case,
-    Inputs,
-    Point,
-    System,
-    Work,
-    bound,
-    compiled,
-    liger,
-    mark_rows,
-    random_tensor,
-)
+from benchmarks.kernels.points import Case, Inputs, Point, System, Work
 from benchmarks.kernels.pointwise_cases import norm_case, rope_case, swiglu_case
+from benchmarks.kernels.system_kinds import bound, compiled, liger, mark_rows, random_tensor
 from csm_fast import ops
 
 # ----------------------------------------------------------------------------------------------------- frame_embed
@@ -50,7 +39,7 @@ def eager_embed(tokens: Tensor, is_audio: Tensor, text_table: Tensor, audio_tabl
 def bag_embed(
     tokens: Tensor, text_table: Tensor, audio_table: Tensor, audio_rows: Tensor, text_rows: Tensor, sparse: bool, **_
 ) -> Tensor:
-    """F.embedding_bag where a row is audio, F.embedding where it is text; which is which was noted when collating."""
+    """F.embedding_bag of audio rows, F.embedding of text rows, both of which are known from collating."""
     k = tokens.shape[1] - 1
     offsets = audio_table.shape[0] // k * torch.arange(k, device=tokens.device)
     out = audio_table.new_empty(tokens.shape[0], audio_table.shape[1])
@@ -94,25 +83,14 @@ def embed_case(point: Point) -> Case:
     out, gathered, grads = n * d * e, n * (k + 1) * d * e, tables * d * e
     sparse = embed_work(a, n - a, k, d, e, touched)
     slim, wide = (3 * out, 5 * out + grads), (3 * gathered, 4 * gathered + grads)
+    bagged = 3 * out, 2 * gathered
     systems = (
         System("csm_fast", bound(our_embed, sparse=False), slim),
         System("eager", eager_embed, wide),
         compiled("eager, compiled", eager_embed, point, (2 * out, 2 * gathered + 2 * grads)),
         System("embedding_bag", bound(bag_embed, sparse=False), slim),
-        System(
-            "csm_fast, sparse gradient",
-            bound(our_embed, sparse=True),
-            (3 * out, 5 * out + grads),
-            "sparse",
-            work=sparse,
-        ),
-        System(
-            "embedding_bag, sparse gradient",
-            bound(bag_embed, sparse=True),
-            (3 * out, 2 * gathered),
-            "sparse",
-            work=sparse,
-        ),
+        System("csm_fast, sparse gradient", bound(our_embed, sparse=True), slim, "sparse", work=sparse),
+        System("embedding_bag, sparse gradient", bound(bag_embed, sparse=True), bagged, "sparse", work=sparse),
     )
     return Case(point, make, grads + out + 8 * n * (k + 3), eager_embed, systems, embed_work(a, n - a, k, d, e, tables))
 
@@ -132,7 +110,7 @@ def our_heads(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) 
 
 
 def _liger_heads(f: Callable[..., Any], hidden: Tensor, weight: Tensor, targets: Tensor, **_: Tensor) -> Tensor:
-    """Liger's knows one head, so one call per codebook."""
+    """Liger's kernel has one head, so one call per codebook."""
     losses = [f(hidden[:, c], weight[c].t(), targets[:, c]) for c in range(weight.shape[0])]
     return torch.stack([x[0] if isinstance(x, tuple) else x for x in losses]).mean()
 

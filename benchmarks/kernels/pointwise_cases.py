@@ -11,18 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.attention_cases import rotate
-from benchmarks.kernels.points import (
-    Case,
-    Inputs,
-    Point,
-    System,
-    Work,
-    bound,
-    liger,
-    mark_rows,
-    pointwise_systems,
-    random_tensor,
-)
+from benchmarks.kernels.points import Case, Inputs, Point, System, Work
+from benchmarks.kernels.system_kinds import bound, liger, mark_rows, pointwise_systems, random_tensor
 from csm_fast.model.layer import rms_norm
 from csm_fast.model.rope import RopeSpec, apply_rope, rope_table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.common.stores import open_writer
-from benchmarks.compare.data import Synthetic
+from benchmarks.compare.data import draw_recordings
 from csm_fast import CSMConfig
 from csm_fast.config.train import DataSection, LossSection
 from csm_fast.data.token_store import TokenStore
@@ -19,7 +19,7 @@ def store(tmp_path_factory) -> TokenStore:
     """Random recordings, some three hours of them."""
     path, config = tmp_path_factory.mktemp("tokens") / "train", CSMConfig.small()
     with open_writer(path, config) as writer:
-        for turns in Synthetic(RECORDINGS, config).turns:
+        for turns in draw_recordings(RECORDINGS, config).turns:
             writer.add_conversation(turns)
     return TokenStore.open(path)
 

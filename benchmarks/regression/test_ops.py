@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import CASES
-from benchmarks.kernels.points import BOTH, FORWARD, Inputs, Layout, Point, perform, random_tensor
+from benchmarks.kernels.points import BOTH, FORWARD, Inputs, Layout, Point, perform
+from benchmarks.kernels.system_kinds import random_tensor
 from csm_fast import CSM, CSMConfig, ops
 from csm_fast.model.layer import run_layer
 from csm_fast.model.rope import rope_spec, rope_table

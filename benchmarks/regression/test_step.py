@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.compare.data import Subset, Synthetic
+from benchmarks.compare.data import draw_recordings
 from csm_fast import CSM, CSMConfig
 from csm_fast.config.train import DataSection, LossSection, OptimizerSection
 from csm_fast.model.compile import compile_layers
@@ -19,8 +19,8 @@ RECORDINGS = 100
 
 def make_full_pack(rows: int, config: CSMConfig, device: torch.device) -> Pack:
     """The first pack of random recordings, packed as ``csm-fast-train --batch-rows`` does."""
-    store = Subset(Synthetic(RECORDINGS, config), list(range(RECORDINGS)))
-    packer = Packer(store, DataSection(batch_rows=rows, pack_rows=rows), LossSection(), pad=device.type)
+    section = DataSection(batch_rows=rows, pack_rows=rows)
+    packer = Packer(draw_recordings(RECORDINGS, config), section, LossSection(), pad=device.type)
     return packer.step(0, 0).packs[0].to(device)
 
 

@@ -20,7 +20,7 @@ from benchmarks.compare import __main__ as compare
 from benchmarks.compare import race, systems
 from benchmarks.compare import table as compare_table
 from benchmarks.compare import worker as compare_worker
-from benchmarks.compare.data import Synthetic, choose_subset, fill_table_gradients, pad_conversations
+from benchmarks.compare.data import choose_recordings, draw_recordings, fill_table_gradients, pad_conversations
 from benchmarks.compare.reference import compute_reference, expected_loss
 from csm_fast import CSM, CSMConfig
 from csm_fast.config.shape import NAMED_SHAPES
@@ -389,17 +389,18 @@ def test_memory_besides_weights_and_gradients(monkeypatch):
 
 
 def test_synthetic_recordings_are_the_same_every_time():
-    a, b = (Synthetic(20, CSMConfig.tiny()) for _ in range(2))
+    a, b = (draw_recordings(20, CSMConfig.tiny()) for _ in range(2))
     assert (a.conversation_rows == b.conversation_rows).all()
     assert all((x[0].codes == y[0].codes).all() for x, y in zip(a.turns, b.turns, strict=True))
     assert a.conversation_rows.min() >= 16 and a.conversation_rows.max() <= 400
 
 
 def test_a_share_of_the_recordings_keeps_their_lengths():
-    store = Synthetic(40, CSMConfig.tiny())
+    store = draw_recordings(40, CSMConfig.tiny())
     rows = np.sort(store.conversation_rows)
-    assert sorted(store.conversation_rows[choose_subset(store, 0.25, None).chosen]) == rows[::4].tolist()
-    middle = choose_subset(store, 1.0, 4)
+    share = choose_recordings(store.conversation_rows, 0.25, None)
+    assert sorted(store.conversation_rows[share]) == rows[::4].tolist()
+    middle = store.choose(choose_recordings(store.conversation_rows, 1.0, 4))
     assert middle.rows == rows[18:22].sum() and middle.frames < middle.rows
 
 
@@ -422,9 +423,9 @@ class Multiplied(TorchDispatchMode):
 
 def test_the_count_of_products_is_that_of_a_step():
     config = CSMConfig.tiny()
-    subset = choose_subset(Synthetic(5, config), 1.0, None)
+    recordings = draw_recordings(5, config)
     torch.manual_seed(0)
-    pack = pack_padded(*pad_conversations(subset, [0, 1, 2]), 1 / 16)
+    pack = pack_padded(*pad_conversations(recordings, [0, 1, 2]), 1 / 16)
     model = CSM(config).init_weights(0)
     with Multiplied(config.audio_vocab_size) as seen:
         packed_loss(model, pack, 0.5, 0.5)[0].backward()
@@ -438,9 +439,9 @@ def test_the_count_of_products_is_that_of_a_step():
 def test_every_token_has_a_gradient():
     config = CSMConfig.tiny()
     model = CSM(config).init_weights(0)
-    subset = choose_subset(Synthetic(3, config), 1.0, None)
-    fill_table_gradients(model, [pack_padded(*pad_conversations(subset, [0, 1, 2]), fraction=1.0)])
-    turns = [turn for i in range(3) for turn in subset.conversation(i)]
+    recordings = draw_recordings(3, config)
+    fill_table_gradients(model, [pack_padded(*pad_conversations(recordings, [0, 1, 2]), fraction=1.0)])
+    turns = [turn for i in range(3) for turn in recordings.conversation(i)]
     text = np.unique(np.concatenate([turn.text for turn in turns]))
     books = np.arange(config.num_codebooks) * config.audio_vocab_size
     codes = np.unique(np.concatenate([*((turn.codes.astype(int) + books).ravel() for turn in turns), books]))
