@@ -1,12 +1,12 @@
-"""Sizes that the kernels work in, for all who calculate with them.
+"""Sizes that the kernels use, and that the memory planner calculates with.
 
-Imports nothing: the memory planner reads them without PyTorch. ``native`` hands those that C++ needs to the compiler.
+Imports nothing, so that the planner runs without PyTorch. ``cpu.native`` passes those that C++ needs to the compiler.
 """
 
 # --- AdamW ---
 MOMENT_BLOCK = 256  # elements of an 8-bit moment that share a scale; bitsandbytes' choice for optimizers
-SMALLEST_8BIT = 4096  # elements below which moments stay in float32, as in bitsandbytes: norms need it, and it is cheap
-DRAW_TILE = 2**17  # elements whose draws are hashed; other tiles have the same with some bits flipped
+SMALLEST_8BIT = 4096  # elements below which moments stay in float32, as in bitsandbytes: norms need it and are small
+DRAW_TILE = 2**17  # elements whose random bits are hashed; other tiles reuse them with some bits flipped
 PARTIAL_SUM = 2**16  # elements of a partial sum of squares on a CPU
 
 # --- NF4 with double quantisation, as in bitsandbytes ---

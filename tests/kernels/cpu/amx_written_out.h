@@ -1,6 +1,6 @@
-// The tiles' instructions (AMX) that the library's products use, written out in C++: `CXX="g++ -DMAY_USE_TILES -include <this
-// file>"`, after avx512_written_out.h where there is no AVX-512, builds the form for processors that have them. What flushes
-// denormal numbers is not told apart.
+// The instructions for tiles (AMX) that the library's products use, emulated in C++. `CXX="g++ -DMAY_USE_TILES -include <this
+// file>"` builds the form for processors with tiles; without AVX-512, avx512_written_out.h must come first. The emulation does
+// not flush denormal numbers.
 
 #pragma once
 

@@ -1,6 +1,6 @@
-// AVX-512's instructions that the library uses, written out in C++: `CXX="g++ -include <this file>"` builds the forms for
-// processors with AVX512-BF16 on any that have AVX2, to be tested there. Thirty times as slow, and what
-// flushes denormal numbers or is rounded once instead of twice is not told apart.
+// The AVX-512 instructions that the library uses, emulated in C++. `CXX="g++ -include <this file>"` builds the form for
+// processors with AVX512-BF16 on a processor that has AVX2, for tests. It is thirty times as slow. The emulation does not flush
+// denormal numbers, and rounds twice where an instruction rounds once.
 
 #pragma once
 

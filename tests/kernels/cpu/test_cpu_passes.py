@@ -280,8 +280,8 @@ def test_profilers_and_modes_see_operators():
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def told(**environment: str) -> str:
-    """What a new process says of the library."""
+def describe_in_new_process(**environment: str) -> str:
+    """Whether a new process has the library, and its description there."""
     command = [
         sys.executable,
         "-c",
@@ -294,16 +294,16 @@ def told(**environment: str) -> str:
 def test_it_is_built_once(tmp_path, form):
     if form == "PyTorch":
         pytest.skip("once is enough")
-    assert told(XDG_CACHE_HOME=str(tmp_path)).startswith("True\nbuilt by ")
+    assert describe_in_new_process(XDG_CACHE_HOME=str(tmp_path)).startswith("True\nbuilt by ")
     (library,) = (tmp_path / "csm_fast").iterdir()
     born = library.stat().st_mtime_ns
-    assert told(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
+    assert describe_in_new_process(XDG_CACHE_HOME=str(tmp_path)).startswith("True")
     assert library.stat().st_mtime_ns == born
     library.write_bytes(b"half a file")
-    assert told(XDG_CACHE_HOME=str(tmp_path), CXX="/bin/false").startswith("True\nbuilt by ")
+    assert describe_in_new_process(XDG_CACHE_HOME=str(tmp_path), CXX="/bin/false").startswith("True\nbuilt by ")
     assert library.stat().st_size > 1000
     words = "env LC_ALL=C g++"
-    assert "env LC_ALL=C g++" in told(XDG_CACHE_HOME=str(tmp_path), CXX=words)
+    assert "env LC_ALL=C g++" in describe_in_new_process(XDG_CACHE_HOME=str(tmp_path), CXX=words)
     assert len(list((tmp_path / "csm_fast").iterdir())) == 2
 
 
@@ -315,11 +315,12 @@ def test_without_a_compiler(tmp_path, form):
     bad.chmod(0o755)
     environment = {"XDG_CACHE_HOME": str(tmp_path), "CXX": ""}
     assert (
-        told(PATH=str(tmp_path), **environment) == f"False\n{bad} could not build it: x.cpp:1: error: no such thing\n"
+        describe_in_new_process(PATH=str(tmp_path), **environment)
+        == f"False\n{bad} could not build it: x.cpp:1: error: no such thing\n"
     )
     assert [p.name for p in (tmp_path / "csm_fast").iterdir()] == []
-    assert told(PATH=str(tmp_path / "nothing"), **environment).startswith("False\nno C++ compiler")
-    assert told(CSM_KERNELS_NATIVE="0") == "False\nCSM_KERNELS_NATIVE=0\n"
+    assert describe_in_new_process(PATH=str(tmp_path / "nothing"), **environment).startswith("False\nno C++ compiler")
+    assert describe_in_new_process(CSM_KERNELS_NATIVE="0") == "False\nCSM_KERNELS_NATIVE=0\n"
     file = tmp_path / "file"
     file.write_text("")
-    assert told(XDG_CACHE_HOME=str(file)).startswith("False")
+    assert describe_in_new_process(XDG_CACHE_HOME=str(file)).startswith("False")
