@@ -119,7 +119,7 @@ def die_in_time(module, name, calls, step):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data):
-    child, log = start(data, pause=0.03, flush=1000.0)
+    child, log = start(data, pause=0.1, flush=1000.0)
     wait_for(log, 4)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
