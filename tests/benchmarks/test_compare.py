@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -192,10 +193,11 @@ def test_memory_that_does_not_last_is_no_answer(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny", "--worker", "csm_fast"])
     monkeypatch.setattr(sys, "stdin", io.StringIO('["optimizer_seconds", "batches of 8"]\n["check"]\n'))
     monkeypatch.setattr(sys, "stdout", sys.stdout)
-    ends = os.dup(1)
+    ends, interrupt = os.dup(1), signal.getsignal(signal.SIGINT)
     try:
         compare_worker.answer_questions(compare.parse_arguments())
     finally:
+        signal.signal(signal.SIGINT, interrupt)  # a worker ignores it, and later tests would inherit that
         os.dup2(ends, 1)
         os.close(ends)
     out, err = capfd.readouterr()
@@ -242,6 +244,7 @@ def test_what_is_there_counts_when_a_comparison_is_ended(answers, monkeypatch, c
     assert [row["system"] for row in answers()] == ["csm_fast", "padded", "transformers", "padded-fp32"]
 
 
+@pytest.mark.slow
 def test_a_system_that_stopped_between_two_questions(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", "--synthetic", "3", "--shape", "tiny"])
     worker = race.Worker(compare.parse_arguments(), "padded")
@@ -255,6 +258,7 @@ def test_a_system_that_stopped_between_two_questions(monkeypatch):
     worker.process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_system_that_stops_is_reported(run_compare, tmp_path, capfd):
     assert run_compare("--device", "cuda:99", "--systems", "csm_fast") == 1
     assert "error: reference stopped" in capfd.readouterr().err
@@ -303,6 +307,7 @@ def running(monkeypatch, name, *extra):
     return compare_worker.Running(compare.parse_arguments())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["csm_fast-autocast", "csm_fast-lora", "padded-autocast"])
 def test_recipes_lie_within_their_tolerance(monkeypatch, name):
     if name == "csm_fast-lora":
@@ -312,6 +317,7 @@ def test_recipes_lie_within_their_tolerance(monkeypatch, name):
     assert system.check() == pytest.approx(truth, rel=systems.tolerance(name))
 
 
+@pytest.mark.slow
 def test_another_loss_is_not_ranked(monkeypatch):
     system = running(monkeypatch, "padded-fp32")
     truth = expected_loss("padded-fp32", compute_reference(system.args))
@@ -376,6 +382,7 @@ def test_batches_of_about_the_same_length_are_no_line():
     assert compare_worker.extrapolate([100, 100], [1.0, 2.0], [200, 50]) == [3.0, 0.75]
 
 
+@pytest.mark.slow
 def test_memory_besides_weights_and_gradients(monkeypatch):
     system = running(monkeypatch, "padded-fp32")
     figures = system.memory("batches of 3")
@@ -421,6 +428,7 @@ class Multiplied(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_the_count_of_products_is_that_of_a_step():
     config = CSMConfig.tiny()
     recordings = draw_recordings(5, config)

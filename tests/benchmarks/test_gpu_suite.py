@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from benchmarks import gpu_suite
@@ -47,6 +48,7 @@ def test_counts_tests():
     assert line.met is None and line.figure.startswith("pytest is not installed")
 
 
+@pytest.mark.slow
 def test_runs_every_file_with_tests_for_a_gpu():
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(command, cwd=gpu_suite.ROOT, capture_output=True, text=True)
@@ -54,6 +56,7 @@ def test_runs_every_file_with_tests_for_a_gpu():
     assert "tests/gpu/test_gpu_model.py" in files and files <= set(gpu_suite.find_gpu_tests())
 
 
+@pytest.mark.slow
 def test_sees_what_a_command_says_before_it_is_stopped(capfd):
     lines = []
     slow = "import time; print('one', flush=True); print('two', flush=True); time.sleep(60)"

@@ -231,6 +231,7 @@ def test_out_of_time(capsys):
 # --- tables and plot ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_and_plot_from_rows_alone(tmp_path, monkeypatch, capsys):
     rows = measured(ops=["rope", "depth_attention"], rows=[48, 96], fractions=[0.5, 1.0])
     assert {row["status"] for row in rows} == {"ok", "skipped"}

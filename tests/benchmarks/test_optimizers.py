@@ -14,6 +14,7 @@ from csm_fast import CSM, CSMConfig
 from csm_fast.config.shape import NAMED_SHAPES
 
 
+@pytest.mark.slow
 def test_rows_of_all_ways(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optimizers, "keep_freed_memory", lambda: None)  # it is for the whole process
     monkeypatch.setitem(NAMED_SHAPES, "tiny", lambda: MICRO)
@@ -32,6 +33,7 @@ def test_rows_of_all_ways(tmp_path, monkeypatch, capsys):
     assert report_parts.write_optimizers([]) == "Not measured.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", optimizers.WAYS, ids=lambda way: ", ".join(way.name))
 def test_a_way_is_what_it_says(way):
     if way.bits == 8:

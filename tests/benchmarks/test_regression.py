@@ -69,6 +69,7 @@ def store(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_slowed_operator_is_caught_and_named(tmp_path):
     stored = store(tmp_path)
     done = run_suite(tmp_path, plugin=SHORT + SLOWED)  # where there is a stored run, comparing is the default
@@ -79,6 +80,7 @@ def test_a_slowed_operator_is_caught_and_named(tmp_path):
     assert list(stored.parent.iterdir()) == [stored]  # a run that was compared is not stored
 
 
+@pytest.mark.slow
 def test_an_unchanged_operator_passes_and_is_stored_on_request(tmp_path):
     stored = store(tmp_path)
     done = run_suite(tmp_path, "--benchmark-compare", "--benchmark-autosave")
@@ -91,6 +93,7 @@ def test_an_unchanged_operator_passes_and_is_stored_on_request(tmp_path):
     assert json.loads(stored.read_text())["benchmarks"][0]["stats"]["min"] == 0.01
 
 
+@pytest.mark.slow
 def test_comparing_with_nothing_is_refused(tmp_path):
     done = run_suite(tmp_path, "--benchmark-compare")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -37,6 +37,7 @@ def test_memory_adds_up_and_its_parts_are_named():
     assert parts["backbone"] > 128 * case.model.config.backbone.embed_dim * 2
 
 
+@pytest.mark.slow
 def test_a_run_records_every_point(tmp_path):
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "benchmarks.scaling", "--shape", "tiny", "--repeats", "1", "--axes", "rows"]

@@ -113,6 +113,7 @@ def test_a_run_instead_of_its_model(tmp_path, refused):
     refused(train_args(tmp_path, from_scratch=None, model="run", output_dir="x"), "run: is a run", "give run/best")
 
 
+@pytest.mark.slow
 def test_the_users_own_configuration_file_is_kept(tmp_path):
     (tmp_path / "run").mkdir()
     mine = "# my notes\nmax_steps: 1\n"

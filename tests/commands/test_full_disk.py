@@ -26,6 +26,7 @@ def no_space(*args, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["system.arrays.os.fsync", "train.checkpoint.write_tensors", "train.checkpoint.os.symlink"]
 )
@@ -86,6 +87,7 @@ def test_a_full_disk_for_the_small_files(tmp_path, refused, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_file_size_limit(tmp_path):
     """The system call itself refusing, in a process of its own."""
     assert cli.main(train_args(prepare(tmp_path), max_steps=1)) == 0

@@ -27,6 +27,7 @@ from csm_fast.config.train import FREEZABLE
 pytestmark = pytest.mark.usefixtures("home", "fresh_log")
 
 
+@pytest.mark.slow
 def test_paths_of_every_kind(tmp_path, monkeypatch):
     prepare(tmp_path / "a b" / "späße 日本")
     shutil.copytree(tmp_path / "a b" / "späße 日本", tmp_path / "plain")
@@ -47,6 +48,7 @@ def test_paths_of_every_kind(tmp_path, monkeypatch):
     assert cli.main(train_args(tmp_path / "plain", max_steps=2, output_dir="second")) == 0  # the store is still one
 
 
+@pytest.mark.slow
 def test_small_and_uneven_stores(tmp_path):
     write_model(tmp_path / "model.yaml")
     rng = np.random.default_rng(0)
@@ -62,6 +64,7 @@ def test_small_and_uneven_stores(tmp_path):
         assert os.readlink(tmp_path / run / "best") == os.readlink(tmp_path / run / "last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", FREEZABLE)
 def test_any_single_part_can_be_trained_or_frozen(tmp_path, part):
     """Packs so small that some hold no frame for the depth decoder, and a speaker whose turns teach nothing."""

@@ -118,6 +118,7 @@ def test_calls_of_one_operator_share_its_flops_like_products():
     assert {row["shapes"][0][0]: row["flops"] for row in rows} == {3: 300.0, 5: 500.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_products_of_a_training_step_are_counted(tmp_path, precision):
     """As PyTorch's own counter counts them over the same step."""
@@ -224,6 +225,7 @@ def profiled(folder, capsys, **overrides) -> tuple[list[dict], list[str]]:
     return [json.loads(line) for line in written], capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -266,6 +268,7 @@ def test_a_profile_says_where_a_step_goes_and_writes_nothing_else(tmp_path, caps
     assert {STEP, "csm_kernels::product" if by_library else "aten::mm"} <= names
 
 
+@pytest.mark.slow
 def test_compiled_layers_can_be_profiled(tmp_path, capsys, monkeypatch):
     """The FLOP counter, under which PyTorch compiles nothing, sees them uncompiled."""
     compiled = compile._compiled
@@ -274,6 +277,7 @@ def test_compiled_layers_can_be_profiled(tmp_path, capsys, monkeypatch):
     assert rows[-1]["compiled"] and "compiled loops" in printed[-2]
 
 
+@pytest.mark.slow
 def test_the_newer_profile_stays(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     for name in ("ops.jsonl", "trace.json.gz"):
@@ -284,6 +288,7 @@ def test_the_newer_profile_stays(tmp_path, capsys):
         assert json.load(f)["traceEvents"]
 
 
+@pytest.mark.slow
 def test_a_run_is_left_alone(tmp_path, capsys):
     """Neither its directory as the output, nor continued where the settings name it."""
     folder = prepare(tmp_path)

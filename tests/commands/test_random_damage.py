@@ -51,6 +51,7 @@ def mutated(content: bytes, random: Random) -> bytes:
     return bytes(result)
 
 
+@pytest.mark.slow
 def test_random_damage_is_refused_or_harmless(tmp_path, model):
     """Thousands of damaged files: an InputError of one line, or a file that can still be read; nothing else."""
     random = Random(5)

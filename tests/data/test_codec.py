@@ -141,6 +141,7 @@ def test_groups_by_length_off_the_cpu(small, monkeypatch):
     assert [1, 6, 0] in groups
 
 
+@pytest.mark.slow
 def test_long_clip_in_pieces_equals_whole(small, monkeypatch):
     sound = np.concatenate([s.astype(np.float32) for s in synthetic_speech(9, 12, 50)])
     whole = small.encode([sound])[0]
@@ -199,6 +200,7 @@ def test_transformers_saves_what_we_load(tmp_path, sounds):
     assert fewer.decode(expected[:, :4]).shape == sounds[0].shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [3, 25])  # 25 s is beyond the attention's window of 250 positions
 def test_same_weights_same_codes_through_moshi(tmp_path, seconds):
     pytest.importorskip("moshi.models.loaders")

@@ -132,6 +132,7 @@ def test_an_epoch_is_planned_once_for_all_its_steps(stores, monkeypatch, section
         Packer(packer.store, DataSection(batch_rows=2048), LossSection()).layout_steps(0, 10**6)
 
 
+@pytest.mark.slow
 def test_streaming_keeps_nothing(stores):
     packer = Packer(TokenStore.open(stores["big"]), DataSection(batch_rows=4096, pack_rows=4096), LossSection())
     batches = prefetch(packer.step(e, i) for e in range(3) for i in range(packer.steps_in_epoch(e)))
@@ -177,6 +178,7 @@ def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
     np.testing.assert_array_equal(read, mapped["codes"][3:5])
 
 
+@pytest.mark.slow
 @linux
 def test_the_benchmark_says_where_its_figures_come_from(tmp_path):
     command = [sys.executable, "-m", "benchmarks.data_path", "--hours", "0.05", "--pack-rows", "2048"]

@@ -97,6 +97,7 @@ def chains(model):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -155,6 +156,7 @@ def test_sizes_and_shapes_are_transformers(changes):
         assert weight_shapes(sizes) == shapes
 
 
+@pytest.mark.slow
 def test_coding_on_a_cpu_needs_no_transformers(tmp_path, waves):
     """Which takes seconds to import."""
     save_file(flat_weights(mimi(sliding_window=250)), tmp_path / "mimi.safetensors")

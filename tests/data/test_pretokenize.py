@@ -46,6 +46,7 @@ def test_codes_text_and_order(data):
     assert sorted(p.name for p in (data / "tokens").iterdir()) == [".cache", "report.json", "train"]
 
 
+@pytest.mark.slow
 def test_worker_processes_and_batches_give_the_same_codes(data):
     run(data)
     wanted = stores(data)

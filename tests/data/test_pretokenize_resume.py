@@ -54,6 +54,7 @@ def wait_for(log, clips):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_after", [1, 5, 11])
 def test_killed_while_encoding(data, killed_after):
     run(data, output="undisturbed", val_fraction=0.3)
@@ -69,6 +70,7 @@ def test_killed_while_encoding(data, killed_after):
     assert stores(data) == stores(data, "undisturbed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("exchange", [True, False])
 def test_killed_before_every_step_of_saving(data, monkeypatch, exchange):
@@ -118,6 +120,7 @@ def die_in_time(module, name, calls, step):
     setattr(module, name, call)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(data):
     child, log = start(data, pause=0.1, flush=1000.0)
     wait_for(log, 4)

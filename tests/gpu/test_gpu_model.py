@@ -96,6 +96,7 @@ def fresh_compiler() -> Iterator[None]:
 # --- right --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["", "cuda"], ids=["exact", "padded packs"])
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,6 +106,7 @@ def test_loss_and_gradients_are_those_of_float64(device, dtype, pad):
         assert_no_worse(step(model, pack.to(device)), step(plain, pack), rounded_truth(dtype, pack), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_on_the_kernels_as_without(device, dtype):
@@ -121,6 +123,7 @@ def test_on_the_kernels_as_without(device, dtype):
         assert_no_worse(forced, plain, truth, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_layers_compute_the_same_and_recompile_nothing(fresh_compiler, device, dtype):
@@ -148,6 +151,7 @@ WIDE = CSMConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_size_of_a_pack_compiles_layers_anew(fresh_compiler, device):
     """From a pack that lies in the caches to one that does not, with frames of the depth decoder likewise."""

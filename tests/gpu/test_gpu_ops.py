@@ -80,6 +80,7 @@ def head_by_head(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tenso
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["default", "small"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head", ["audio head", "codebook 0"])
@@ -129,6 +130,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.masked_fill(later, float("-inf")).softmax(-1).to(q.dtype) @ v).transpose(-2, -3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "strided"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "heads", "kv_heads"), [(32, 8, 2), (7, 4, 4), (1, 6, 2)])

@@ -115,6 +115,7 @@ def test_float32_against_float64(form, numel):
     assert state["step"] == 4
 
 
+@pytest.mark.slow
 @each_way
 def test_the_same_as_pytorchs_operators(form, dtype, rounding, bits):
     """But where float32's last bit decides how a number is rounded: then it is the neighbour."""
@@ -140,6 +141,7 @@ def test_the_same_as_pytorchs_operators(form, dtype, rounding, bits):
             torch.testing.assert_close(value, other[name], rtol=1e-5, atol=2.0**-22 * float(other[name].max()))
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("form", KERNEL)
 def test_8_bits_stay_with_pytorchs_operators(form):
@@ -204,6 +206,7 @@ def moments(optimizer, p):
         yield value.view(-1)
 
 
+@pytest.mark.slow
 @each_way
 def test_rows_without_a_gradient_are_gone_past_exactly(form, dtype, rounding, bits):
     """A table that does not decay is updated as if it were a vector, of which every element is."""
@@ -283,6 +286,7 @@ def test_another_form_goes_on_with_the_same_state():
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_what_kahan_took_off_while_weights_decayed_is_not_forgotten(form):
     results = []
@@ -406,6 +410,7 @@ def test_a_table_that_begins_to_decay(form):
     assert not torch.equal(results[0].view(4, 1024)[3], start(4, 1024, device=device)[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*FORMS, "PyTorch"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_scale_divides_the_gradients(form, dtype):

@@ -99,6 +99,7 @@ SHAPES = [(length, width, *HEADS[(i + j) % 4]) for j, width in enumerate((64, 12
 SHAPES += [(7, 32, *heads) for heads in HEADS] + [(32, 128, 8, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("length, width, heads, kv_heads", SHAPES)
 def test_kernels(length, width, heads, kv_heads, dtype):
@@ -115,6 +116,7 @@ def test_no_frames(impl):
     assert [got[name].shape for name in NAMES] == [x.shape for x in inputs[:3]] and got["out"].shape == grad.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("q", "v")], ids="".join)
 def test_only_the_gradients_that_are_wanted(wanted):
     inputs, grad = case()
@@ -165,6 +167,7 @@ def test_gradient_without_memory_of_its_own():
         torch.testing.assert_close(g, want[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["frames", "positions", "heads"])
 def test_addresses_beyond_2_to_the_31(axis):
     """Index 4 of an axis lies 2**31 elements in, though no stride is that large. Only touched pages are real memory."""
@@ -249,6 +252,7 @@ def test_large_scores_do_not_overflow():
 # --- the operator -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [NAMES, ("v",)], ids="".join)
 def test_opcheck(wanted):
     inputs, grad = case(length=3)
@@ -325,6 +329,7 @@ def test_refusals_of_the_kernels():
             assert depth_attention(*wrong[0], impl="torch").shape == wrong[0][0].shape
 
 
+@pytest.mark.slow
 def test_without_triton():
     program = """
 import sys

@@ -158,12 +158,14 @@ def test_codes_and_rows_share_one_gradient(share, sparse):
         torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_gradcheck_with_codes():
     tokens, is_audio, text, audio, grad = case(7, 0.6)
     frames, _ = codes_case((tokens, is_audio, text, audio, grad))
     assert torch.autograd.gradcheck(lambda t, a: frame_embed_with_codes(tokens, is_audio, frames, t, a), (text, audio))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_big_tables_on_a_cpu(dtype):
     """Their gradients are fresh memory, which autograd takes over without a copy, and sums come in several pieces."""
@@ -245,6 +247,7 @@ def assert_kernels_match(tokens, is_audio, text, audio, grad):
         assert_within_budget(name, got[name], reference[name], same_dtype[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "rows, codebooks, width",
@@ -257,6 +260,7 @@ def test_kernels(rows, codebooks, width, dtype, launches):
     assert launches["_sum_kernel"] == 2 * (rows > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows, codebooks, width", [(1, 7, 96), (33, 1, 96), (33, 7, 96), (5, 32, 512)])
 @pytest.mark.parametrize("kind", ["mixed", "EOS"])
@@ -467,6 +471,7 @@ def test_refusals(monkeypatch):
         frame_embed(tokens, is_audio, text.float(), audio.float(), impl="triton")
 
 
+@pytest.mark.slow
 def test_imports_and_runs_without_triton():
     code = """
 import sys

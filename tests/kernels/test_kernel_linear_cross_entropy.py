@@ -159,6 +159,7 @@ def gradients(inputs, **options):
     return loss, parts, *torch.autograd.grad(loss, inputs[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("vocab", [5, 2051])
 @pytest.mark.parametrize("rows", [0, 1, 33])

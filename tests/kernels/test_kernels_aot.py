@@ -18,6 +18,7 @@ OPS = sorted(path.stem for path in (ROOT / "tests" / "cases" / "aot_registry").g
 HEADER = f"{'kernel':44} {'arch':>6} {'dtype':>5} {'warps':>5} {'regs':>4} {'spills':>6} {'shared':>7}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS, ids=[f"sm_{arch}" for arch in ARCHS])
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_and_fits(op, arch):

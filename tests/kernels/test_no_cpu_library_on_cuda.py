@@ -51,6 +51,7 @@ assert bool(used) == (device == "cpu"), used
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_a_step_on_cuda_leaves_the_cpu_library_alone(device, tmp_path):
     """The same step on a CPU calls the compiler: the mark is one that would be seen."""

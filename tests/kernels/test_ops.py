@@ -34,6 +34,7 @@ def train(impl: str, steps: int = 10) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_ten_steps_on_the_kernels_are_ten_steps_without():
     plain = train("torch")
     with interpreted() as launches, poisoned():

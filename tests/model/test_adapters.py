@@ -16,6 +16,7 @@ from csm_fast.model.linear import is_quantized
 from csm_fast.system.errors import InputError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_what_is_trained(method, dtype):
@@ -173,6 +174,7 @@ def test_recomputing_changes_nothing(method, checkpointing):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_a_layer_compiles_into_one_graph(method, dtype, bound):

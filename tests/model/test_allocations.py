@@ -155,6 +155,7 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(head_chunks, "SOFTMAX_BUDGET", 2**11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("byte_budget", [2**12, LOGITS_BUDGET], ids=["4 KiB", "default"])
 @pytest.mark.parametrize(
     ("form", "fraction"),
@@ -230,6 +231,7 @@ def wide_model():
     return quick_model(one_layer(CSMConfig.csm_1b()), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_csm_1b_beside_the_padded_form(all_threads, wide_model):
     # A processor without bf16 products would take minutes for the padded form's.
     dtype = compute_dtype(resolve_precision("auto", torch.device("cpu")))
@@ -257,6 +259,7 @@ def heads_alone(model: CSM, pack: Pack) -> Tensor:
     return ce0 + ced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("byte_budget", [2**20, LOGITS_BUDGET], ids=["1 MiB", "default"])
 @pytest.mark.parametrize("impl", ["library", "torch", "triton"])
 def test_csm_1b_heads_within_the_budget(monkeypatch, all_threads, wide_model, impl, byte_budget):

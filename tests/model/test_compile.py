@@ -77,6 +77,7 @@ def fresh_compiler():
     counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16 autocast"])
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 def test_an_epoch_of_ragged_packs_recompiles_nothing(autocast, checkpointing):
@@ -111,6 +112,7 @@ def _(q, k, v, cu, longest):
 varlen.register_autograd(lambda ctx, grad: (grad, None, None, None, None), setup_context=lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_the_longest_segment_is_symbolic_where_a_kernel_asks_for_it(monkeypatch):
     """The variable-length kernels of CUDA take it as an integer, another one in every pack."""
     chosen = torch.compiler.assume_constant_result(lambda device_type, dtype: "flash-attn")
@@ -126,6 +128,7 @@ def test_the_longest_segment_is_symbolic_where_a_kernel_asks_for_it(monkeypatch)
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_training_and_validation_need_two_graphs_each_and_a_single_frame_one_more():
     model, store = micro(), ragged_store()
     compile_layers(model, backend="aot_eager")
@@ -156,6 +159,7 @@ def test_older_pytorch_has_room_for_the_variants_of_both_stacks(monkeypatch):
         assert compile._limits() == {} and torch._dynamo.config.recompile_limit == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["backbone", "decoder", "text_embeddings"])
 def test_frozen_parts(frozen):
     eager, compiled = micro(), micro()
@@ -168,6 +172,7 @@ def test_frozen_parts(frozen):
     assert counters["stats"]["unique_graphs"] <= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora", "bf16 weights"])
 def test_methods_compile_to_few_graphs_and_no_more(method, checkpointing):
@@ -211,6 +216,7 @@ def test_names_and_state_stay_and_off_is_off():
         compile_layers(model, "yes")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_computes_the_same_losses_and_recompiles_nothing():
     eager, compiled, wide = micro(), micro(), micro(dtype=torch.float64)
@@ -224,6 +230,7 @@ def test_inductor_computes_the_same_losses_and_recompiles_nothing():
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_flag_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("csm_fast.train.setup.compile_layers", partial(compile_layers, backend="aot_eager"))
     curves = []

@@ -71,6 +71,7 @@ def test_it_is_the_layer(monkeypatch, make, some, recompute, blocks):
         torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
+@pytest.mark.slow
 def test_gradcheck():
     layer, x, cos, sin, _ = packed(torch.float64)
     attn, mlp, rows = layer.attn, layer.mlp, torch.tensor([2, 5])
@@ -86,6 +87,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, (x.detach()[:7].requires_grad_(), *scales))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [packed, frames])
 def test_errors_are_those_of_the_written_layer(make, dtype):

@@ -48,6 +48,7 @@ def both(model):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -93,6 +94,7 @@ def truth_of(model):
         return {"loss": loss_of(exact).detach(), **gradients(exact)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_errors_are_those_of_the_written_layer(method):
     model = attached(method, torch.bfloat16)

@@ -44,6 +44,7 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "compiled"), [("off", False), ("selective", False), ("full", False), ("full", True)]
 )

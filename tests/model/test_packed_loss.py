@@ -68,6 +68,7 @@ def step_loss(model, conversations, data: DataSection, loss: LossSection, pad: s
     return (total, {n: g.clone() for n, g in grads.items()}), step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [1 / 16, 1.0], ids=["sixteenth", "all frames"])
 @pytest.mark.parametrize("masked", [[], [1]], ids=["unmasked", "speaker 1 masked"])
 @pytest.mark.parametrize("eos_weight", [1.0, 3.5])
@@ -88,6 +89,7 @@ def test_packed_is_one_by_one(fraction, masked, eos_weight):
             assert any(p.target_rows.numel() and not p.decoder_index.numel() for p in step.packs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_presets(preset):
     model = random_model(dtype=torch.float64)
@@ -161,6 +163,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [1 / 16, 1.0], ids=["sixteenth", "all frames"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("spec", [[[(12, 499, 0)]], [[(4, 251, 0)], [(6, 249, 1)]]], ids=["one", "two"])

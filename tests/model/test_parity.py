@@ -34,6 +34,7 @@ RAGGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", RAGGED.values(), ids=RAGGED.keys())
 @pytest.mark.parametrize(
     ("dtype", "loss_tolerance", "gradient_tolerance"),
@@ -50,6 +51,7 @@ def test_forward_is_the_blogs(spec, dtype, loss_tolerance, gradient_tolerance):
         assert_same(got, want, loss_tolerance, gradient_tolerance)
 
 
+@pytest.mark.slow
 def test_forward_is_transformers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -47,6 +47,7 @@ def test_a_quantised_layer_is_a_layer_of_the_dequantised_weight(dtype):
     assert relative(inputs[0].grad.float(), inputs[1].grad.float()) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_it_is_the_same_layer(kept, compute):
@@ -137,6 +138,7 @@ def run(code):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_importing_fetches_nothing_and_says_nothing():
     """A package named kernels would be asked for code from the hub; here it is a trap."""
     code = """
@@ -159,6 +161,7 @@ assert "kernels" not in sys.modules
     assert "kernels" not in said and "DeprecationWarning" not in said
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_neither():
     code = "import sys, csm_fast.train.loop, csm_fast.commands.merge\n"
     code += "print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"

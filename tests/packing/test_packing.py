@@ -194,6 +194,7 @@ def test_prefetch_keeps_order_passes_errors_and_stops():
     assert len(taken) == count <= 5
 
 
+@pytest.mark.slow
 def test_prefetch_ends_though_reading_hangs():
     hanging = threading.Event()
 

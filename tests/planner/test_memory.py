@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, checkpointing, more", CASES.values(), ids=CASES)
 def test_a_step_asks_for_what_was_predicted(method, checkpointing, more):
     for package in ("peft", "bitsandbytes")[: {"full": 0, "lora": 1, "dora": 1}.get(method, 2)]:
@@ -66,6 +67,7 @@ def test_a_step_asks_for_what_was_predicted(method, checkpointing, more):
     assert figures["predicted"] == pytest.approx(figures["measured"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_gradients_wait_for_the_second_pack():
     one, two = (measure_step(SHORT, make_config("full", "full"), 500, packs) for packs in (1, 2))
     assert two["predicted"] == pytest.approx(two["measured"], rel=0.1)

@@ -118,6 +118,7 @@ def test_every_method_is_planned(capsys):
     assert any("not a measurement" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_command_at_the_end_does_what_the_plan_says(capsys):
     for argv in (
         ["--gpu", "12GB"],

@@ -198,6 +198,7 @@ def test_draws_are_uniform_and_unlike_those_of_other_places_steps_and_parameters
         assert correlation.abs() < 5 / (n / 8) ** 0.5
 
 
+@pytest.mark.slow
 def test_draws_a_tile_apart_agree_no_more_than_by_chance():
     """Over the steps, which is where their sum would show it: each step flips other bits."""
     steps, places = 1000, slice(0, 4)
@@ -308,6 +309,7 @@ def test_any_order_of_updates_gives_the_same(bits, rounding, dtype):
         optimizer.step_parameter(torch.nn.Parameter(start()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, rounding, dtype", MODES)
 def test_scratch_memory_is_bounded_whatever_the_size(form, bits, rounding, dtype):
     chunk, peaks = TILE, []

@@ -63,6 +63,7 @@ def contents(checkpoint):
     return {f"{p.name}/{k}": v for p in sorted(checkpoint.glob("*.safetensors")) for k, v in load_file(p).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_continues_and_is_what_was_saved(base, tmp_path, name):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -83,6 +84,7 @@ def test_it_learns_continues_and_is_what_was_saved(base, tmp_path, name):
     assert loss == pytest.approx(summary["val_loss_last"], rel=1e-5 if exact else 2e-2)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_never_finite_ends_a_run_in_fp16_too(base, tmp_path):
     """Its loss is finite, so at first it looks like the search for the loss scale."""
     trainer = make_trainer(settings(base, tmp_path, "full in fp16", max_steps=50, val_every=0))
@@ -128,6 +130,7 @@ def test_what_adapters_cannot_do_is_refused(base, tmp_path, extra, words):
         train(settings(base, tmp_path, "lora", **extra))
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_goes_on_from_its_own_base_only(base, tmp_path):
     stopped(settings(base, tmp_path / "run", "lora"), 5)
     other = config(base, output_dir=str(tmp_path / "other"), max_steps=2, seed=3)

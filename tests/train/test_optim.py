@@ -92,6 +92,7 @@ def learn(model, optimizer, steps, at_once=False, bad=False):
     return {n: p.detach().clone() for n, p in model.named_parameters()}, norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_an_uninterrupted_one(kind, cpu_form, tmp_path):
     steps = batches()
@@ -133,6 +134,7 @@ def test_moments_that_do_not_fit_are_refused(tmp_path):
         load_optimizer(make("8 bits")[1], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_inside_the_backward_pass_are_the_ordinary_ones(kind, cpu_form):
     steps = batches(4)
@@ -240,6 +242,7 @@ def test_8_bits_without_bitsandbytes(monkeypatch):
         make_optimizer(random_model(MICRO), section("8 bits"))
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_bf16_updates(tmp_path, monkeypatch):
     skip_without_bitsandbytes()
     monkeypatch.setitem(NAMED_SHAPES, "tiny", lambda: MICRO)

@@ -53,6 +53,7 @@ def test_two_trainers_of_one_config_are_alike(tmp_path):
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
+@pytest.mark.slow
 def test_a_store_in_memory(tmp_path):
     settings = config(tmp_path, max_steps=3, val_every=0, save_every=0)
     train(settings, store=open_split(str(tmp_path / "tokens"), "train"))

@@ -21,6 +21,7 @@ def test_there_are_recipes_for_every_card_and_purpose():
     assert named >= {"voice", "language", "gpu-8gb", "gpu-12gb", "gpu-16gb", "gpu-24gb", "gpu-server"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains(tmp_path, path):
     prepare(tmp_path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from paths import GOLDEN
 from safetensors.numpy import load_file
@@ -34,6 +35,7 @@ def write_store(path: Path) -> TokenStore:
     return TokenStore.open(path)
 
 
+@pytest.mark.slow
 def test_four_real_turns_are_recited_by_greedy_generation_from_text_alone(tmp_path, all_threads):
     store = write_store(tmp_path / "train")
     assert [len(store.conversation(i)) for i in range(3)] == [2, 1, 1]

@@ -19,6 +19,7 @@ def weights(folder, name="run/last"):
     return load_file(folder / name / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_everything_it_names(tmp_path):
     summary = train(config(tmp_path, n_epochs=6))
     assert summary["complete"] and summary["steps"] == summary["total_steps"] == 36
@@ -45,6 +46,7 @@ def test_a_run_learns_and_leaves_everything_it_names(tmp_path):
     assert saved["audio_num_codebooks"] == K and saved["csm_fast_data"]["codec"]["name"] == "test codec"
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_bit_identical_and_how_often_it_reports_does_not_matter(tmp_path):
     for name, extra in (("a", {}), ("b", {"log_every": 5, "val_every": 0, "save_every": 0})):
         train(config(tmp_path, output_dir=str(tmp_path / name), **extra))
@@ -62,6 +64,7 @@ def test_packs_change_speed_not_what_is_learned(tmp_path):
             assert a[key] is None or a[key] == pytest.approx(b[key], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_continues_where_it_stopped(tmp_path):
     train(config(tmp_path, output_dir=str(tmp_path / "whole")))
     settings = config(tmp_path)
@@ -88,6 +91,7 @@ def test_a_run_continues_where_it_stopped(tmp_path):
     assert train(settings)["steps"] == 12 and (tmp_path / "run/config.yaml").read_text() == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -173,6 +177,7 @@ def test_a_run_that_only_skips_stops_and_names_the_way_out(tmp_path):
         trainer.run()
 
 
+@pytest.mark.slow
 def test_overfit_one_batch_goes_to_nearly_nothing(tmp_path):
     settings = config(
         tmp_path, overfit_one_batch=True, batch_size=2, max_steps=150, n_epochs=60, amortization_fraction=1.0,
@@ -228,6 +233,7 @@ def test_only_the_last_turn_is_learned(tmp_path):
     assert train(settings)["complete"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [

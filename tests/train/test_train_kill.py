@@ -138,6 +138,7 @@ def assert_holds(run: Path) -> None:
     assert all(read_if_complete(path) for path in run.glob("step-*"))
 
 
+@pytest.mark.slow
 def test_killed_before_every_step_of_saving(server, tmp_path):
     """The nth start of a run dies at its nth sync, rename, link or deletion, until none is left to die at."""
     folder = prepare(tmp_path)
@@ -151,6 +152,7 @@ def test_killed_before_every_step_of_saving(server, tmp_path):
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(server, tmp_path):
     """Ten times kill -9, wherever it finds the run: half of the time it is saving, which is slowed down for that."""
     folder = prepare(tmp_path)
@@ -175,6 +177,7 @@ def wait_for(log: Path, text: str) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_the_command_itself_killed_and_interrupted(server, tmp_path):
     """``python -m csm_fast.cli train``: Ctrl-C saves, says so and exits with 130; kill -9 later; the same bytes."""
     folder = prepare(tmp_path)
@@ -202,6 +205,7 @@ def test_the_command_itself_killed_and_interrupted(server, tmp_path):
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_sigterm_and_a_second_signal(server, tmp_path):
     folder = prepare(tmp_path)
     long = {"n_epochs": 100, "max_steps": 150, "save_every": 0, "val_every": 0, "log_every": 1}
@@ -249,6 +253,7 @@ def stop_at(step: int):
     return loss
 
 
+@pytest.mark.slow
 def test_a_validation_that_was_due_when_the_run_was_stopped_is_not_lost(tmp_path):
     """Otherwise the best checkpoint would depend on when one presses Ctrl-C."""
     options = {"val_every": 3, "save_every": 100, "batch_size": 4, "pack_rows": 256, "max_steps": 8}
@@ -259,6 +264,7 @@ def test_a_validation_that_was_due_when_the_run_was_stopped_is_not_lost(tmp_path
     assert outcome(tmp_path / "run") == {**outcome(tmp_path / "alone"), "steps": [0, 2, 3, 4, 6, 8]}
 
 
+@pytest.mark.slow
 def test_how_often_one_validates_and_samples_leaves_no_trace_in_the_weights(tmp_path, monkeypatch):
     class Codec:
         kind, name, fingerprint = "test", "test codec", CODEC["fingerprint"]
@@ -291,6 +297,7 @@ def test_how_often_one_validates_and_samples_leaves_no_trace_in_the_weights(tmp_
     assert {**outcome(tmp_path / "pieces"), "steps": 0} == {**runs["often"], "steps": 0}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     """Its sizes tell; the one before it gives the same end, and a best one that is gone gives way to the next."""
     train(config(tmp_path, output_dir=str(tmp_path / "alone"), keep=3))
@@ -307,6 +314,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     assert "optimizer.safetensors has 1,000 bytes of" in told and told.endswith("continues from step-000008")
 
 
+@pytest.mark.slow
 def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path):
     train(config(tmp_path, keep=3))
     run = tmp_path / "run"
@@ -320,6 +328,7 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_anew(tmp_path):
     assert sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"weights": "bf16-stochastic", "optimizer": "adamw-8bit", "precision": "bf16"}])
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(tmp_path, monkeypatch, form):
     used = shutil.disk_usage(tmp_path)
@@ -339,6 +348,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(tmp_
             assert not list((tmp_path / "other").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_what_is_not_ours_in_the_run_directory_stays(tmp_path):
     run = tmp_path / "run"
     for name in ("step-notes", "step-000003-before-i-changed-it", "step-1"):
@@ -351,6 +361,7 @@ def test_what_is_not_ours_in_the_run_directory_stays(tmp_path):
         assert (run / name / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     """Mounted cloud drives and FAT know no symlinks."""
 

@@ -26,6 +26,7 @@ def fails_at(trainer, step, words="CUDA out of memory. Tried to allocate 2.00 Gi
     return trainer
 
 
+@pytest.mark.slow
 def test_running_out_leaves_the_last_checkpoint_and_says_what_to_try(tmp_path, monkeypatch):
     settings = config(tmp_path, max_steps=6)
     made = make_trainer(settings)
@@ -74,6 +75,7 @@ def test_auto_takes_the_fastest_that_fits(tmp_path, monkeypatch):
     assert asked["rows"] <= 64 and asked["packs"] >= 1 and 0 < asked["audio_share"] < 1
 
 
+@pytest.mark.slow
 def test_the_run_after_a_kill_says_so(tmp_path, caplog):
     settings = config(tmp_path, max_steps=6)
     trainer = make_trainer(settings)
@@ -96,6 +98,7 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
     assert "after step 4" in line and "--activation-checkpointing" in line
 
 
+@pytest.mark.slow
 def test_a_process_keeps_freed_memory():
     """In a process of its own: the setting is for the whole process."""
     code = (

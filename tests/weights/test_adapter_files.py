@@ -28,6 +28,7 @@ def trained(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_loaded_is_what_was_saved(kind, dtype, tmp_path):
@@ -86,6 +87,7 @@ def merged(directory):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "everywhere", "few"])
 def test_peft_loads_it_onto_the_plain_model(kind, tmp_path):
     import peft
@@ -113,6 +115,7 @@ def test_a_wrong_base_is_refused(tmp_path):
         adapter_files.load_into(other, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -216,6 +219,7 @@ def test_rows_are_saved_alone_and_come_back(tmp_path):
 # -------------------------------------------------------------------------------------------------------- csm-mlx
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "everywhere", "few"])
 def test_csm_mlx_files_there_and_back(kind, tmp_path):
     model = attached(**KINDS[kind])
@@ -283,6 +287,7 @@ def peer_loss(model, seed=0):
         return transformers_loss(model, *padded(random_conversations([[(5, 9, 0)], [(4, 12, 0)]])), fraction=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "everywhere", "few", "besides"])
 def test_peft_loads_it_onto_transformers_csm(kind, tmp_path):
     """The loss of our model with the adapter merged, in transformers' form, is that of PEFT's on the base."""

@@ -57,6 +57,7 @@ def plain_loss(model, pack=None):
     return loss.packed_loss(model, pack or make_pack(), 0.5, 0.5)[0].detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "qlora"), "rows"])
 def test_a_directory_with_an_adapter_loads_as_a_model(kind, base, tmp_path, monkeypatch):
     """By the name of its base, from anywhere; its loss is that of base and adapter."""
@@ -88,6 +89,7 @@ def test_random_weights_are_a_base_too(tmp_path):
     assert relative(plain_loss(load_model(tmp_path)), loss_of(model).detach()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_and_merge(kind, dtype, base, tmp_path, told):
@@ -153,6 +155,7 @@ def test_a_damaged_adapter_drifts(kind, dtype, base, tmp_path):
 WEAK = {"lora": 0.3, "qlora": 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 @pytest.mark.parametrize("factor", [0.0, -1.0])
 def test_a_weak_adapter_that_does_nothing_or_harm_drifts(kind, factor, base, tmp_path, told):

@@ -177,6 +177,7 @@ def test_cross_entropy(rows, vocab, dtype):
         assert_near(logits, torch.autograd.grad(truth.sum(), wide)[0] * 2, 4)
 
 
+@pytest.mark.slow
 def test_threads_share_the_rows(form):
     """Of every pass: with several threads what one gives, whatever the number of rows."""
 
@@ -260,6 +261,7 @@ def operators() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", operators())
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.csm_kernels, name).default, operators()[name])
@@ -291,6 +293,7 @@ def describe_in_new_process(**environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_is_built_once(tmp_path, form):
     if form == "PyTorch":
         pytest.skip("once is enough")
@@ -307,6 +310,7 @@ def test_it_is_built_once(tmp_path, form):
     assert len(list((tmp_path / "csm_fast").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_without_a_compiler(tmp_path, form):
     if form == "library":
         pytest.skip("once is enough")

@@ -57,6 +57,7 @@ DEEP = [(20, 1100, 70), (9, 513, 200), (230, 1029, 200), (131, 4109, 75)]
 PRODUCTS = [(1, 2, 1), (5, 16, 64), (7, 33, 17), (64, 130, 65), (211, 100, 131), *DEEP]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, inner, columns", PRODUCTS)
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 def test_product(rows, inner, columns, turned, threads):
@@ -145,6 +146,7 @@ def run_attention(case, order: Order, width: int, rotated: bool = True, rows: Te
     return out, *cpu_attention.backward(grad, some, rows, kept, cos, sin, order, width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 16), (3, 1, 64), (2, 2, 24)])
 @pytest.mark.parametrize("rotated", [True, False])
@@ -311,6 +313,7 @@ def operators() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @needs_products
 @pytest.mark.parametrize("name", operators())
 def test_opcheck(name, form):

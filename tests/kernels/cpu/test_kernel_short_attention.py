@@ -33,6 +33,7 @@ def exact(q, k, v, grad):
     return tuple(torch.from_numpy(x.swapaxes(1, 2).astype(np.float64)) for x in (p @ v, ds @ k, dk, dv))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
 @pytest.mark.parametrize(("sequences", "length"), [(1, 2), (3, 7), (50, 32), (2, 150)])
@@ -61,6 +62,7 @@ def test_strided_inputs_and_nothing_from_the_future():
     assert torch.equal(out[:, :5], changed[:, :5]) and not torch.equal(out[:, 5:], changed[:, 5:])
 
 
+@pytest.mark.slow
 def test_opcheck_and_a_single_row():
     q, k, v = (torch.randn(3, 5, h, 8, requires_grad=True) for h in (4, 2, 2))
     torch.library.opcheck(torch.ops.csm_kernels.short_attention.default, (q, k, v))

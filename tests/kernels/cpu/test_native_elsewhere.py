@@ -44,6 +44,7 @@ def others() -> dict[str, str]:
     return {**narrow, "AVX512-BF16": wide, "AMX": f"{wide} {tiles}"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.is_built(), reason=native.describe_library())
 @pytest.mark.parametrize("other", TESTED)
 def test_the_form_for_other_processors(other, tmp_path):
