@@ -114,6 +114,7 @@ def test_no_circle_of_rooms():
     assert not circles({room: targets - {room} for room, targets in rooms.items()})
 
 
+@pytest.mark.slow
 def test_no_circle_of_names_between_files():
     """Functions of one file may call each other; across files nothing may lead back."""
     across = [group for group in circles(name_arrows(modules())) if len({n.split(":")[0] for n in group}) > 1]

@@ -64,6 +64,7 @@ def test_sees_what_a_command_says_before_it_is_stopped(capfd):
     assert lines == ["one", "two"] and "two" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_ends_what_takes_too_long(capsys):
     assert gpu_suite.run_command([sys.executable, "-c", "import time; time.sleep(60)"], 1) == "stopped after 1 s"
     assert gpu_suite.run_command([sys.executable, "-c", "raise SystemExit(3)"], 20) == "exit status 3"

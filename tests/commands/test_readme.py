@@ -117,6 +117,7 @@ def test_the_three_commands_on_ones_own_data(tmp_path, monkeypatch):
     assert soundfile.info(tmp_path / "hello.wav").samplerate == 24_000
 
 
+@pytest.mark.slow
 def test_python_snippets(tmp_path, monkeypatch):
     """The drop-in, training and adapters from Python, on a micro model."""
     import torch

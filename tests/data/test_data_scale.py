@@ -103,6 +103,7 @@ class ManyLengths:
         return *self.lengths, np.arange(self.num_conversations)
 
 
+@pytest.mark.slow
 def test_a_packer_and_its_plans_take_a_hundred_bytes_per_conversation():
     """1,000 hours are 350,000 turns: 100 bytes each are 35 MB."""
     store, count = ManyLengths(30_000), 30_000
@@ -151,6 +152,7 @@ def test_streaming_keeps_nothing(stores):
     assert max(kept) < 20 * largest and kept[2] - kept[1] < 8 * largest
 
 
+@pytest.mark.slow
 @linux
 def test_rows_are_read_without_a_mapping(stores, monkeypatch, tmp_path):
     (shard,) = stores["small"].glob("*.safetensors")

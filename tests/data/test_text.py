@@ -113,6 +113,7 @@ def test_folders(tokenizer, json_file, tmp_path):
     assert load_text_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.slow
 def test_it_travels_between_processes(tokenizer, json_file):
     for made in (tokenizer, load_text_tokenizer(json_file)):
         copy = pickle.loads(pickle.dumps(made))

@@ -175,6 +175,7 @@ def test_draws_are_those_of_the_class(form):
     assert torch.equal(p.detach().cpu().float(), want)
 
 
+@pytest.mark.slow
 @each_way
 def test_what_is_skipped_stays(form, dtype, rounding, bits):
     numel, device = 5000, device_of(form)

@@ -138,6 +138,7 @@ def test_no_backward_work_without_gradients():
     assert launches == {"_forward_kernel": 1} and not out.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["position, head", "head, position", "columns apart"])
 def test_strided_inputs(order):
     """Views of one fused projection, of another memory order, and columns that have to be copied."""
@@ -265,6 +266,7 @@ def test_opcheck(wanted):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_in_one_graph(impl):
     inputs, grad = case(length=3)

@@ -278,6 +278,7 @@ def test_kernels_with_codes(rows, codebooks, width, kind, dtype, launches):
     assert torch.equal(sparse["audio gradient"].to_dense(), got["audio gradient"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "audio", "EOS"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_with_rows_of_one_kind(kind, dtype, launches):

@@ -180,6 +180,7 @@ def test_gradcheck():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(6,), (4, 9, 2)])
 def test_opcheck(lengths, dtype):

@@ -68,6 +68,7 @@ def test_compiled_it_is_the_same_layer(kept, compute):
     assert relative(inputs[0].grad, inputs[1].grad) < bound
 
 
+@pytest.mark.slow
 def test_the_operator_of_compiled_layers_is_whole():
     layer = quantize.quantize_linear(nn.Linear(128, 192, bias=False), torch.float32)
     state = layer.weight.quant_state
@@ -93,6 +94,7 @@ def test_weights_take_four_bits():
     assert not is_quantized(model.codebook0_head) and not is_quantized(model.projection)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_after_a_validation_pass_are_those_of_a_fresh_model(dtype):
     """bitsandbytes repacks weights in eval mode on some CPUs, and gradients through them vanish in silence."""

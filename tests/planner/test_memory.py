@@ -225,6 +225,7 @@ def test_a_run_that_fits_is_let_through():
     assert found.needed <= 40 * GIB and found.peak < found.needed
 
 
+@pytest.mark.slow
 def test_the_smallest_change_comes_first():
     seen = []
     for limit in (37, 32, 25.5, 25.03, 24, 15.5, 9, 4):

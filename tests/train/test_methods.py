@@ -100,6 +100,7 @@ def test_a_gradient_that_is_never_finite_ends_a_run_in_fp16_too(base, tmp_path):
     assert 24 < trainer.state.step < 50
 
 
+@pytest.mark.slow
 def test_an_adapter_checkpoint_holds_what_was_trained(base, tmp_path):
     train(settings(base, tmp_path, "lora"))
     saved = contents(tmp_path / "last")

@@ -42,6 +42,7 @@ def test_the_config_stays_as_it_was(tmp_path):
     assert prepared.config.optimizer.learning_rate is not None and settings.optimizer.learning_rate is None
 
 
+@pytest.mark.slow
 def test_two_trainers_of_one_config_are_alike(tmp_path):
     settings = config(tmp_path, max_steps=3, val_every=0)
     results = []

@@ -41,6 +41,7 @@ def test_a_recipe_trains(tmp_path, path):
     assert (tmp_path / "run/last/trainer_state.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_readme_shows_what_the_plan_says(capsys):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| `(configs/\S+)` \| .* \| (\S+) GiB \| (\S+) GiB \|$", text, re.M)

@@ -54,6 +54,7 @@ def test_the_same_run_twice_is_bit_identical_and_how_often_it_reports_does_not_m
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_packs_change_speed_not_what_is_learned(tmp_path):
     for name, rows in (("one", 4096), ("many", 40)):
         train(config(tmp_path, output_dir=str(tmp_path / name), pack_rows=rows, n_epochs=1))

@@ -45,6 +45,7 @@ def test_running_out_leaves_the_last_checkpoint_and_says_what_to_try(tmp_path, m
     assert summary["complete"] and summary["steps"] == 6
 
 
+@pytest.mark.slow
 def test_it_is_refused_before_the_weights_are_read(tmp_path, capsys):
     """The weights file is no safetensors file, and nobody has noticed."""
     prepare(tmp_path)

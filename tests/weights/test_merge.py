@@ -187,6 +187,7 @@ def test_drift_is_bounded_by_half_of_what_the_adapter_changes(base_loss, allowed
     assert found == pytest.approx(max(2.5e-3, allowed) if base_loss != 7.0 else 2.5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["the base", "a run", "a checkpoint", "a token store"])
 def test_merging_never_takes_the_place_of_something_else(what, base, tmp_path, capfd):
     adapter_on(base, tmp_path / "adapter")

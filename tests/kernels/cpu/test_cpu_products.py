@@ -234,6 +234,7 @@ def run_heads(hidden, weight, targets, weights, wants=(True, True), budget=LOGIT
 HEADS = [(1, 5, 16, 21), (7, 5, 32, 300), (40, 6, 64, 515), (13, 5, 48, 16), (3, 5, 528, 1100)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, heads, width, vocab", HEADS)
 def test_heads(rows, heads, width, vocab, threads, form):
     case = heads_case(rows, heads, width, vocab)
