@@ -111,18 +111,11 @@ def measure_step(shape: CSMConfig, config: TrainConfig, rows: int, packs: int = 
         assert step is not None
     else:
         before, step = _track_step(model, update, batch)
-    return {
-        "rows": rows,
-        "packs": packs,
-        "measured": before + step,
-        "predicted": planned.peak,
-        "measured_step": step,
-        "predicted_step": planned.peak - planned.before,
-        "measured_before": before,
-        "predicted_before": planned.before,
-        "moment": planned.moment,
-        "components": planned.components,
-    }
+    figures: dict[str, Any] = {"rows": rows, "packs": packs}
+    figures |= {"measured": before + step, "predicted": planned.peak}
+    figures |= {"measured_step": step, "predicted_step": planned.peak - planned.before}
+    figures |= {"measured_before": before, "predicted_before": planned.before}
+    return {**figures, "moment": planned.moment, "components": planned.components}
 
 
 def _track_step(model: Any, update: StepRunner, batch: StepBatch) -> tuple[int, int]:

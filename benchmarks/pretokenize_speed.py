@@ -132,9 +132,9 @@ def run_pretokenize(clock: Clock, metadata: Path, source: Path, output: Path) ->
 
         from csm_fast import cli
         from csm_fast.data import pretokenize
-        from csm_fast.data.codec import base, load
-    clock.follow(load, "load_codec", "load_s")
-    clock.follow(base.Codec, "encode", "encode_s")
+        from csm_fast.data.codec.base import Codec
+    clock.follow(pretokenize, "load_codec", "load_s")
+    clock.follow(Codec, "encode", "encode_s")
     clock.follow(pretokenize._Run, "_write", "write_s")
     clock.follow(pretokenize._Run, "_hash_files", "hash_s")
     clock.follow(pretokenize._Run, "_encode", "_loop")

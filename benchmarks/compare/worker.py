@@ -155,15 +155,10 @@ class Running:
             flops = sum(step_flops(self.config, pack) for pack in batches) if ours else 0
             laid_out = sum(map(self._laid_out, batches))
             labels[label] = {"updates": len(batches), "laid_out": laid_out, "flops": flops}
-        return {
-            "labels": labels,
-            "rows": self.recordings.rows,
-            "frames": self.recordings.frames,
-            "recordings": self.recordings.num_conversations,
-            "recipe": self.system.recipe,
-            "compiled": bool(self.compiled),
-            "environment": environment(),
-        }
+        some = self.recordings
+        about = {"rows": some.rows, "frames": some.frames, "recordings": some.num_conversations, "labels": labels}
+        about |= {"recipe": self.system.recipe, "compiled": bool(self.compiled)}
+        return {**about, "environment": environment()}
 
     def check(self) -> float:
         """The loss of the batch that all are checked on."""

@@ -258,9 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--cold", action="store_true", help="drop the stores from the page cache first")
-    parser.add_argument(
-        "--step-rows-per-second", type=float, help="speed of a training step; default: the newest recorded"
-    )
+    parser.add_argument("--step-rows-per-second", type=float, help="of a training step; default: the newest recorded")
     parser.add_argument("--results", type=Path, help="append the figures to this .jsonl")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()

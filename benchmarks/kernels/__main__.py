@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -228,18 +229,10 @@ def summarize_times(seconds: list[float], work: Work, rates: dict[str, float]) -
     """Median and spread of the raw seconds, achieved rates, and the share of the slower ceiling."""
     median = statistics.median(seconds)
     bound, ceiling = max((work.bytes / rates["copy"], "copy"), (work.flops / rates["matmul"], "matmul"))
-    return {
-        "seconds": seconds,
-        "median_s": median,
-        "min_s": min(seconds),
-        "max_s": max(seconds),
-        "work_bytes": work.bytes,
-        "work_flops": work.flops,
-        "bytes_per_s": work.bytes / median,
-        "flops_per_s": work.flops / median,
-        "ceiling": ceiling,
-        "share": bound / median,
-    }
+    row: Row = {"seconds": seconds, "median_s": median, "min_s": min(seconds), "max_s": max(seconds)}
+    row |= {"work_bytes": work.bytes, "bytes_per_s": work.bytes / median}
+    row |= {"work_flops": work.flops, "flops_per_s": work.flops / median}
+    return {**row, "ceiling": ceiling, "share": bound / median}
 
 
 def make_unmeasured_rows(case: Case, status: str, reason: str) -> list[Row]:
@@ -298,8 +291,7 @@ def measure_points(run: Run, write: Callable[[Row], None]) -> list[Row]:
 
 
 def _fraction(text: str) -> float:
-    above, _, below = text.partition("/")
-    value = float(above) / float(below or 1)
+    value = float(Fraction(text))
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
