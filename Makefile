@@ -35,7 +35,7 @@ $(VENV)/.ready: setup.py Makefile
 	# Meta's package carries the Llama-3 tokenizer; its other requirements are not needed for that.
 	$(PIP) --no-deps llama-models
 	$(PIP) einops sphn sentencepiece sounddevice==0.5 aiohttp
-	# moshi pins older versions of torch and others than it needs for Mimi. Last, so that pip does not mourn over them.
+	# moshi pins older versions of torch and others than it needs for Mimi. Last, so that pip does not warn about them.
 	$(PIP) --no-deps moshi==0.2.13
 	@touch $@
 	@echo "ready: $(BIN)/csm-fast and $(BIN)/csm-fast-train (make demo tries them)"

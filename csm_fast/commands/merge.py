@@ -1,9 +1,9 @@
-"""Adapters and their bases made one, and the proof that a saved adapter still does what it did.
+"""``csm-fast merge``: an adapter and its base become one model, checked by the adapter's probe.
 
-An adapter is merged in float32 onto the full-precision base, also where it was trained over a 4-bit one. The merged
-model then lacks the quantisation error that the adapter has learned beside, and its loss differs by about as much as
-quantisation changes the plain base's: by 0.15 to 2 times of that in 20 runs at small shapes. That is told and bounded,
-by ``ALLOWED_4BIT`` times of it, or by ``FLOOR_4BIT`` of the loss where quantisation happens to change next to nothing.
+An adapter is merged in float32 onto the full-precision base, also if it was trained over a 4-bit one. Such an adapter
+compensates for a quantisation error that the merged model no longer has, so the loss changes: in 20 runs at small
+shapes by 0.15 to 2 times of what quantisation changes for the plain base. The change is logged. Merging fails above
+``ALLOWED_4BIT`` times of it, or above ``FLOOR_4BIT`` of the loss if quantisation changes almost nothing.
 
 A saved adapter carries a probe: a few hundred rows of real data, and the loss that the model gave on them.
 """

@@ -61,7 +61,7 @@ def print_banner(run: Prepared, trained: int, killed: dict[str, Any] | None) -> 
     log.info("Output    %s", run.run_dir)
     if killed:
         log.warning(
-            "warning: the run before this one ended without a word after step %d, with %.1f GiB in use. If it was "
+            "warning: the run before this one ended without a message after step %d, with %.1f GiB in use. If it was "
             "killed for memory: %s",
             killed["step"],
             killed["memory_gib"],

@@ -160,7 +160,7 @@ def link_or_copy(run_dir: Path, name: str, target: str) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state under ``<state>/<parameter name>``, in an order that a resumed run's does not differ in."""
+    """The optimizer's state under ``<state>/<parameter name>``, in a deterministic order, the same after a resume."""
     tensors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):

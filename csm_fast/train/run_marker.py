@@ -15,8 +15,11 @@ NAME = ".running"
 
 
 class RunMarker:
-    """``left`` is what an earlier run left behind that ended without a word: its "step" and "memory_gib" at its last
-    log line. None where the last run said how it ended."""
+    """A file that exists while a run is active.
+
+    Attributes:
+        left: "step" and "memory_gib" of the last log line of an earlier run that was killed; None if none was.
+    """
 
     def __init__(self, run_dir: Path, device: torch.device):
         self.path, self.device = run_dir / NAME, device
@@ -32,7 +35,7 @@ class RunMarker:
             return {"step": 0, "memory_gib": 0.0}
 
     def beat(self, step: int) -> None:
-        """Say how far the run is. Never an error: a full disk is told where something is lost by it."""
+        """Write how far the run is. A failed write loses nothing; saving reports a full disk."""
         try:
             self.path.write_text(json.dumps({"step": step, "memory_gib": memory_gib(self.device), "pid": os.getpid()}))
         except OSError:

@@ -95,7 +95,7 @@ def test_the_run_after_a_kill_says_so(tmp_path, caplog):
     (tmp_path / "left").rename(tmp_path / "run/.running")
     with caplog.at_level(logging.WARNING, logger="csm_fast"):
         train(settings)
-    (line,) = [r.getMessage() for r in caplog.records if "without a word" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "without a message" in r.getMessage()]
     assert "after step 4" in line and "--activation-checkpointing" in line
 
 

@@ -213,7 +213,7 @@ class AdamW(torch.optim.Optimizer):
             self.grad_scale,
             settings,
         )
-        # Who needs the weights of before for a backward pass is to be told so, as by PyTorch's operators.
+        # Bump the version counter, so that autograd detects the in-place update.
         torch.autograd.graph.increment_version(p)
 
     def _update_in_chunks(

@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     decay: dict = {"params": [], "names": [], "weight_decay": weight_decay}
     plain: dict = {"params": [], "names": [], "weight_decay": 0.0}
-    rows = getattr(model, "embedding_rows", None)  # whose masters stand for the tables
+    rows = getattr(model, "embedding_rows", None)  # its masters are trained in place of the tables
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not (rows and rows.owns(parameter)):
             group = plain if parameter.dim() < 2 or "embeddings" in name else decay

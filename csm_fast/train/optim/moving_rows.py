@@ -19,14 +19,14 @@ class MovingRows:
 
     A part (``ops.adamw_part``: a row on a CPU) whose moments are zero is left as it is by an update without a gradient,
     if nothing decays: m = v = 0, and the weight moves by 0 / eps. The update marks parts as they get gradients. Marks
-    are made from the moments when they are wanted first, and again when another hand has written to the state.
+    are computed from the moments on first use, and again if anything else modified the optimizer state.
     """
 
     def __init__(self) -> None:
         self._known: Any = WeakIdKeyDictionary()
 
     def forget(self, p: Tensor) -> None:
-        """Of a table that was updated otherwise."""
+        """Drop the marks of a table that another form of the update changed."""
         self._known.pop(p, None)
 
     def of(self, form: str, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> Tensor | None:
